@@ -1,0 +1,242 @@
+"""Arguments and answers of the protocol's steps; all times in milliseconds of Redis ``TIME``."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from common.messages import Finish, GenerationSpec, Lane, LogEntry, TokenRecord
+
+
+class Presentation(msgspec.Struct, frozen=True, array_like=True):
+    """How the answer of a request is shown, so that any gateway can show it alike (field ``out``).
+
+    ``api`` is ``tgi``, ``chat`` or ``completion``; ``created`` is in seconds; ``flags`` are the
+    API's own bits (see ``gateway/frames.py``). Packed it must stay under 64 bytes.
+    """
+
+    api: str
+    flags: int
+    created: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A request that asks to be queued. ``cost`` is prompt tokens plus allowed new tokens."""
+
+    request_id: str
+    spec: GenerationSpec
+    cost: int
+    presentation: Presentation
+    gateway: str
+    """Subscribes this gateway's inbox; empty: nobody reads yet."""
+    lane: Lane = "default"
+    tenant: str = "public"
+    weight: float = 1.0
+    num_choices: int = 1
+    attached: bool = True
+    """True: cancelled when nobody has read it for ``grace_ms``. False: runs on without readers."""
+    grace_ms: int = 5_000
+    queue_limit_ms: int = 60_000
+    run_limit_ms: int = 600_000
+    retention_ms: int = 600_000
+    lane_cap_tokens: int = 4_000_000
+    lane_cap_bytes: int = 256 * 1024 * 1024
+    idempotency_key: str = ""
+    fingerprint: str = ""
+    prefix: str = ""
+    """Short hash of the prompt's beginning: a worker that holds it in its cache is preferred."""
+    resubmit: bool = False
+    """After Redis went back in time: admitted before, so no capacity check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Queued, or found: ``existing`` when the same id or idempotency key was known already."""
+
+    request_id: str
+    existing: bool
+    position: int
+    """Generations that wait ahead of this one."""
+    wait_ms: int
+    model_version: str
+    """The newest live version of the pool; empty while no worker has said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One generation that this worker now owns."""
+
+    id: str
+    fence: str
+    next: int
+    """Tokens already in the log; the worker reads them and continues there."""
+    chain: str
+    deaths: int
+    lane: str
+    admitted_ms: int
+    claimed_ms: int
+    body_bytes: int
+    spec: GenerationSpec | None
+    """None when the body is large: read it with :meth:`Broker.read_spec`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimAnswer:
+    generations: list[Claimed]
+    reserve: int = 0
+    """> 0: a large generation waits at the head; claim nothing else until this budget is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What one generation produced in one engine step.
+
+    ``prev_chain`` is the chain that the record continues ("" at position 0).
+    """
+
+    id: str
+    fence: str
+    prev_chain: str
+    record: TokenRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a publication was not accepted: ``lost``, ``gone``, ``unknown`` or ``realign``."""
+
+    id: str
+    kind: str
+    next: int = 0
+    chain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishAnswer:
+    refusals: list[Refusal]
+    waiting_tokens: int
+    """Backlog of the pool in tokens: a busy worker claims only when something waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """State and first page of a stream that now flows into the gateway's inbox (unless ended)."""
+
+    state: str
+    """``Q`` waiting, ``R`` running, ``T`` ended."""
+    next: int
+    chain: str
+    model_version: str
+    presentation: Presentation
+    attached: bool
+    retention_ms: int
+    entries: list[LogEntry]
+    """Entries that end at or behind the cursor, oldest first; more may follow by ``read``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    state: str
+    next: int
+    chain: str
+    entries: list[LogEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Tail check of a quiet stream. ``state`` is empty for an unknown id."""
+
+    id: str
+    state: str
+    next: int
+    subscribed: bool
+    rank: int
+    """Place in its lane while it waits, else -1."""
+
+
+class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker says of itself in each beat."""
+
+    model_version: str
+    max_cost: int
+    """Largest cost in tokens that this worker could ever take."""
+    tokens_per_second: float = 0.0
+    """Its own measured rate of work; used before the lane's drain rate is known."""
+    state: str = "ready"
+    pid: int = 0
+    host: str = ""
+    free_tokens: int = 0
+    steps: int = 0
+    """Engine steps so far: progress, for ``/ready`` and for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayBeat:
+    recreated: bool
+    """The inbox did not exist: everything must be attached again."""
+    last_id: str
+    """Where to read the inbox from when it was recreated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One generation that reap moved: ``requeued``, ``detached`` or ``closed`` with a code."""
+
+    id: str
+    move: str
+    cause: str
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    name: str
+    expires_in_ms: int
+    presence: WorkerPresence | None
+    held: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayState:
+    name: str
+    expires_in_ms: int
+    streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """One look at a pool, for ``/ready``, ``headrace status`` and metrics."""
+
+    workers: list[WorkerState]
+    gateways: list[GatewayState]
+    waiting: dict[str, int]
+    """Generations per lane, without those handed back."""
+    handed_back: int
+    backlog_tokens: dict[str, int]
+    oldest_wait_ms: int
+    drain_rate: float
+    """Tokens per second; 0.0 before the first measure."""
+    redis_version: str = ""
+    extra: dict[str, str] = field(default_factory=dict[str, str])
+
+
+__all__ = [
+    "Admission",
+    "Admitted",
+    "Attachment",
+    "ClaimAnswer",
+    "Claimed",
+    "Finish",
+    "GatewayBeat",
+    "GatewayState",
+    "Look",
+    "Moved",
+    "Page",
+    "PoolState",
+    "Presentation",
+    "Publication",
+    "PublishAnswer",
+    "Refusal",
+    "WorkerPresence",
+    "WorkerState",
+]

@@ -1,0 +1,93 @@
+"""Settings of each process: one class per role, every field an environment variable ``HEADRACE_…``.
+
+Nothing reads the environment at import: a process builds its settings once at start, and a bad value
+stops that start with the name of the field.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What every process knows."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HEADRACE_", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Redis ≥ 7.0 or Valkey: ``redis://``, ``rediss://`` or ``unix://``."""
+    data_dir: Path = Path("var")
+    """Models, logs and the embedded server's data."""
+    model: str = "SmolLM2-135M-Instruct"
+    """Name of the model in the store, which is also the name of its pool."""
+    log_dir: Path | None = None
+    """Where JSON lines go (``<role>.jsonl`` appended); unset: standard output."""
+    max_total_tokens: int = Field(4096, ge=2)
+    """Longest prompt plus answer in tokens; the model's own limit applies below it."""
+
+
+class GatewaySettings(Settings):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    payload_limit: int = Field(2_000_000, ge=1)
+    """Largest body in bytes."""
+    max_stop_sequences: int = Field(4, ge=0)
+    queue_limit_s: float = Field(60.0, gt=0)
+    """Longest wait in the queue; who would wait longer is refused at once with 429."""
+    run_limit_s: float = Field(600.0, gt=0)
+    """Longest run of a generation after its first claim."""
+    retention_s: float = Field(600.0, gt=0)
+    """How long an ended stream can still be read."""
+    disconnect_grace_s: float = Field(5.0, ge=0)
+    """How long a generation goes on without a reader, unless the request says otherwise."""
+    lane_cap_tokens: int = Field(4_000_000, ge=1)
+    """Most tokens of work (prompt plus allowed new tokens) that may wait in one lane."""
+    lane_cap_bytes: int = Field(256 * 1024 * 1024, ge=1)
+    """Most bytes of prompts that may wait in one lane."""
+    keep_alive_s: float = Field(15.0, gt=0)
+    """Silence after which a comment is sent on a stream."""
+    cors_allow_origin: tuple[str, ...] = ()
+    """Origins that a browser may call from; empty: only the gateway's own page."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long open streams may go on after SIGTERM."""
+
+
+class WorkerSettings(Settings):
+    """The engine side."""
+
+    engine: Literal["torch", "simulated"] = "torch"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 where the processor has it in hardware, else float32."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto``."""
+    max_batch_size: int = Field(32, ge=1, le=256)
+    """Most generations in one step; also the number of cache slots."""
+    max_batch_total_tokens: int = Field(65_536, ge=2)
+    """Most tokens of cache promised to running generations (prompt plus allowed new tokens)."""
+    max_step_tokens: int = Field(512, ge=1)
+    """Most tokens in one forward pass: decode rows first, then prefill chunks."""
+    lease_ms: int = Field(5000, ge=500)
+    beat_ms: int = Field(1500, ge=100)
+    drain_s: float = Field(20.0, ge=0)
+    """How long running generations may finish here after SIGTERM before they are handed over."""
+    step_timeout_s: float = Field(20.0, gt=0)
+    """A step that takes longer is a stall: beats stop and the process exits."""
+    simulated_first_token_ms: float = Field(20.0, ge=0)
+    simulated_inter_token_ms: float = Field(10.0, ge=0)
+
+
+class BackgroundSettings(Settings):
+    """The arq side: what has minutes."""
+
+
+def first_error(error: ValidationError) -> str:
+    """One line that names the offending setting as an option and as an environment variable."""
+    detail = error.errors()[0]
+    name = str(detail["loc"][0]) if detail["loc"] else "settings"
+    return f"{name} (HEADRACE_{name.upper()}): {detail['msg']}, got {detail.get('input')!r}"

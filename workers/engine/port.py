@@ -1,0 +1,83 @@
+"""The engine protocol: what a worker asks of any engine.
+
+An engine is driven by one thread (:mod:`workers.engine.loop`), does no I/O and knows nothing of
+Redis. ``torch`` and ``simulated`` implement it; an engine of somebody else's would stand behind the
+same four calls.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.messages import Finish, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation for the engine: its prompt, its parameters and what its log already holds.
+
+    ``logged`` are the tokens that earlier attempts produced; the engine prefills prompt and logged
+    tokens alike and continues behind them, with detokenizer and stop state rebuilt by replay.
+    """
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    logged: list[int] = field(default_factory=list[int])
+
+    @property
+    def cost(self) -> int:
+        """Cache positions this generation may need: prompt plus allowed new tokens."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one generation got out of one step; the fields are those of a token record.
+
+    ``start`` counts generated tokens only (the prompt is not in the log). ``finish`` set: the engine
+    has already freed everything that belongs to the generation. A failed one has no tokens.
+    """
+
+    id: str
+    start: int
+    tokens: list[int]
+    pieces: list[bytes]
+    logprobs: list[float]
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Room and work at the end of a step."""
+
+    running: int
+    waiting: int
+    free_tokens: int
+    """Cost that may still be claimed."""
+    free_slots: int
+
+
+class Engine(Protocol):
+    """Not thread-safe: every call comes from the engine thread."""
+
+    model_version: str
+    max_cost: int
+    """Largest ``EngineRequest.cost`` that can ever run here."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a generation. A known id is replaced: the old attempt is forgotten first."""
+        ...
+
+    def cancel(self, id: str) -> None:
+        """Forget a generation and free its cache before the next step; unknown ids are ignored."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Run one forward pass for all that runs and return what came out; [] when idle.
+
+        Raises nothing for one generation's fault: that one ends with ``Finish("failed", code)``.
+        An exception means that the engine as a whole is unusable.
+        """
+        ...
+
+    def load(self) -> EngineLoad: ...
