@@ -1,0 +1,46 @@
+"""All that talks to Redis: the protocol steps, the connection, the keys."""
+
+from common.broker.broker import Broker
+from common.broker.connection import Client, connect
+from common.broker.steps import (
+    Admission,
+    Admitted,
+    Attachment,
+    ClaimAnswer,
+    Claimed,
+    GatewayBeat,
+    GatewayState,
+    Look,
+    Moved,
+    Page,
+    PoolState,
+    Presentation,
+    Publication,
+    PublishAnswer,
+    Refusal,
+    WorkerPresence,
+    WorkerState,
+)
+
+__all__ = [
+    "Admission",
+    "Admitted",
+    "Attachment",
+    "Broker",
+    "ClaimAnswer",
+    "Claimed",
+    "Client",
+    "GatewayBeat",
+    "GatewayState",
+    "Look",
+    "Moved",
+    "Page",
+    "PoolState",
+    "Presentation",
+    "Publication",
+    "PublishAnswer",
+    "Refusal",
+    "WorkerPresence",
+    "WorkerState",
+    "connect",
+]

@@ -1,10 +1,10 @@
 """Arguments and answers of the protocol's steps; all times in milliseconds of Redis ``TIME``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
-from common.messages import Finish, GenerationSpec, Lane, LogEntry, TokenRecord
+from common.messages import GenerationSpec, Lane, LogEntry, TokenRecord
 
 
 class Presentation(msgspec.Struct, frozen=True, array_like=True):
@@ -216,27 +216,3 @@ class PoolState:
     oldest_wait_ms: int
     drain_rate: float
     """Tokens per second; 0.0 before the first measure."""
-    redis_version: str = ""
-    extra: dict[str, str] = field(default_factory=dict[str, str])
-
-
-__all__ = [
-    "Admission",
-    "Admitted",
-    "Attachment",
-    "ClaimAnswer",
-    "Claimed",
-    "Finish",
-    "GatewayBeat",
-    "GatewayState",
-    "Look",
-    "Moved",
-    "Page",
-    "PoolState",
-    "Presentation",
-    "Publication",
-    "PublishAnswer",
-    "Refusal",
-    "WorkerPresence",
-    "WorkerState",
-]

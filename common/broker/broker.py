@@ -1,0 +1,359 @@
+"""The broker: every protocol step of one pool partition, as one call each.
+
+What a step does is written in ``functions.lua``; here its arguments are packed and its answer is
+unpacked. All methods raise :class:`Failure` with ``BROKER_UNAVAILABLE``, ``BROKER_FULL`` or
+``PROTOCOL_TOO_NEW`` for what Redis itself answers.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from redis.exceptions import ResponseError
+
+from common.broker import keys, library
+from common.broker.connection import Client, mapped_errors
+from common.broker.steps import (
+    Admission,
+    Admitted,
+    Attachment,
+    ClaimAnswer,
+    Claimed,
+    GatewayBeat,
+    GatewayState,
+    Look,
+    Moved,
+    Page,
+    PoolState,
+    Presentation,
+    Publication,
+    PublishAnswer,
+    Refusal,
+    WorkerPresence,
+    WorkerState,
+)
+from common.failures import Failure
+from common.messages import LANES, GenerationSpec, LogEntry, Timing, TokenRecord
+
+MAX_PUBLICATIONS = 256
+"""Longest publish call; a batch may not be larger."""
+MAX_CHOICES = 16
+GATEWAY_LEASE_MS = 15_000
+_LONGEST_READ_MS = 30 * 60_000
+_BELL_MARGIN_S = 5.0
+
+_pack = msgspec.msgpack.Encoder().encode
+_record = msgspec.msgpack.Decoder(TokenRecord).decode
+_timing = msgspec.msgpack.Decoder(Timing).decode
+_spec = msgspec.msgpack.Decoder(GenerationSpec).decode
+_presentation = msgspec.msgpack.Decoder(Presentation).decode
+_presence = msgspec.msgpack.Decoder(WorkerPresence).decode
+_inbox = msgspec.msgpack.Decoder(list[tuple[str, TokenRecord, Timing | None]]).decode
+
+
+class Broker:
+    """One partition of a pool (a pool is one model name) on one Redis or Valkey."""
+
+    def __init__(self, redis: Client, pool: str, partition: int = 0) -> None:
+        self.pool = pool
+        self._redis = redis
+        self._prefix = keys.prefix(pool, partition)
+        self._clock = keys.clock(self._prefix)
+
+    async def load(self) -> None:
+        """Load the function library unless it is there."""
+        with mapped_errors():
+            try:
+                await self._redis.execute_command("FUNCTION", "LOAD", library.source())
+            except ResponseError as error:
+                if "already exists" not in str(error):
+                    raise
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _call(self, step: str, *args: bytes, read_only: bool = False) -> Any:
+        command = "FCALL_RO" if read_only else "FCALL"
+        function = f"{library.name()}_{step}"
+        with mapped_errors():
+            try:
+                return await self._redis.execute_command(command, function, 1, self._clock, *args)
+            except ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+            await self.load()
+            return await self._redis.execute_command(command, function, 1, self._clock, *args)
+
+    # Requests ------------------------------------------------------------------------------------
+
+    async def admit(self, admission: Admission) -> Admitted:
+        """Queue a request, all its choices or none.
+
+        Raises:
+            Failure: QUEUE_FULL with a measured ``retry_after_ms``, NO_WORKERS,
+                CONTEXT_LENGTH_EXCEEDED, IDEMPOTENCY_CONFLICT.
+        """
+        a = admission
+        room = a.spec.sampling.max_new_tokens
+        fields = (
+            a.request_id, min(a.num_choices, MAX_CHOICES), a.cost, room, a.lane, a.tenant, a.weight,
+            a.attached, a.grace_ms, a.queue_limit_ms, a.run_limit_ms, a.retention_ms,
+            a.lane_cap_tokens, a.lane_cap_bytes, a.idempotency_key, a.fingerprint, a.gateway,
+            a.prefix, a.resubmit,
+        )  # fmt: skip
+        answer = await self._call("admit", _pack(fields), _pack(a.spec), _pack(a.presentation))
+        kind = _text(answer[0])
+        if kind in ("accepted", "existing"):
+            _, request, position, wait, version = answer
+            return Admitted(_text(request), kind == "existing", position, wait, _text(version))
+        raise _refused(kind, int(answer[1]), _text(answer[2]))
+
+    async def cancel(self, generation_id: str, tenant: str) -> str:
+        """End a generation now, whoever holds it: ``cancelled``, ``ended`` or ``unknown``.
+
+        An unknown id leaves a tombstone for a minute, so that an admission still on its way is not
+        revived.
+        """
+        return _text((await self._call("cancel", _pack((generation_id, tenant))))[0])
+
+    # Workers -------------------------------------------------------------------------------------
+
+    async def claim(
+        self,
+        worker: str,
+        nonce: str,
+        turn: int,
+        *,
+        budget: int,
+        max_generations: int,
+        model_version: str,
+        prefixes: Sequence[str] = (),
+    ) -> ClaimAnswer:
+        """Take ownership of waiting generations whose cost fits into ``budget`` tokens.
+
+        ``nonce`` is new for each call and ``turn`` counts calls: a lost answer is handed back by
+        the beat that names the turn in ``seen`` without naming the generations.
+        """
+        fields = (
+            worker, nonce, turn, budget, min(max_generations, 32), model_version, list(prefixes),
+        )  # fmt: skip
+        reserve, found = await self._call("claim", _pack(fields))
+        return ClaimAnswer([_claimed(row) for row in found], reserve)
+
+    async def read_spec(self, request_id: str) -> GenerationSpec | None:
+        """The spec of a request whose body was too large for the claim's answer; None if it ended."""
+        body = await self._call("spec", _pack((request_id,)), read_only=True)
+        return _spec(body) if body else None
+
+    async def publish(
+        self, worker: str, publications: Sequence[Publication], *, lease_ms: int
+    ) -> PublishAnswer:
+        """Append what one engine step produced, for the whole batch, and renew the lease.
+
+        A repeated publication is accepted and changes nothing; a refused one names the reason.
+        """
+        if len(publications) > MAX_PUBLICATIONS:
+            raise ValueError(f"at most {MAX_PUBLICATIONS} publications per call")
+        items = [_publication_head(item) for item in publications]
+        records = [_pack(item.record) for item in publications]
+        waiting, refusals = await self._call("publish", _pack((worker, lease_ms, items)), *records)
+        return PublishAnswer(
+            [
+                Refusal(_text(id), _text(kind), int(at), _text(chain))
+                for id, kind, at, chain in refusals
+            ],
+            waiting,
+        )
+
+    async def release(self, worker: str, held: Sequence[tuple[str, str]]) -> None:
+        """Hand generations back at once; ``held`` are (id, fence). Send after their last publish."""
+        await self._call("release", _pack((worker, held)))
+
+    async def beat_worker(
+        self,
+        worker: str,
+        presence: WorkerPresence,
+        *,
+        seen: int,
+        holding: Sequence[str],
+        lease_ms: int,
+    ) -> list[str]:
+        """Renew the lease and say what is held; answers the ids that Redis handed back for it.
+
+        ``seen`` is the highest claim turn whose answer was handled or given up: what was claimed up
+        to then and is not in ``holding`` was lost on the way and goes back without a death.
+        """
+        fields = (
+            worker, lease_ms, seen, presence.model_version, presence.max_cost,
+            presence.tokens_per_second, list(holding),
+        )  # fmt: skip
+        answer = await self._call("beat_worker", _pack(fields), _pack(presence))
+        return [_text(id) for id in answer]
+
+    async def leave_worker(self, worker: str) -> None:
+        """End the lease at once; what is still held goes back."""
+        await self._call("leave_worker", _pack((worker,)))
+
+    async def wait_for_bell(self, timeout_s: float) -> bool:
+        """Wait until something may have been queued; False after ``timeout_s``."""
+        with mapped_errors():
+            rung = await self._redis.blpop([keys.bell(self._prefix)], timeout=timeout_s)
+        return rung is not None
+
+    # Gateways ------------------------------------------------------------------------------------
+
+    async def attach(
+        self, gateway: str, generation_id: str, tenant: str, cursor: int
+    ) -> Attachment | None:
+        """Subscribe and read state and first page in one step, so that nothing falls between.
+
+        None: unknown, expired, or another tenant's. The caller's mailbox must exist before.
+        """
+        answer = await self._call("attach", _pack((gateway, generation_id, tenant, cursor)))
+        if answer is None:
+            return None
+        state, at, chain, version, out, attached, retention, entries = answer
+        return Attachment(
+            state=_text(state),
+            next=at,
+            chain=_text(chain),
+            model_version=_text(version),
+            presentation=_presentation(out),
+            attached=bool(attached),
+            retention_ms=retention,
+            entries=_entries(entries),
+        )
+
+    async def detach(self, gateway: str, generation_id: str) -> None:
+        """Stop reading; the last reader's leaving starts the grace time of an attached request."""
+        await self._call("detach", _pack((gateway, generation_id)))
+
+    async def read(self, generation_id: str, cursor: int) -> Page | None:
+        """Log entries that end at or behind ``cursor`` (≤ 256 or 64 KB); None when it is gone."""
+        answer = await self._call("read", _pack((generation_id, cursor)), read_only=True)
+        if answer is None:
+            return None
+        state, at, chain, entries = answer
+        return Page(_text(state), at, _text(chain), _entries(entries))
+
+    async def look(self, gateway: str, generation_ids: Sequence[str]) -> list[Look]:
+        """State of quiet streams (≤ 256): heals what a lost inbox record would leave hanging."""
+        rows = await self._call("look", _pack((gateway, list(generation_ids))), read_only=True)
+        return [
+            Look(id, _text(state), at, bool(subscribed), rank)
+            for id, (state, at, subscribed, rank) in zip(generation_ids, rows, strict=True)
+        ]
+
+    async def beat_gateway(
+        self, gateway: str, *, reading: Sequence[str] = (), lease_ms: int = GATEWAY_LEASE_MS
+    ) -> GatewayBeat:
+        """Renew the lease and the inbox. ``recreated``: attach every stream again.
+
+        ``reading`` are ended streams that a slow client still reads; their log lives on meanwhile,
+        at most half an hour per beat.
+        """
+        prolonged = [(id, min(4 * lease_ms, _LONGEST_READ_MS)) for id in reading]
+        recreated, last = await self._call("beat_gateway", _pack((gateway, lease_ms, prolonged)))
+        return GatewayBeat(bool(recreated), _text(last))
+
+    async def leave_gateway(self, gateway: str) -> None:
+        """Detach from everything and end the lease at once."""
+        await self._call("leave_gateway", _pack((gateway,)))
+
+    async def read_inbox(
+        self, gateway: str, after: str, block_ms: int
+    ) -> tuple[str, list[tuple[str, LogEntry]]]:
+        """Wait for inbox records behind the stream id ``after``.
+
+        Returns the id to continue from and (generation id, entry) in order; empty after
+        ``block_ms``.
+        """
+        inbox = keys.inbox(self._prefix, gateway)
+        with mapped_errors():
+            answer: Any = await self._redis.xread({inbox: after}, count=64, block=block_ms)
+        items: list[tuple[str, LogEntry]] = []
+        for record_id, record_fields in answer[0][1] if answer else ():
+            after = _text(record_id)
+            items += [
+                (id, LogEntry(record, timing)) for id, record, timing in _inbox(record_fields[b"r"])
+            ]
+        return after, items
+
+    # Everybody -----------------------------------------------------------------------------------
+
+    async def reap(self) -> list[Moved]:
+        """Move what dead processes held and what is due; any process may call it, once a second."""
+        return [Moved(*map(_text, row)) for row in await self._call("reap")]
+
+    async def state(self) -> PoolState:
+        """One look at the partition."""
+        workers, gateways, lanes, again, oldest, rate = await self._call("state", read_only=True)
+        return PoolState(
+            workers=[
+                WorkerState(
+                    _text(name),
+                    expires,
+                    _presence(blob) if blob else None,
+                    [_text(id) for id in held],
+                )
+                for name, expires, blob, held in workers
+            ],
+            gateways=[GatewayState(_text(name), expires, n) for name, expires, n in gateways],
+            waiting={lane: row[0] for lane, row in zip(LANES, lanes, strict=True)},
+            handed_back=again,
+            backlog_tokens={lane: row[1] for lane, row in zip(LANES, lanes, strict=True)},
+            oldest_wait_ms=oldest,
+            drain_rate=float(rate),
+        )
+
+
+def _text(value: bytes) -> str:
+    return value.decode()
+
+
+def _refused(code: str, wait_ms: int, cause: str) -> Failure:
+    if code != "QUEUE_FULL":
+        return Failure(code)
+    messages = {
+        "tokens": "The lane is full: too many tokens wait already",
+        "bytes": "The lane is full: too many bytes of prompts wait already",
+        "wait": "The wait would be longer than the queue limit",
+    }
+    return Failure(code, messages[cause], retry_after_ms=max(1000, wait_ms))
+
+
+def _claimed(row: Sequence[Any]) -> Claimed:
+    id, fence, at, chain, deaths, lane, admitted, claimed, size, body = row
+    return Claimed(
+        id=_text(id),
+        fence=_text(fence),
+        next=at,
+        chain=_text(chain),
+        deaths=deaths,
+        lane=_text(lane),
+        admitted_ms=admitted,
+        claimed_ms=claimed,
+        body_bytes=size,
+        spec=_spec(body) if body else None,
+    )
+
+
+def _publication_head(item: Publication) -> tuple[str, str, int, int, str, str, str, str]:
+    record = item.record
+    finish = record.finish
+    return (
+        item.id,
+        item.fence,
+        record.start,
+        len(record.tokens),
+        item.prev_chain,
+        record.chain,
+        finish.reason if finish else "",
+        finish.code if finish else "",
+    )
+
+
+def _entries(rows: Iterable[tuple[bytes, bytes]]) -> list[LogEntry]:
+    return [
+        LogEntry(_record(record), _timing(timing) if timing else None) for record, timing in rows
+    ]

@@ -1,0 +1,82 @@
+"""Connections to Redis: how they are opened, and what its errors mean to us."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from common.failures import Failure
+
+if TYPE_CHECKING:
+    Client = Redis[bytes]
+else:
+    Client = Redis
+
+_COMMAND_TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 32
+_POOL_WAIT_S = 5.0
+_UNAVAILABLE = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    BusyLoadingError,
+    ReadOnlyError,
+    ClusterDownError,
+)
+_FAILOVER_PREFIXES = ("MASTERDOWN", "NOREPLICAS", "LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
+
+
+def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> "Client":
+    """Open a client for ``redis_url``; nothing is sent before the first command.
+
+    ``blocking`` is for a task that sits in BLPOP or XREAD: no read timeout, one connection.
+    ``single`` sends everything through one connection in order, as claim, publish and release need.
+    """
+    options: dict[str, Any] = {
+        "socket_connect_timeout": _COMMAND_TIMEOUT_S,
+        "socket_keepalive": not redis_url.startswith("unix:") or None,
+        "socket_timeout": None if blocking else _COMMAND_TIMEOUT_S,
+    }
+    if redis_url.startswith("unix:"):
+        del options["socket_connect_timeout"], options["socket_keepalive"]
+    if blocking or single:
+        return Redis.from_url(redis_url, single_connection_client=True, **options)
+    pool = BlockingConnectionPool.from_url(
+        redis_url, max_connections=_MAX_CONNECTIONS, timeout=_POOL_WAIT_S, **options
+    )
+    return Redis(connection_pool=pool)
+
+
+def failure_from(error: RedisError | OSError) -> Failure:
+    """The failure that an error of Redis or of its connection stands for."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or text.startswith("OOM"):
+        return Failure("BROKER_FULL")
+    if text.startswith("PROTOCOL_TOO_NEW"):
+        return Failure("PROTOCOL_TOO_NEW", text)
+    if isinstance(error, (*_UNAVAILABLE, OSError)) or text.startswith(_FAILOVER_PREFIXES):
+        return Failure(
+            "BROKER_UNAVAILABLE", f"Redis cannot be reached: {text or type(error).__name__}"
+        )
+    return Failure("INTERNAL", f"Redis refused a command: {text}")
+
+
+@contextmanager
+def mapped_errors() -> Iterator[None]:
+    """Turn what redis-py raises into failures; "Function not found" passes, the caller loads it."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        if isinstance(error, ResponseError) and "Function not found" in str(error):
+            raise
+        raise failure_from(error) from error

@@ -1,0 +1,922 @@
+#!lua name=@library@
+
+-- The protocol between gateways, Redis and workers: every step is one atomic function.
+--
+-- Written for Lua 5.1 on Redis >= 7.0 and Valkey. KEYS[1] is the partition's clock key; all other
+-- keys share its prefix and so its hash tag and its Cluster slot. Arguments are one msgpack array
+-- (ARGV[1]); what is binary comes as arguments of its own, because cmsgpack knows no bin type.
+-- All times are milliseconds of TIME. Each function reads and checks first and writes afterwards:
+-- an error in the middle would leave the writes before it. No loop runs over anything unbounded.
+--
+-- Keys behind the prefix, and how long each lives:
+--   gen:<id>            hash    one generation                          set at admit; retention at close
+--   spec:<request>      hash    prompt and parameters {body, left}      as gen; gone when the last choice ended
+--   log:<id>            stream  token log, ids <end>-0 and <end>-1      run limit + retention; retention at close
+--   idem:<tenant>:<key> string  fingerprint and request                 as gen
+--   lane:<lane>         zset    fresh waiting generations by tag        1 day
+--   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms  1 day
+--   due                 zset    id -> next moment to look at it         1 day
+--   held:<worker>       zset    id -> turn of the claim call            1 day
+--   subs:<gateway>      set     ids that the gateway reads              1 day
+--   leases, gateways    zset    process -> end of its lease             1 day
+--   versions            zset    model version -> last beat              1 day
+--   tenants, backlog    hash    finish tags; waiting work, drain rate   1 day
+--   clock               hash    run id and last sight of the server     1 day
+--   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
+--   worker:<worker>     hash    presence                                15 s
+--   inbox:<gateway>     stream  packed records                          30 s
+--   bell                list    wakes workers                           1 min
+
+local PROTOCOL = 1
+local LANES = { 'priority', 'default', 'flex', 'batch' }
+local RANK = { priority = 0, default = 1, flex = 2, batch = 3 }
+local RANK_WIDTH = 1e13            -- above any time in ms, exact in a double with four ranks
+local HEAD_LIMIT_MS = { priority = 5000, default = 5000, flex = 60000, batch = 1800000 }
+local TAG_SCALE = 1000             -- tags are integers: thousandths of a token at weight 1
+local WORKER_LEASE_MS = 5000       -- used when leases are re-based; beats name their own
+local GATEWAY_LEASE_MS = 15000
+local SLEPT_MS = 5000              -- nobody looked at the clock for so long: the machine slept
+local RESERVE_AFTER_MS = 2000      -- a large head that waits longer gets a worker emptied for it
+local PREFIX_PATIENCE_MS = 250     -- a cached prefix may overtake a head no older than this
+local POISON_DEATHS = 3            -- until suspects run on probation, the third death quarantines
+local VERSION_SILENCE_MS = 60000   -- after this without a beat a model version counts as gone
+local NO_WORKER_GRACE_MS = 30000   -- a pool whose worker just restarts still accepts
+local TOMBSTONE_MS = 60000
+local MAX_CANDIDATES = 64
+local MAX_LOOKAHEAD = 16
+local MAX_MOVES = 64
+local MAX_LEASES = 1024
+local INLINE_BODY_BYTES = 32768
+local MAX_ANSWER_BYTES = 1048576
+local PAGE_ENTRIES = 256
+local PAGE_BYTES = 65536
+local INBOX_RECORDS = 2048
+local MINUTE_MS, DAY_MS = 60000, 86400000
+local RETRYABLE = { QUEUE_TIMEOUT = true, ENGINE_ERROR = true }
+
+local function number(x) return string.format('%.0f', x) end   -- tostring keeps only 14 digits
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function prefix_of(keys) return string.sub(keys[1], 1, -6) end   -- '…clock' without 'clock'
+
+local function keep(key) redis.call('PEXPIRE', key, DAY_MS) end
+
+local function request_of(id) return string.match(id, '^(.*)%.[^.]*$') or id end
+
+-- Splits the subscriber field; it holds a few names of 12 characters.
+local function names(text)
+  local found = {}
+  for name in string.gmatch(text or '', '%S+') do found[#found + 1] = name end
+  return found
+end
+
+local function without(text, name)
+  local rest = {}
+  for _, other in ipairs(names(text)) do
+    if other ~= name then rest[#rest + 1] = other end
+  end
+  return table.concat(rest, ' ')
+end
+
+local function has(text, name) return string.find(' ' .. (text or '') .. ' ', ' ' .. name .. ' ', 1, true) end
+
+-- The generation as a table with numbers where numbers are stored, or nil.
+local function load(P, id)
+  local flat = redis.call('HGETALL', P .. 'gen:' .. id)
+  if #flat == 0 then return nil end
+  local g = {}
+  for i = 1, #flat, 2 do g[flat[i]] = flat[i + 1] end
+  if tonumber(g.v) > PROTOCOL then error({ err = 'PROTOCOL_TOO_NEW generation ' .. id .. ' has version ' .. g.v }) end
+  for _, field in ipairs({ 'epoch', 'next', 'deaths', 'cost', 'room', 'bytes', 'tag', 'grace', 't0', 't1', 't2',
+                           'deadline', 'run_limit', 'retention', 'weight' }) do
+    g[field] = tonumber(g[field]) or 0
+  end
+  return g
+end
+
+-- The last moment of a generation: its queue deadline before the first claim, then its run limit.
+local function limit_of(g)
+  if g.t1 == 0 then return g.deadline end
+  return g.t1 + g.run_limit
+end
+
+local function is_unread(g) return g.mode == 'attached' and g.subs == '' end
+
+local function ring(P)
+  if redis.call('LLEN', P .. 'bell') < math.max(1, redis.call('ZCARD', P .. 'leases')) then
+    redis.call('LPUSH', P .. 'bell', '1')
+  end
+  redis.call('PEXPIRE', P .. 'bell', MINUTE_MS)
+end
+
+-- Waiting ---------------------------------------------------------------------------------------
+
+local function count_backlog(P, g, sign)
+  local key = P .. 'backlog'
+  redis.call('HINCRBY', key, g.lane .. '.tokens', number(sign * g.cost))
+  redis.call('HINCRBY', key, g.lane .. '.bytes', number(sign * g.bytes))
+  keep(key)
+end
+
+local function enqueue(P, id, g, queue, score)
+  g.q = queue
+  redis.call('ZADD', P .. queue, number(score), id)
+  keep(P .. queue)
+  redis.call('HSET', P .. 'gen:' .. id, 'st', 'Q', 'q', queue, 'fence', '', 'own', '')
+  count_backlog(P, g, 1)
+  ring(P)
+end
+
+local function dequeue(P, id, g)
+  redis.call('ZREM', P .. g.q, id)
+  count_backlog(P, g, -1)
+end
+
+local function waiting_tokens(P)
+  local total = 0
+  for _, tokens in ipairs(redis.call('HMGET', P .. 'backlog', 'priority.tokens', 'default.tokens', 'flex.tokens', 'batch.tokens')) do
+    total = total + (tonumber(tokens) or 0)
+  end
+  return total
+end
+
+-- R -> Q. What has shown tokens may only be continued by its own model version; what has killed two
+-- workers stays out of the lane, so that it never blocks its head.
+local function hand_back(P, id, g)
+  redis.call('ZREM', P .. 'held:' .. g.own, id)
+  if g.next == 0 and g.deaths < 2 then
+    enqueue(P, id, g, 'lane:' .. g.lane, g.tag)
+  else
+    local score = RANK[g.lane] * RANK_WIDTH + g.t0
+    enqueue(P, id, g, g.next > 0 and ('again:' .. g.ver) or 'again:any', score)
+  end
+  g.st = 'Q'
+end
+
+-- Delivery --------------------------------------------------------------------------------------
+
+-- An outbox gathers, per gateway, what one call has to tell it; it becomes one inbox record each.
+local function post(outbox, subscribers, id, record, timing)
+  for _, gateway in ipairs(names(subscribers)) do
+    local items = outbox[gateway] or {}
+    outbox[gateway] = items
+    items[#items + 1] = '\147' .. cmsgpack.pack(id) .. record .. (timing or '\192')   -- [id, record, timing or nil]
+  end
+end
+
+local function array_header(n)
+  if n < 16 then return string.char(144 + n) end
+  return string.char(220, math.floor(n / 256), n % 256)
+end
+
+local function deliver(P, outbox)
+  for gateway, items in pairs(outbox) do
+    redis.call('XADD', P .. 'inbox:' .. gateway, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_RECORDS, '*',
+      'r', array_header(#items) .. table.concat(items))
+  end
+end
+
+-- Ending ----------------------------------------------------------------------------------------
+
+local function timing_of(g, now)
+  return '\153' .. cmsgpack.pack(g.t0) .. cmsgpack.pack(g.t1) .. cmsgpack.pack(g.t2) .. cmsgpack.pack(now) .. cmsgpack.pack(g.epoch) .. cmsgpack.pack(g.deaths)
+    .. cmsgpack.pack(g.ver or '') .. cmsgpack.pack(g.own or '') .. cmsgpack.pack(g.lane)
+end
+
+-- [start, chain, [], [], nil, [reason, code, message]]: an end without tokens.
+local function end_record(g, reason, code, message)
+  return '\150' .. cmsgpack.pack(g.next) .. cmsgpack.pack(g.chain) .. '\144\144\192'
+    .. '\147' .. cmsgpack.pack(reason) .. cmsgpack.pack(code) .. cmsgpack.pack(message)
+end
+
+local function refund_tag(P, g)
+  local unused = g.room - g.next
+  if unused <= 0 then return end
+  local field = 't.' .. g.lane .. '.' .. g.tenant
+  local tags = redis.call('HMGET', P .. 'tenants', field, 'v.' .. g.lane)
+  if not tags[1] then return end
+  local floor = tonumber(tags[2]) or 0
+  redis.call('HSET', P .. 'tenants', field,
+    number(math.max(floor, tonumber(tags[1]) - math.floor(unused * TAG_SCALE / g.weight))))
+end
+
+-- Q or R -> T, with the one terminal entry. `record` is given by publish together with the last
+-- tokens (g.next and g.chain then already stand behind them); everybody else ends without tokens.
+local function close(P, id, g, now, outbox, reason, code, message, record)
+  record = record or end_record(g, reason, code, message or '')
+  if g.st == 'Q' then dequeue(P, id, g) else redis.call('ZREM', P .. 'held:' .. g.own, id) end
+  local timing = timing_of(g, now)
+  local log = P .. 'log:' .. id
+  redis.call('XADD', log, number(g.next) .. '-1', 'r', record, 'm', timing)
+  redis.call('PEXPIRE', log, g.retention)
+  local gen = P .. 'gen:' .. id
+  redis.call('HSET', gen, 'st', 'T', 'next', number(g.next), 'chain', g.chain, 't2', number(g.t2), 'own', '', 'q', '',
+    'subs', '', 'end', code ~= '' and code or reason, 't3', number(now))
+  redis.call('PEXPIRE', gen, g.retention)
+  local spec = P .. 'spec:' .. request_of(id)
+  if redis.call('EXISTS', spec) == 1 and redis.call('HINCRBY', spec, 'left', -1) <= 0 then redis.call('UNLINK', spec) end
+  redis.call('ZREM', P .. 'due', id)
+  refund_tag(P, g)
+  post(outbox, g.subs, id, record, timing)
+  for _, gateway in ipairs(names(g.subs)) do redis.call('SREM', P .. 'subs:' .. gateway, id) end
+  redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
+    'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '')
+  keep(P .. 'ended')
+  if g.idem ~= '' then
+    local idem = P .. 'idem:' .. g.tenant .. ':' .. g.idem
+    if RETRYABLE[code] and g.next == 0 then redis.call('DEL', idem) else redis.call('PEXPIRE', idem, g.retention) end
+  end
+  g.st = 'T'
+end
+
+local function unsubscribe(P, id, g, gateway, now, outbox)
+  g.subs = without(g.subs, gateway)
+  redis.call('SREM', P .. 'subs:' .. gateway, id)
+  if g.st == 'T' then return end
+  redis.call('HSET', P .. 'gen:' .. id, 'subs', g.subs)
+  if not is_unread(g) then return end
+  if g.grace == 0 then
+    close(P, id, g, now, outbox, 'cancelled', '')
+  else
+    redis.call('ZADD', P .. 'due', 'LT', number(math.min(now + g.grace, limit_of(g))), id)
+  end
+end
+
+-- The clock -------------------------------------------------------------------------------------
+
+local function rebase(key, now, lease)
+  for _, process in ipairs(redis.call('ZRANGE', key, 0, MAX_LEASES - 1)) do
+    redis.call('ZADD', key, number(now + lease), process)
+  end
+end
+
+-- Nobody has died of a restart of Redis, a clock that was set, or a machine that slept: in these
+-- cases every lease starts again. (Settling after a rollback will hook in here as well.)
+local function guard(P, now)
+  local key = P .. 'clock'
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  local stored = redis.call('HMGET', key, 'run', 'seen')
+  local seen = tonumber(stored[2])
+  if stored[1] ~= run or not seen or now < seen - 1000 or now - seen > SLEPT_MS then
+    rebase(P .. 'leases', now, WORKER_LEASE_MS)
+    rebase(P .. 'gateways', now, GATEWAY_LEASE_MS)
+  end
+  redis.call('HSET', key, 'run', run, 'seen', number(now))
+  keep(key)
+end
+
+-- Admission -------------------------------------------------------------------------------------
+
+local function newest_version(P) return redis.call('ZRANGE', P .. 'versions', 0, 0, 'REV')[1] or '' end
+
+-- Why the pool cannot take this cost: a failure code, or nil.
+local function unservable(P, now, cost)
+  local live = redis.call('ZRANGE', P .. 'leases', number(now), '+inf', 'BYSCORE', 'LIMIT', 0, MAX_LEASES)
+  if #live == 0 then
+    local last = redis.call('ZRANGE', P .. 'versions', 0, 0, 'REV', 'WITHSCORES')
+    if last[2] and now - tonumber(last[2]) < NO_WORKER_GRACE_MS then return nil end
+    return 'NO_WORKERS'
+  end
+  for _, worker in ipairs(live) do
+    local max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. worker, 'max_cost'))
+    if not max_cost or cost <= max_cost then return nil end
+  end
+  return 'CONTEXT_LENGTH_EXCEEDED'
+end
+
+-- Tokens per second that leave the queue: measured while something waited, else what workers say.
+local function drain_rate(P)
+  local measured = tonumber(redis.call('HGET', P .. 'backlog', 'rate'))
+  if measured and measured > 0 then return measured end
+  local sum = 0
+  for _, worker in ipairs(redis.call('ZRANGE', P .. 'leases', 0, MAX_CANDIDATES - 1)) do
+    sum = sum + (tonumber(redis.call('HGET', P .. 'worker:' .. worker, 'rate')) or 0)
+  end
+  return sum
+end
+
+local function wait_ms(P, lane)
+  local ahead = 0
+  for rank = 0, RANK[lane] do
+    ahead = ahead + (tonumber(redis.call('HGET', P .. 'backlog', LANES[rank + 1] .. '.tokens')) or 0)
+  end
+  local rate = ahead > 0 and drain_rate(P) or 0
+  return rate > 0 and math.floor(ahead * 1000 / rate) or 0
+end
+
+-- Start tag and finish tag of a tenant's next generation (self-clocked fair queueing). The lift to
+-- the lane's head as well as to `v` keeps a newcomer from starting at 0 after `tenants` expired.
+local function next_tag(P, lane, tenant)
+  local tags = redis.call('HMGET', P .. 'tenants', 'v.' .. lane, 't.' .. lane .. '.' .. tenant)
+  local head = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, 0, 'WITHSCORES')
+  return math.max(tonumber(tags[1]) or 0, tonumber(head[2]) or 0, tonumber(tags[2]) or 0)
+end
+
+-- ARGV: [request, choices, cost, room, lane, tenant, weight, attached, grace, queue limit, run limit,
+--        retention, cap tokens, cap bytes, idem, fingerprint, gateway, prefix, resubmit], body, out
+local function admit(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local a, body, out = cmsgpack.unpack(args[1]), args[2], args[3]
+  local request, choices, cost, room, lane, tenant, weight = a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+  local idem, fingerprint, gateway, resubmit = a[15], a[16], a[17], a[19]
+  local idem_key = P .. 'idem:' .. tenant .. ':' .. idem
+
+  if idem ~= '' then
+    local known = redis.call('GET', idem_key)
+    if known then
+      local print, other = string.match(known, '^(%S*) (.*)$')
+      if print ~= fingerprint then return { 'IDEMPOTENCY_CONFLICT', 0, '' } end
+      if other ~= request then return { 'existing', other, 0, 0, newest_version(P) } end
+    end
+  end
+  if redis.call('EXISTS', P .. 'gen:' .. request .. '.0') == 1 then
+    return { 'existing', request, 0, 0, newest_version(P) }
+  end
+  local total, wait = cost * choices, 0
+  if not resubmit then
+    local refusal = unservable(P, now, cost)
+    if refusal then return { refusal, 0, '' } end
+    local held = redis.call('HMGET', P .. 'backlog', lane .. '.tokens', lane .. '.bytes')
+    wait = wait_ms(P, lane)
+    if (tonumber(held[1]) or 0) + total > a[13] then return { 'QUEUE_FULL', wait, 'tokens' } end
+    if (tonumber(held[2]) or 0) + #body > a[14] then return { 'QUEUE_FULL', wait, 'bytes' } end
+    if wait > a[10] then return { 'QUEUE_FULL', wait - a[10], 'wait' } end
+  end
+
+  local ttl = a[10] + a[11] + a[12] + 5 * MINUTE_MS
+  local spec, tag = P .. 'spec:' .. request, next_tag(P, lane, tenant)
+  local position = redis.call('ZCARD', P .. 'lane:' .. lane)
+  redis.call('HSET', spec, 'body', body, 'left', choices)
+  redis.call('PEXPIRE', spec, ttl)
+  for choice = 0, choices - 1 do
+    local id = request .. '.' .. choice
+    local gen = P .. 'gen:' .. id
+    local g = { lane = lane, cost = cost, bytes = math.floor(#body / choices) }
+    redis.call('HSET', gen, 'v', PROTOCOL, 'epoch', 0, 'next', 0, 'chain', '', 'deaths', 0, 'lane', lane,
+      'tenant', tenant, 'weight', weight, 'cost', number(cost), 'room', number(room), 'bytes', g.bytes,
+      'tag', number(tag), 'ver', '', 'prefix', a[18], 'subs', gateway, 'mode', a[8] and 'attached' or 'detached',
+      'grace', number(a[9]), 't0', number(now), 't1', 0, 't2', 0, 'deadline', number(now + a[10]),
+      'run_limit', number(a[11]), 'retention', number(a[12]), 'out', out, 'idem', idem)
+    redis.call('PEXPIRE', gen, ttl)
+    enqueue(P, id, g, 'lane:' .. lane, tag)
+    -- After a rollback a client may have left already: then only its grace time is granted.
+    local patience = (resubmit and gateway == '' and a[8]) and math.min(a[9], a[10]) or a[10]
+    redis.call('ZADD', P .. 'due', number(now + patience), id)
+    if gateway ~= '' then redis.call('SADD', P .. 'subs:' .. gateway, id) end
+    tag = tag + math.max(1, math.floor(cost * TAG_SCALE / weight))
+  end
+  if gateway ~= '' then keep(P .. 'subs:' .. gateway) end
+  keep(P .. 'due')
+  redis.call('HSET', P .. 'tenants', 't.' .. lane .. '.' .. tenant, number(tag))
+  keep(P .. 'tenants')
+  if idem ~= '' then redis.call('SET', idem_key, fingerprint .. ' ' .. request, 'PX', ttl) end
+  return { 'accepted', request, position, wait, newest_version(P) }
+end
+
+-- Claiming --------------------------------------------------------------------------------------
+
+-- A moving average of claimed cost per second, over windows in which something always waited.
+local function measure_drain(P, now, taken)
+  local key = P .. 'backlog'
+  if waiting_tokens(P) <= 0 then
+    redis.call('HDEL', key, 'since', 'sum')
+    return
+  end
+  local window = redis.call('HMGET', key, 'since', 'sum', 'rate')
+  local since, sum = tonumber(window[1]), (tonumber(window[2]) or 0) + taken
+  if not since then
+    redis.call('HSET', key, 'since', number(now), 'sum', 0)
+  elseif now - since < 1000 then
+    redis.call('HSET', key, 'sum', number(sum))
+  else
+    local sample = sum * 1000 / (now - since)
+    local old = tonumber(window[3])
+    local rate = old and (0.7 * old + 0.3 * sample) or sample
+    redis.call('HSET', key, 'since', number(now), 'sum', 0, 'rate', string.format('%.3f', rate))
+  end
+end
+
+-- One claim call: what it may still take, and what it took.
+local function take(P, id, g, picker)
+  if g.q == 'lane:' .. g.lane then
+    redis.call('HSET', P .. 'tenants', 'v.' .. g.lane, number(g.tag))
+    keep(P .. 'tenants')
+  end
+  dequeue(P, id, g)
+  g.epoch = g.epoch + 1
+  if g.t1 == 0 then g.t1 = picker.now end
+  local fence = number(g.epoch) .. '.' .. picker.nonce
+  local ver = g.next > 0 and g.ver or picker.version
+  redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(g.epoch), 'fence', fence, 'own', picker.worker,
+    'ver', ver, 't1', number(g.t1))
+  redis.call('ZADD', P .. 'held:' .. picker.worker, number(picker.turn), id)
+  if not is_unread(g) then redis.call('ZADD', P .. 'due', number(limit_of(g)), id) end
+  picker.budget = picker.budget - g.cost
+  picker.taken = picker.taken + g.cost
+  local spec = P .. 'spec:' .. request_of(id)
+  local size, body = redis.call('HSTRLEN', spec, 'body'), ''
+  if size <= INLINE_BODY_BYTES and picker.bytes + size <= MAX_ANSWER_BYTES then body = redis.call('HGET', spec, 'body') or '' end
+  picker.bytes = picker.bytes + #body
+  picker.found[#picker.found + 1] = { id, fence, g.next, g.chain, g.deaths, g.lane, g.t0, g.t1, size, body }
+end
+
+-- Looks at one candidate. Returns false when the call must stop: full, or room is being reserved.
+local function consider(P, queue, id, is_head, picker)
+  if #picker.found >= picker.max or picker.looked >= MAX_CANDIDATES then return false end
+  picker.looked = picker.looked + 1
+  local g = load(P, id)
+  if not g or g.st ~= 'Q' or g.q ~= queue then
+    redis.call('ZREM', P .. queue, id)
+    return true
+  end
+  if picker.now >= limit_of(g) then
+    close(P, id, g, picker.now, picker.outbox, 'failed', g.t1 == 0 and 'QUEUE_TIMEOUT' or 'GENERATION_TIMEOUT')
+    return true
+  end
+  if g.cost <= picker.budget then
+    take(P, id, g, picker)
+  elseif is_head and picker.now - g.t0 > RESERVE_AFTER_MS and g.cost <= picker.max_cost then
+    picker.reserve = g.cost
+    return false
+  end
+  return true
+end
+
+-- The first of a lane, those with a cached prefix first unless the head has waited too long.
+local function lookahead(P, lane, picker)
+  local ids = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, MAX_LOOKAHEAD - 1)
+  if #ids == 0 or not next(picker.prefixes) then return ids end
+  if picker.now - (tonumber(redis.call('HGET', P .. 'gen:' .. ids[1], 't0')) or 0) > PREFIX_PATIENCE_MS then return ids end
+  local cached, others = {}, {}
+  for _, id in ipairs(ids) do
+    local prefix = redis.call('HGET', P .. 'gen:' .. id, 'prefix')
+    local list = prefix and prefix ~= '' and picker.prefixes[prefix] and cached or others
+    list[#list + 1] = id
+  end
+  for _, id in ipairs(others) do cached[#cached + 1] = id end
+  return cached
+end
+
+local function pick_from(P, queue, ids, picker)
+  for i, id in ipairs(ids) do
+    if not consider(P, queue, id, i == 1, picker) then return false end
+  end
+  return true
+end
+
+-- The lowest lane whose head has waited beyond its limit gets one pick: strict order cannot starve
+-- it, and promotion cannot take over.
+local function pick_starved(P, picker)
+  for rank = #LANES, 1, -1 do
+    local lane = LANES[rank]
+    local id = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, 0)[1]
+    local since = id and tonumber(redis.call('HGET', P .. 'gen:' .. id, 't0'))
+    if since and picker.now - since > HEAD_LIMIT_MS[lane] then return consider(P, 'lane:' .. lane, id, true, picker) end
+  end
+  return true
+end
+
+local function pick_by_rank(P, picker)
+  for rank, lane in ipairs(LANES) do
+    local from, to = number((rank - 1) * RANK_WIDTH), '(' .. number(rank * RANK_WIDTH)
+    for _, queue in ipairs({ 'again:' .. picker.version, 'again:any' }) do
+      local ids = redis.call('ZRANGE', P .. queue, from, to, 'BYSCORE', 'LIMIT', 0, MAX_LOOKAHEAD)
+      if not pick_from(P, queue, ids, picker) then return end
+    end
+    while true do   -- a lane is read in slices, as long as whole slices are taken
+      local before = #picker.found
+      local ids = lookahead(P, lane, picker)
+      if not pick_from(P, 'lane:' .. lane, ids, picker) then return end
+      if #picker.found == before or #ids < MAX_LOOKAHEAD then break end
+    end
+  end
+end
+
+-- ARGV: [worker, nonce, turn, budget, max, version, max cost, [prefix…]]
+local function claim(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  guard(P, now)
+  local a = cmsgpack.unpack(args[1])
+  local picker = {
+    worker = a[1], nonce = a[2], turn = a[3], budget = a[4], max = a[5], version = a[6], prefixes = {},
+    now = now, taken = 0, looked = 0, bytes = 0, reserve = 0, found = {}, outbox = {},
+  }
+  picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.budget
+  for _, prefix in ipairs(a[7]) do picker.prefixes[prefix] = true end
+  if pick_starved(P, picker) then pick_by_rank(P, picker) end
+  if #picker.found > 0 then keep(P .. 'held:' .. picker.worker) end
+  measure_drain(P, now, picker.taken)
+  deliver(P, picker.outbox)
+  return { picker.reserve, picker.found }
+end
+
+-- Publishing ------------------------------------------------------------------------------------
+
+-- One item of a publish call: nil when accepted, else the refusal {id, kind, next, chain}.
+local function append(P, now, outbox, item, record)
+  local id, fence, start, n, prev, chain, reason, code = item[1], item[2], item[3], item[4], item[5], item[6], item[7], item[8]
+  local gen, log = P .. 'gen:' .. id, P .. 'log:' .. id
+  local h = redis.call('HMGET', gen, 'st', 'fence', 'next', 'chain', 'subs', 't2', 'run_limit', 'retention')
+  local st, at = h[1], tonumber(h[3])
+  if not st then return { id, 'unknown', 0, '' } end
+  if st == 'T' then
+    if h[2] == fence and reason ~= '' and start + n == at then return nil end
+    return { id, 'gone', at, h[4] }
+  end
+  if st ~= 'R' or h[2] ~= fence then return { id, 'lost', at, h[4] } end
+  local repeated = start + n <= at
+  if repeated and reason == '' then return nil end
+  if repeated and start + n == at and chain == h[4] then
+    record, n = nil, 0                     -- its tokens are in the log, its end is not
+  elseif start ~= at or prev ~= h[4] then
+    return { id, 'realign', at, h[4] }
+  end
+  if reason ~= '' then
+    local g = load(P, id)
+    g.next, g.chain = start + n > at and start + n or at, chain
+    if g.t2 == 0 and g.next > 0 then g.t2 = now end
+    close(P, id, g, now, outbox, reason, code, '', record)
+    return nil
+  end
+  if start == 0 then
+    local added = redis.pcall('XADD', log, number(n) .. '-0', 'r', record)
+    if added.err then return { id, 'realign', at, h[4] } end
+    redis.call('PEXPIRE', log, number(tonumber(h[7]) + tonumber(h[8])))
+    redis.call('HSET', gen, 'next', number(n), 'chain', chain, 't2', number(now))
+  else
+    local added = redis.pcall('XADD', log, 'NOMKSTREAM', number(start + n) .. '-0', 'r', record)
+    if not added or type(added) == 'table' then   -- the log was removed under a running generation
+      close(P, id, load(P, id), now, outbox, 'failed', 'STREAM_EXPIRED')
+      return { id, 'gone', at, h[4] }
+    end
+    redis.call('HSET', gen, 'next', number(start + n), 'chain', chain)
+  end
+  post(outbox, h[5], id, record)
+  return nil
+end
+
+-- ARGV: [worker, lease, [[id, fence, start, n, prev chain, chain, reason, code]…]], record…
+local function publish(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local a = cmsgpack.unpack(args[1])
+  local outbox, refusals = {}, {}
+  for i, item in ipairs(a[3]) do
+    local refusal = append(P, now, outbox, item, args[i + 1])
+    if refusal then refusals[#refusals + 1] = refusal end
+  end
+  deliver(P, outbox)
+  redis.call('ZADD', P .. 'leases', 'XX', number(now + a[2]), a[1])
+  return { waiting_tokens(P), refusals }
+end
+
+-- ARGV: [worker, [[id, fence]…]]
+local function release(keys, args)
+  local P = prefix_of(keys)
+  local released = 0
+  for _, item in ipairs(cmsgpack.unpack(args[1])[2]) do
+    local g = load(P, item[1])
+    if g and g.st == 'R' and g.fence == item[2] then
+      hand_back(P, item[1], g)
+      released = released + 1
+    end
+  end
+  return released
+end
+
+-- ARGV: [id, tenant]
+local function cancel(keys, args)
+  local P, now, outbox = prefix_of(keys), now_ms(), {}
+  local a = cmsgpack.unpack(args[1])
+  local id, tenant = a[1], a[2]
+  local g = load(P, id)
+  if not g then   -- an admit that is still in the network must find this and not revive it
+    local gen = P .. 'gen:' .. id
+    redis.call('HSET', gen, 'v', PROTOCOL, 'st', 'T', 'tenant', tenant, 'next', 0, 'chain', '', 'subs', '', 'out', '',
+      'fence', '', 'end', 'cancelled')
+    redis.call('PEXPIRE', gen, TOMBSTONE_MS)
+    return { 'unknown', '' }
+  end
+  if g.tenant ~= tenant then return { 'unknown', '' } end
+  if g.st == 'T' then return { 'ended', g['end'] or '' } end
+  close(P, id, g, now, outbox, 'cancelled', '')
+  deliver(P, outbox)
+  return { 'cancelled', '' }
+end
+
+-- Reading ---------------------------------------------------------------------------------------
+
+-- Log entries that end at or behind the cursor: the first tells the chain at the cursor.
+local function page(P, id, cursor)
+  local from = cursor == 0 and '0-1' or (number(cursor) .. '-0')
+  local entries, bytes = {}, 0
+  for _, entry in ipairs(redis.call('XRANGE', P .. 'log:' .. id, from, '+', 'COUNT', PAGE_ENTRIES)) do
+    local fields = entry[2]
+    bytes = bytes + #fields[2]
+    if bytes > PAGE_BYTES and #entries > 0 then break end
+    entries[#entries + 1] = { fields[2], fields[4] or '' }
+  end
+  return entries
+end
+
+-- A log that expired, or was removed, while its generation says that it showed tokens.
+local function is_log_gone(P, id, g) return g.next > 0 and redis.call('EXISTS', P .. 'log:' .. id) == 0 end
+
+-- ARGV: [gateway, id, tenant, cursor]
+local function attach(keys, args)
+  local P = prefix_of(keys)
+  local a = cmsgpack.unpack(args[1])
+  local gateway, id = a[1], a[2]
+  local g = load(P, id)
+  if not g or g.tenant ~= a[3] or g.out == '' or is_log_gone(P, id, g) then return false end
+  if g.st ~= 'T' then
+    if not has(g.subs, gateway) then
+      g.subs = g.subs == '' and gateway or (g.subs .. ' ' .. gateway)
+      redis.call('HSET', P .. 'gen:' .. id, 'subs', g.subs)
+    end
+    redis.call('SADD', P .. 'subs:' .. gateway, id)
+    keep(P .. 'subs:' .. gateway)
+    redis.call('ZADD', P .. 'due', number(limit_of(g)), id)   -- ends a grace time
+    keep(P .. 'due')
+  end
+  return { g.st, g.next, g.chain, g.ver, g.out, g.mode == 'attached' and 1 or 0, g.retention, page(P, id, a[4]) }
+end
+
+-- ARGV: [gateway, id]
+local function detach(keys, args)
+  local P, now, outbox = prefix_of(keys), now_ms(), {}
+  local a = cmsgpack.unpack(args[1])
+  local g = load(P, a[2])
+  if g and has(g.subs, a[1]) then
+    unsubscribe(P, a[2], g, a[1], now, outbox)
+    deliver(P, outbox)
+  else
+    redis.call('SREM', P .. 'subs:' .. a[1], a[2])
+  end
+  return 'OK'
+end
+
+-- ARGV: [id, cursor]
+local function read(keys, args)
+  local P = prefix_of(keys)
+  local a = cmsgpack.unpack(args[1])
+  local g = load(P, a[1])
+  if not g or is_log_gone(P, a[1], g) then return false end
+  return { g.st, g.next, g.chain, page(P, a[1], a[2]) }
+end
+
+-- ARGV: [gateway, [id…]]
+local function look(keys, args)
+  local P = prefix_of(keys)
+  local a = cmsgpack.unpack(args[1])
+  local answers = {}
+  for i, id in ipairs(a[2]) do
+    local h = redis.call('HMGET', P .. 'gen:' .. id, 'st', 'next', 'subs', 'q')
+    local rank = h[1] == 'Q' and redis.call('ZRANK', P .. h[4], id)
+    answers[i] = { h[1] or '', tonumber(h[2]) or 0, has(h[3], a[1]) and 1 or 0, rank or -1 }
+  end
+  return answers
+end
+
+-- ARGV: [request]
+local function spec(keys, args)
+  return redis.call('HGET', prefix_of(keys) .. 'spec:' .. cmsgpack.unpack(args[1])[1], 'body')
+end
+
+-- Leases ----------------------------------------------------------------------------------------
+
+-- ARGV: [worker, lease, seen, version, max cost, rate, [id…]], presence
+local function beat_worker(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  guard(P, now)
+  local a = cmsgpack.unpack(args[1])
+  local worker, presence, held = a[1], P .. 'worker:' .. a[1], P .. 'held:' .. a[1]
+  redis.call('ZADD', P .. 'leases', number(now + a[2]), worker)
+  redis.call('ZADD', P .. 'versions', number(now), a[4])
+  redis.call('HSET', presence, 'max_cost', number(a[5]), 'rate', string.format('%.3f', a[6]), 'blob', args[2])
+  redis.call('PEXPIRE', presence, 15000)
+  keep(P .. 'leases')
+  keep(P .. 'versions')
+  local holding, back = {}, {}
+  for _, id in ipairs(a[7]) do holding[id] = true end
+  for _, id in ipairs(redis.call('ZRANGE', held, '-inf', number(a[3]), 'BYSCORE', 'LIMIT', 0, MAX_LEASES)) do
+    if not holding[id] then
+      local g = load(P, id)
+      if g and g.st == 'R' and g.own == worker then
+        hand_back(P, id, g)
+        back[#back + 1] = id
+      else
+        redis.call('ZREM', held, id)
+      end
+    end
+  end
+  return back
+end
+
+-- ARGV: [worker]
+local function leave_worker(keys, args)
+  local P = prefix_of(keys)
+  local worker = cmsgpack.unpack(args[1])[1]
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'held:' .. worker, 0, MAX_LEASES - 1)) do
+    local g = load(P, id)
+    if g and g.st == 'R' and g.own == worker then hand_back(P, id, g) end
+  end
+  redis.call('DEL', P .. 'held:' .. worker, P .. 'worker:' .. worker)
+  redis.call('ZREM', P .. 'leases', worker)
+  return 'OK'
+end
+
+-- ARGV: [gateway, lease, [[id, prolong ms]…]]
+local function beat_gateway(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  guard(P, now)
+  local a = cmsgpack.unpack(args[1])
+  local gateway, inbox = a[1], P .. 'inbox:' .. a[1]
+  local known = redis.call('ZSCORE', P .. 'gateways', gateway)
+  redis.call('ZADD', P .. 'gateways', number(now + a[2]), gateway)
+  keep(P .. 'gateways')
+  local recreated, last = false, ''
+  if redis.call('EXISTS', inbox) == 0 then
+    recreated, last = true, redis.call('XADD', inbox, '*', 'r', '\144')
+  elseif not known then
+    local tail = redis.call('XREVRANGE', inbox, '+', '-', 'COUNT', 1)
+    recreated, last = true, tail[1] and tail[1][1] or '0-0'
+  end
+  redis.call('PEXPIRE', inbox, 30000)
+  for _, item in ipairs(a[3]) do
+    redis.call('PEXPIRE', P .. 'log:' .. item[1], item[2], 'GT')
+    redis.call('PEXPIRE', P .. 'gen:' .. item[1], item[2], 'GT')
+  end
+  return { recreated and 1 or 0, last }
+end
+
+-- Detaches up to `limit` streams of a gateway; true when none is left.
+local function abandon(P, gateway, now, outbox, limit, moved)
+  local subs = P .. 'subs:' .. gateway
+  for _, id in ipairs(redis.call('SPOP', subs, limit)) do
+    local g = load(P, id)
+    if g and has(g.subs, gateway) then
+      unsubscribe(P, id, g, gateway, now, outbox)
+      moved[#moved + 1] = { id, g.st == 'T' and 'closed' or 'detached', gateway, '' }
+    end
+  end
+  return redis.call('EXISTS', subs) == 0
+end
+
+-- ARGV: [gateway]
+local function leave_gateway(keys, args)
+  local P, now, outbox = prefix_of(keys), now_ms(), {}
+  local gateway = cmsgpack.unpack(args[1])[1]
+  redis.call('DEL', P .. 'inbox:' .. gateway)
+  if abandon(P, gateway, now, outbox, MAX_LEASES, {}) then redis.call('ZREM', P .. 'gateways', gateway) end
+  deliver(P, outbox)
+  return 'OK'
+end
+
+local function reap_gateways(P, now, outbox, moved)
+  for _, gateway in ipairs(redis.call('ZRANGE', P .. 'gateways', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, 4)) do
+    if abandon(P, gateway, now, outbox, MAX_MOVES / 4, moved) then redis.call('ZREM', P .. 'gateways', gateway) end
+  end
+end
+
+local function quarantine(P, id, g, worker, now, outbox)
+  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane, 'worker', worker,
+    'deaths', number(g.deaths), 'next', number(g.next), 'version', g.ver)
+  redis.call('PEXPIRE', P .. 'dead', 7 * DAY_MS)
+  close(P, id, g, now, outbox, 'failed', 'POISON_REQUEST')
+end
+
+local function reap_workers(P, now, outbox, moved)
+  for _, worker in ipairs(redis.call('ZRANGE', P .. 'leases', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, 4)) do
+    local held = P .. 'held:' .. worker
+    for _, id in ipairs(redis.call('ZRANGE', held, 0, MAX_MOVES / 4 - 1)) do
+      local g = load(P, id)
+      if g and g.st == 'R' and g.own == worker then
+        g.deaths = g.deaths + 1
+        redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next))
+        if g.deaths >= POISON_DEATHS then
+          quarantine(P, id, g, worker, now, outbox)
+          moved[#moved + 1] = { id, 'closed', worker, 'POISON_REQUEST' }
+        else
+          hand_back(P, id, g)
+          moved[#moved + 1] = { id, 'requeued', worker, '' }
+        end
+      else
+        redis.call('ZREM', held, id)
+      end
+    end
+    if redis.call('EXISTS', held) == 0 then
+      redis.call('ZREM', P .. 'leases', worker)
+      redis.call('DEL', P .. 'worker:' .. worker)
+    end
+  end
+end
+
+local function reap_due(P, now, outbox, moved)
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'due', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, MAX_MOVES)) do
+    local g = load(P, id)
+    if not g or g.st == 'T' then
+      redis.call('ZREM', P .. 'due', id)
+    elseif is_unread(g) then
+      close(P, id, g, now, outbox, 'cancelled', '')
+      moved[#moved + 1] = { id, 'closed', 'unread', '' }
+    elseif now >= limit_of(g) then
+      local code = g.t1 == 0 and 'QUEUE_TIMEOUT' or 'GENERATION_TIMEOUT'
+      close(P, id, g, now, outbox, 'failed', code)
+      moved[#moved + 1] = { id, 'closed', 'due', code }
+    else
+      redis.call('ZADD', P .. 'due', number(limit_of(g)), id)
+    end
+  end
+end
+
+local function reap_versions(P, now, outbox, moved)
+  for _, version in ipairs(redis.call('ZRANGE', P .. 'versions', '-inf', number(now - VERSION_SILENCE_MS), 'BYSCORE', 'LIMIT', 0, 4)) do
+    local queue = P .. 'again:' .. version
+    for _, id in ipairs(redis.call('ZRANGE', queue, 0, MAX_MOVES / 4 - 1)) do
+      local g = load(P, id)
+      if g and g.st == 'Q' then
+        close(P, id, g, now, outbox, 'failed', 'MODEL_VERSION_GONE')
+        moved[#moved + 1] = { id, 'closed', version, 'MODEL_VERSION_GONE' }
+      else
+        redis.call('ZREM', queue, id)
+      end
+    end
+    if redis.call('EXISTS', queue) == 0 then redis.call('ZREM', P .. 'versions', version) end
+  end
+end
+
+-- A tenant whose finish tag its lane has passed starts where a newcomer starts: its tag can go.
+local function forget_idle_tenants(P)
+  local key = P .. 'tenants'
+  local scan = redis.call('HSCAN', key, redis.call('HGET', P .. 'clock', 'scan') or '0', 'COUNT', MAX_MOVES)
+  redis.call('HSET', P .. 'clock', 'scan', scan[1])
+  for i = 1, math.min(#scan[2], 8 * MAX_MOVES), 2 do
+    local lane = string.match(scan[2][i], '^t%.(%a+)%.')
+    local passed = lane and tonumber(redis.call('HGET', key, 'v.' .. lane))
+    if passed and tonumber(scan[2][i + 1]) <= passed then redis.call('HDEL', key, scan[2][i]) end
+  end
+end
+
+local function reap(keys)
+  local P, now, outbox, moved = prefix_of(keys), now_ms(), {}, {}
+  guard(P, now)
+  reap_gateways(P, now, outbox, moved)
+  reap_workers(P, now, outbox, moved)
+  reap_due(P, now, outbox, moved)
+  reap_versions(P, now, outbox, moved)
+  forget_idle_tenants(P)
+  deliver(P, outbox)
+  return moved
+end
+
+-- One look at the whole partition, for people and for /ready.
+local function state(keys)
+  local P, now = prefix_of(keys), now_ms()
+  local workers, gateways, lanes, oldest, again = {}, {}, {}, now, 0
+  local leases = redis.call('ZRANGE', P .. 'leases', 0, MAX_LEASES - 1, 'WITHSCORES')
+  for i = 1, #leases, 2 do
+    workers[#workers + 1] = { leases[i], tonumber(leases[i + 1]) - now,
+      redis.call('HGET', P .. 'worker:' .. leases[i], 'blob') or '', redis.call('ZRANGE', P .. 'held:' .. leases[i], 0, MAX_LEASES - 1) }
+  end
+  local living = redis.call('ZRANGE', P .. 'gateways', 0, MAX_LEASES - 1, 'WITHSCORES')
+  for i = 1, #living, 2 do
+    gateways[#gateways + 1] = { living[i], tonumber(living[i + 1]) - now, redis.call('SCARD', P .. 'subs:' .. living[i]) }
+  end
+  for i, lane in ipairs(LANES) do
+    local head = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, 0)[1]
+    local since = head and tonumber(redis.call('HGET', P .. 'gen:' .. head, 't0'))
+    if since then oldest = math.min(oldest, since) end
+    lanes[i] = { redis.call('ZCARD', P .. 'lane:' .. lane), tonumber(redis.call('HGET', P .. 'backlog', lane .. '.tokens')) or 0 }
+  end
+  again = redis.call('ZCARD', P .. 'again:any')
+  for _, version in ipairs(redis.call('ZRANGE', P .. 'versions', 0, MAX_CANDIDATES - 1)) do
+    again = again + redis.call('ZCARD', P .. 'again:' .. version)
+  end
+  return { workers, gateways, lanes, again, now - oldest, redis.call('HGET', P .. 'backlog', 'rate') or '0' }
+end
+
+local function register(name, callback, flags)
+  redis.register_function({ function_name = '@library@_' .. name, callback = callback, flags = flags })
+end
+
+-- Over the memory limit Redis refuses admit, claim and attach whole, while running streams go on.
+register('admit', admit, {})
+register('claim', claim, {})
+register('attach', attach, {})
+register('publish', publish, { 'allow-oom' })
+register('release', release, { 'allow-oom' })
+register('cancel', cancel, { 'allow-oom' })
+register('detach', detach, { 'allow-oom' })
+register('beat_worker', beat_worker, { 'allow-oom' })
+register('beat_gateway', beat_gateway, { 'allow-oom' })
+register('leave_worker', leave_worker, { 'allow-oom' })
+register('leave_gateway', leave_gateway, { 'allow-oom' })
+register('reap', reap, { 'allow-oom' })
+register('read', read, { 'no-writes' })
+register('look', look, { 'no-writes' })
+register('spec', spec, { 'no-writes' })
+register('state', state, { 'no-writes' })

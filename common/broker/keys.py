@@ -1,0 +1,22 @@
+"""Key names that Python touches itself; all others are built inside the functions.
+
+The table of every key, its type and its time to live stands at the top of ``functions.lua``. All keys
+of one partition of a pool share the hash tag ``{pool/partition}`` and so one Cluster slot.
+"""
+
+
+def prefix(pool: str, partition: int = 0) -> str:
+    return f"hr:{{{pool}/{partition}}}:"
+
+
+def clock(prefix: str) -> str:
+    """The key that names the partition to every function."""
+    return f"{prefix}clock"
+
+
+def bell(prefix: str) -> str:
+    return f"{prefix}bell"
+
+
+def inbox(prefix: str, gateway: str) -> str:
+    return f"{prefix}inbox:{gateway}"
