@@ -40,7 +40,6 @@ MAX_PUBLICATIONS = 256
 MAX_CHOICES = 16
 GATEWAY_LEASE_MS = 15_000
 _LONGEST_READ_MS = 30 * 60_000
-_BELL_MARGIN_S = 5.0
 
 _pack = msgspec.msgpack.Encoder().encode
 _record = msgspec.msgpack.Decoder(TokenRecord).decode
@@ -141,7 +140,7 @@ class Broker:
         return ClaimAnswer([_claimed(row) for row in found], reserve)
 
     async def read_spec(self, request_id: str) -> GenerationSpec | None:
-        """The spec of a request whose body was too large for the claim's answer; None if it ended."""
+        """The spec of a request whose body was too large for the claim; None if it ended."""
         body = await self._call("spec", _pack((request_id,)), read_only=True)
         return _spec(body) if body else None
 
@@ -159,14 +158,14 @@ class Broker:
         waiting, refusals = await self._call("publish", _pack((worker, lease_ms, items)), *records)
         return PublishAnswer(
             [
-                Refusal(_text(id), _text(kind), int(at), _text(chain))
-                for id, kind, at, chain in refusals
+                Refusal(_text(refused), _text(kind), int(at), _text(chain))
+                for refused, kind, at, chain in refusals
             ],
             waiting,
         )
 
     async def release(self, worker: str, held: Sequence[tuple[str, str]]) -> None:
-        """Hand generations back at once; ``held`` are (id, fence). Send after their last publish."""
+        """Hand back (id, fence) pairs at once. Send it after their last publish."""
         await self._call("release", _pack((worker, held)))
 
     async def beat_worker(
@@ -188,7 +187,7 @@ class Broker:
             presence.tokens_per_second, list(holding),
         )  # fmt: skip
         answer = await self._call("beat_worker", _pack(fields), _pack(presence))
-        return [_text(id) for id in answer]
+        return [_text(returned) for returned in answer]
 
     async def leave_worker(self, worker: str) -> None:
         """End the lease at once; what is still held goes back."""
@@ -197,7 +196,9 @@ class Broker:
     async def wait_for_bell(self, timeout_s: float) -> bool:
         """Wait until something may have been queued; False after ``timeout_s``."""
         with mapped_errors():
-            rung = await self._redis.blpop([keys.bell(self._prefix)], timeout=timeout_s)
+            rung: Any = await self._redis.execute_command(
+                "BLPOP", keys.bell(self._prefix), f"{timeout_s:g}"
+            )
         return rung is not None
 
     # Gateways ------------------------------------------------------------------------------------
@@ -240,8 +241,10 @@ class Broker:
         """State of quiet streams (≤ 256): heals what a lost inbox record would leave hanging."""
         rows = await self._call("look", _pack((gateway, list(generation_ids))), read_only=True)
         return [
-            Look(id, _text(state), at, bool(subscribed), rank)
-            for id, (state, at, subscribed, rank) in zip(generation_ids, rows, strict=True)
+            Look(generation_id, _text(state), at, bool(subscribed), rank)
+            for generation_id, (state, at, subscribed, rank) in zip(
+                generation_ids, rows, strict=True
+            )
         ]
 
     async def beat_gateway(
@@ -252,7 +255,8 @@ class Broker:
         ``reading`` are ended streams that a slow client still reads; their log lives on meanwhile,
         at most half an hour per beat.
         """
-        prolonged = [(id, min(4 * lease_ms, _LONGEST_READ_MS)) for id in reading]
+        prolong_ms = min(4 * lease_ms, _LONGEST_READ_MS)
+        prolonged = [(generation_id, prolong_ms) for generation_id in reading]
         recreated, last = await self._call("beat_gateway", _pack((gateway, lease_ms, prolonged)))
         return GatewayBeat(bool(recreated), _text(last))
 
@@ -275,7 +279,8 @@ class Broker:
         for record_id, record_fields in answer[0][1] if answer else ():
             after = _text(record_id)
             items += [
-                (id, LogEntry(record, timing)) for id, record, timing in _inbox(record_fields[b"r"])
+                (generation_id, LogEntry(record, timing))
+                for generation_id, record, timing in _inbox(record_fields[b"r"])
             ]
         return after, items
 
@@ -294,7 +299,7 @@ class Broker:
                     _text(name),
                     expires,
                     _presence(blob) if blob else None,
-                    [_text(id) for id in held],
+                    [_text(generation_id) for generation_id in held],
                 )
                 for name, expires, blob, held in workers
             ],
@@ -323,9 +328,9 @@ def _refused(code: str, wait_ms: int, cause: str) -> Failure:
 
 
 def _claimed(row: Sequence[Any]) -> Claimed:
-    id, fence, at, chain, deaths, lane, admitted, claimed, size, body = row
+    generation_id, fence, at, chain, deaths, lane, admitted, claimed, size, body = row
     return Claimed(
-        id=_text(id),
+        id=_text(generation_id),
         fence=_text(fence),
         next=at,
         chain=_text(chain),

@@ -1,8 +1,8 @@
 """Connections to Redis: how they are opened, and what its errors mean to us."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import (
@@ -18,10 +18,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from common.failures import Failure
 
-if TYPE_CHECKING:
-    Client = Redis[bytes]
-else:
-    Client = Redis
+Client = Redis
+"""What :func:`connect` opens."""
 
 _COMMAND_TIMEOUT_S = 5.0
 _MAX_CONNECTIONS = 32
@@ -36,7 +34,7 @@ _UNAVAILABLE = (
 _FAILOVER_PREFIXES = ("MASTERDOWN", "NOREPLICAS", "LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
 
 
-def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> "Client":
+def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> Client:
     """Open a client for ``redis_url``; nothing is sent before the first command.
 
     ``blocking`` is for a task that sits in BLPOP or XREAD: no read timeout, one connection.
@@ -72,7 +70,7 @@ def failure_from(error: RedisError | OSError) -> Failure:
 
 
 @contextmanager
-def mapped_errors() -> Iterator[None]:
+def mapped_errors() -> Generator[None]:
     """Turn what redis-py raises into failures; "Function not found" passes, the caller loads it."""
     try:
         yield

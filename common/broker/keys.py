@@ -1,7 +1,7 @@
 """Key names that Python touches itself; all others are built inside the functions.
 
-The table of every key, its type and its time to live stands at the top of ``functions.lua``. All keys
-of one partition of a pool share the hash tag ``{pool/partition}`` and so one Cluster slot.
+The table of every key, its type and its time to live stands at the top of ``functions.lua``. All
+keys of one partition of a pool share the hash tag ``{pool/partition}`` and so one Cluster slot.
 """
 
 

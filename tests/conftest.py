@@ -1,0 +1,70 @@
+"""Fixtures for all tests: a real server, emptied for each test, and brokers on it."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from common.broker import Broker, connect
+from tests.support.redis_server import RedisServer
+
+POOL = "test"
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Valkey, as the embedded default runs it."""
+    server = RedisServer("valkey", tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def debian_redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Redis 7.0, the oldest server we promise to work on."""
+    server = RedisServer("redis", tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def _emptied(server: RedisServer) -> Iterator[RedisServer]:
+    server.flush()
+    yield server
+    leaked = server.keys_without_ttl()
+    assert not leaked, f"keys without a time to live: {leaked}"
+
+
+@pytest.fixture
+def redis_server(valkey_server: RedisServer) -> Iterator[RedisServer]:
+    """The server of this test: empty at its start; keys without a TTL at its end fail the test."""
+    yield from _emptied(valkey_server)
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """As ``redis_server``, once on Valkey and once on Redis 7.0."""
+    name = "valkey_server" if request.param == "valkey" else "debian_redis_server"
+    yield from _emptied(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url
+
+
+@pytest.fixture
+async def broker(redis_url: str) -> AsyncIterator[Broker]:
+    """A broker of the pool ``test``."""
+    broker = Broker(connect(redis_url), POOL)
+    await broker.load()
+    yield broker
+    await broker.close()
+
+
+@pytest.fixture
+async def blocking_broker(redis_url: str) -> AsyncIterator[Broker]:
+    """The same pool on a connection that may block (bell, inbox)."""
+    broker = Broker(connect(redis_url, blocking=True), POOL)
+    yield broker
+    await broker.close()
