@@ -1,7 +1,7 @@
-"""Settings of each process: one class per role, every field an environment variable ``HEADRACE_…``.
+"""Settings of each process: one class per role, every field a variable ``HEADRACE_…``.
 
-Nothing reads the environment at import: a process builds its settings once at start, and a bad value
-stops that start with the name of the field.
+Nothing reads the environment at import: a process builds its settings once at start, and a bad
+value stops that start with the name of the field. A field's docstring is its help text.
 """
 
 from pathlib import Path
@@ -34,10 +34,13 @@ class GatewaySettings(Settings):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for every network interface."""
     port: int = Field(8080, ge=0, le=65535)
+    """Port to listen on; 0: a free one."""
     payload_limit: int = Field(2_000_000, ge=1)
     """Largest body in bytes."""
     max_stop_sequences: int = Field(4, ge=0)
+    """Most stop strings in one request."""
     queue_limit_s: float = Field(60.0, gt=0)
     """Longest wait in the queue; who would wait longer is refused at once with 429."""
     run_limit_s: float = Field(600.0, gt=0)
@@ -62,6 +65,7 @@ class WorkerSettings(Settings):
     """The engine side."""
 
     engine: Literal["torch", "simulated"] = "torch"
+    """``simulated`` answers with scripted text and set latencies, without a model or torch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 where the processor has it in hardware, else float32."""
     device: str = "auto"
@@ -73,13 +77,17 @@ class WorkerSettings(Settings):
     max_step_tokens: int = Field(512, ge=1)
     """Most tokens in one forward pass: decode rows first, then prefill chunks."""
     lease_ms: int = Field(5000, ge=500)
+    """Time without a beat after which this worker counts as dead."""
     beat_ms: int = Field(1500, ge=100)
+    """Time between beats; well under a third of the lease."""
     drain_s: float = Field(20.0, ge=0)
     """How long running generations may finish here after SIGTERM before they are handed over."""
     step_timeout_s: float = Field(20.0, gt=0)
     """A step that takes longer is a stall: beats stop and the process exits."""
     simulated_first_token_ms: float = Field(20.0, ge=0)
+    """Simulated engine: time from claim to first token."""
     simulated_inter_token_ms: float = Field(10.0, ge=0)
+    """Simulated engine: time between tokens."""
 
 
 class BackgroundSettings(Settings):
