@@ -1,0 +1,97 @@
+"""The files by which one start of Headrace is found again: ``lock`` and ``state.json`` in ``run/``.
+
+The lock belongs to the supervisor for as long as it lives; the kernel drops it however it dies. The
+state file says what the supervisor runs, for ``headrace status``; without the lock it is history.
+"""
+
+import fcntl
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+
+class ProcessState(msgspec.Struct, frozen=True):
+    """One supervised process. ``instance`` is its name in Redis and logs, "" before it said so."""
+
+    role: str
+    name: str
+    state: str
+    pid: int = 0
+    instance: str = ""
+    restarts: int = 0
+    started: str = ""
+    address: str = ""
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """What ``headrace up`` runs right now."""
+
+    pid: int
+    started: str
+    redis_url: str
+    model: str
+    processes: list[ProcessState]
+
+
+class DataDirInUse(Exception):
+    """Another supervisor holds the lock of this data directory."""
+
+
+@contextmanager
+def lock(data_dir: Path) -> Generator[None]:
+    """Hold the data directory for this process.
+
+    Raises: DataDirInUse, with the other one's pid in its message.
+    """
+    path = run_dir(data_dir) / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise DataDirInUse(
+                f"{data_dir} is in use by another `headrace up` (pid {holder}); "
+                "stop that one, or name another --data-dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_state(data_dir: Path, state: RunState) -> None:
+    """Replace the state file in one step: a reader sees the old or the new one, never a half."""
+    path = run_dir(data_dir) / "state.json"
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    fresh.replace(path)
+
+
+def read_state(data_dir: Path) -> RunState | None:
+    """What a supervisor of this data directory runs; None when none is alive."""
+    path = data_dir / "run" / "state.json"
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return state if _is_held(data_dir) else None
+
+
+def run_dir(data_dir: Path) -> Path:
+    """``<data-dir>/run``, made private to this user."""
+    path = data_dir / "run"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _is_held(data_dir: Path) -> bool:
+    with (data_dir / "run" / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
