@@ -52,7 +52,7 @@ def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> 
     pool = BlockingConnectionPool.from_url(
         redis_url, max_connections=_MAX_CONNECTIONS, timeout=_POOL_WAIT_S, **options
     )
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)  # the client owns it: closing one closes the other
 
 
 def failure_from(error: RedisError | OSError) -> Failure:
