@@ -14,18 +14,16 @@ from common.failures import Failure
 from common.messages import FinishReason
 from tests.conftest import POOL
 from tests.support.generations import ScriptedClaims, admission, admit
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RawRedis, RedisServer
 from tests.support.waiting import wait_until
 
 KEY = prefix(POOL)
 
 
 @pytest.fixture
-async def raw(any_redis_server: RedisServer) -> AsyncIterator[Redis]:
+async def raw(any_redis_server: RedisServer) -> AsyncIterator[RawRedis]:
     """A plain client, to look at keys and to set leases into the past."""
-    client = Redis.from_url(
-        any_redis_server.url, decode_responses=True, encoding_errors="replace"
-    )
+    client = Redis.from_url(any_redis_server.url, decode_responses=True, encoding_errors="replace")
     yield client
     await client.aclose()
 
@@ -45,13 +43,14 @@ async def worker(broker: Broker) -> ScriptedClaims:
     return worker
 
 
-async def expire(raw: Redis, leases: str, process: str) -> None:
+async def expire(raw: RawRedis, leases: str, process: str) -> None:
     """Let the lease of one process end, as if it had been silent for its length."""
     await raw.zadd(KEY + leases, {process: 1})
 
 
-async def terminal_ids(raw: Redis, generation: str) -> list[str]:
-    return [id for id, _ in await raw.xrange(f"{KEY}log:{generation}") if id.endswith("-1")]
+async def terminal_ids(raw: RawRedis, generation: str) -> list[str]:
+    entries = await raw.xrange(f"{KEY}log:{generation}")
+    return [entry_id for entry_id, _ in entries if entry_id.endswith("-1")]
 
 
 async def test_a_lost_claim_answer_is_handed_back_by_the_next_beat(
@@ -67,7 +66,9 @@ async def test_a_lost_claim_answer_is_handed_back_by_the_next_beat(
     assert [attempt.id for attempt in await worker.claim()] == [generation]
 
 
-async def test_a_zombie_cannot_publish(broker: Broker, worker: ScriptedClaims, raw: Redis) -> None:
+async def test_a_zombie_cannot_publish(
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
+) -> None:
     generation = await admit(broker)
     zombie = await worker.claim_one()
     await worker.publish(zombie.next(1, 2))
@@ -87,7 +88,7 @@ async def test_a_zombie_cannot_publish(broker: Broker, worker: ScriptedClaims, r
 
 
 async def test_the_same_epoch_with_another_nonce_is_lost(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """After a rollback two claims can count alike; the nonce still tells them apart."""
     generation = await admit(broker)
@@ -97,7 +98,7 @@ async def test_the_same_epoch_with_another_nonce_is_lost(
 
 
 async def test_repeated_publications_change_nothing(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     attempt = await worker.claim_one()
@@ -113,7 +114,7 @@ async def test_repeated_publications_change_nothing(
 
 
 async def test_a_finish_whose_tokens_are_logged_already_is_written(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """The tokens went out in one call, the finish comes with a repeat of them in the next."""
     generation = await admit(broker)
@@ -152,7 +153,7 @@ async def test_a_gap_or_another_chain_is_realigned_never_written(
     "order", list(itertools.permutations(["publish", "finish", "reap", "cancel", "release"], 2))
 )
 async def test_whoever_is_second_sees_state_or_fence(
-    broker: Broker, worker: ScriptedClaims, raw: Redis, order: tuple[str, str]
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis, order: tuple[str, str]
 ) -> None:
     """All ordered pairs of steps on one running generation: one end at most, nothing revived."""
     generation = await admit(broker)
@@ -186,7 +187,7 @@ async def test_whoever_is_second_sees_state_or_fence(
 
 
 async def test_cancel_against_the_last_token_leaves_one_end(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """Many random timings of both at once: exactly one terminal entry each time."""
     for _ in range(100):
@@ -238,14 +239,14 @@ async def test_attach_subscribes_and_reads_in_one_step(
     inbox = Broker(connect(any_redis_server.url, blocking=True), POOL)
     _, items = await inbox.read_inbox("g2", beat.last_id or "0", 1000)
     await inbox.close()
-    [(id, entry)] = items
-    assert (id, entry.record.tokens) == (generation, [3])
+    [(delivered, entry)] = items
+    assert (delivered, entry.record.tokens) == (generation, [3])
     assert entry.timing is not None
     assert entry.timing.model_version == "m@1"
 
 
 async def test_attaching_to_an_end_subscribes_nobody(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     attempt = await worker.claim_one()
@@ -266,7 +267,7 @@ async def test_another_tenant_cannot_attach_or_cancel(
 
 
 async def test_a_trimmed_inbox_shows_as_a_gap_that_the_log_closes(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     attempt = await worker.claim_one()
@@ -279,7 +280,7 @@ async def test_a_trimmed_inbox_shows_as_a_gap_that_the_log_closes(
 
 
 async def test_a_dead_gateway_starts_the_grace_time_and_redis_ends_it(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """Nobody keeps a timer that could die: the moment stands in ``due``."""
     generation = await admit(broker, grace_ms=200)
@@ -296,7 +297,7 @@ async def test_a_dead_gateway_starts_the_grace_time_and_redis_ends_it(
 
 
 async def test_a_reader_who_comes_back_in_time_keeps_the_generation(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker, grace_ms=60_000)
     await worker.claim_one()
@@ -310,7 +311,7 @@ async def test_a_reader_who_comes_back_in_time_keeps_the_generation(
 
 
 async def test_a_claim_does_not_forget_that_nobody_reads(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """A client leaves while it waits; the claim in between must not lengthen its grace time."""
     generation = await admit(broker, grace_ms=1000)
@@ -321,7 +322,7 @@ async def test_a_claim_does_not_forget_that_nobody_reads(
 
 
 async def test_a_detached_generation_runs_on_without_readers(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker, attached=False)
     await worker.claim_one()
@@ -331,7 +332,7 @@ async def test_a_detached_generation_runs_on_without_readers(
 
 
 async def test_nobody_dies_of_a_sleeping_machine(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """All leases have ended, but nobody looked at the clock either: they start again."""
     await admit(broker)
@@ -345,7 +346,7 @@ async def test_nobody_dies_of_a_sleeping_machine(
 
 
 async def test_nobody_dies_of_a_clock_that_was_set_back(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     await admit(broker)
     await worker.claim_one()
@@ -356,7 +357,7 @@ async def test_nobody_dies_of_a_clock_that_was_set_back(
 
 
 async def test_the_third_death_quarantines_with_evidence(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     for _ in range(3):
@@ -375,7 +376,7 @@ async def test_the_third_death_quarantines_with_evidence(
 
 
 async def test_a_large_generation_at_the_head_gets_a_worker_emptied(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """Small ones may pass it for two seconds; then the worker takes nothing until it has room."""
     large = await admit(broker, prompt_tokens=500, max_new_tokens=500)
@@ -393,7 +394,7 @@ async def test_a_large_generation_at_the_head_gets_a_worker_emptied(
 
 
 async def test_over_the_memory_limit_streams_go_on_and_admission_is_refused(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     attempt = await worker.claim_one()
@@ -413,7 +414,7 @@ async def test_over_the_memory_limit_streams_go_on_and_admission_is_refused(
 
 
 async def test_a_stream_that_is_no_longer_kept_says_gone(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """A bare read of an expired log looks like 'nothing yet'; ours can tell."""
     generation = await admit(broker)
@@ -426,7 +427,7 @@ async def test_a_stream_that_is_no_longer_kept_says_gone(
 
 
 async def test_state_of_a_newer_protocol_is_refused(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
     await raw.hset(f"{KEY}gen:{generation}", "v", "2")
@@ -436,14 +437,14 @@ async def test_state_of_a_newer_protocol_is_refused(
 
 
 async def test_a_library_that_was_flushed_is_loaded_again(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     await raw.function_flush("SYNC")
     assert await admit(broker)
 
 
 async def test_what_a_version_began_only_that_version_continues(
-    broker: Broker, worker: ScriptedClaims, raw: Redis
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     """Shown tokens are never continued by another model version; unshown work goes to any."""
     shown, unshown = await admit(broker), await admit(broker)

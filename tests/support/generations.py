@@ -30,12 +30,13 @@ def admission(
         sampling=Sampling(max_new_tokens=max_new_tokens, seed=7),
         request_id=request_id,
     )
+    options: dict[str, Any] = {"gateway": "g1", **fields}
     return Admission(
         request_id=request_id,
         spec=spec,
         cost=prompt_tokens + max_new_tokens,
         presentation=Presentation("tgi", 0, 1_700_000_000, prompt_tokens),
-        **{"gateway": "g1", **fields},
+        **options,
     )
 
 

