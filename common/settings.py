@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     """Name of the model in the store, which is also the name of its pool."""
     log_dir: Path | None = None
     """Where JSON lines go (``<role>.jsonl`` appended); unset: standard output."""
-    max_total_tokens: int = Field(4096, ge=2)
+    max_total_tokens: int = Field(default=4096, ge=2)
     """Longest prompt plus answer in tokens; the model's own limit applies below it."""
 
 
@@ -35,29 +35,29 @@ class GatewaySettings(Settings):
 
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` for every network interface."""
-    port: int = Field(8080, ge=0, le=65535)
+    port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0: a free one."""
-    payload_limit: int = Field(2_000_000, ge=1)
+    payload_limit: int = Field(default=2_000_000, ge=1)
     """Largest body in bytes."""
-    max_stop_sequences: int = Field(4, ge=0)
+    max_stop_sequences: int = Field(default=4, ge=0)
     """Most stop strings in one request."""
-    queue_limit_s: float = Field(60.0, gt=0)
+    queue_limit_s: float = Field(default=60.0, gt=0)
     """Longest wait in the queue; who would wait longer is refused at once with 429."""
-    run_limit_s: float = Field(600.0, gt=0)
+    run_limit_s: float = Field(default=600.0, gt=0)
     """Longest run of a generation after its first claim."""
-    retention_s: float = Field(600.0, gt=0)
+    retention_s: float = Field(default=600.0, gt=0)
     """How long an ended stream can still be read."""
-    disconnect_grace_s: float = Field(5.0, ge=0)
+    disconnect_grace_s: float = Field(default=5.0, ge=0)
     """How long a generation goes on without a reader, unless the request says otherwise."""
-    lane_cap_tokens: int = Field(4_000_000, ge=1)
+    lane_cap_tokens: int = Field(default=4_000_000, ge=1)
     """Most tokens of work (prompt plus allowed new tokens) that may wait in one lane."""
-    lane_cap_bytes: int = Field(256 * 1024 * 1024, ge=1)
+    lane_cap_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
     """Most bytes of prompts that may wait in one lane."""
-    keep_alive_s: float = Field(15.0, gt=0)
+    keep_alive_s: float = Field(default=15.0, gt=0)
     """Silence after which a comment is sent on a stream."""
     cors_allow_origin: tuple[str, ...] = ()
     """Origins that a browser may call from; empty: only the gateway's own page."""
-    drain_s: float = Field(30.0, ge=0)
+    drain_s: float = Field(default=30.0, ge=0)
     """How long open streams may go on after SIGTERM."""
 
 
@@ -70,23 +70,23 @@ class WorkerSettings(Settings):
     """``auto``: bfloat16 where the processor has it in hardware, else float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``."""
-    max_batch_size: int = Field(32, ge=1, le=256)
+    max_batch_size: int = Field(default=32, ge=1, le=256)
     """Most generations in one step; also the number of cache slots."""
-    max_batch_total_tokens: int = Field(65_536, ge=2)
+    max_batch_total_tokens: int = Field(default=65_536, ge=2)
     """Most tokens of cache promised to running generations (prompt plus allowed new tokens)."""
-    max_step_tokens: int = Field(512, ge=1)
+    max_step_tokens: int = Field(default=512, ge=1)
     """Most tokens in one forward pass: decode rows first, then prefill chunks."""
-    lease_ms: int = Field(5000, ge=500)
+    lease_ms: int = Field(default=5000, ge=500)
     """Time without a beat after which this worker counts as dead."""
-    beat_ms: int = Field(1500, ge=100)
+    beat_ms: int = Field(default=1500, ge=100)
     """Time between beats; well under a third of the lease."""
-    drain_s: float = Field(20.0, ge=0)
+    drain_s: float = Field(default=20.0, ge=0)
     """How long running generations may finish here after SIGTERM before they are handed over."""
-    step_timeout_s: float = Field(20.0, gt=0)
+    step_timeout_s: float = Field(default=20.0, gt=0)
     """A step that takes longer is a stall: beats stop and the process exits."""
-    simulated_first_token_ms: float = Field(20.0, ge=0)
+    simulated_first_token_ms: float = Field(default=20.0, ge=0)
     """Simulated engine: time from claim to first token."""
-    simulated_inter_token_ms: float = Field(10.0, ge=0)
+    simulated_inter_token_ms: float = Field(default=10.0, ge=0)
     """Simulated engine: time between tokens."""
 
 
