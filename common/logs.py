@@ -34,9 +34,11 @@ SCHEMA = 1
 
 MEANINGS: dict[str, str] = {
     "admission.resubmitted": "A gateway queued again, under the same id, what Redis had forgotten.",
+    "background.failed": "The background worker could not start or go on.",
     "background.ready": "The background worker takes jobs.",
     "background.started": "A background worker process began.",
     "background.stopped": "The background worker ended on purpose.",
+    "claim.recovered": "A beat handed back what a claim had taken whose answer was lost.",
     "config.changed": "A setting was changed while running.",
     "engine.failed": "The engine raised: the device is unusable and the process exits.",
     "engine.paused": "The engine stopped stepping because results can not be published.",

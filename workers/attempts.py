@@ -1,0 +1,237 @@
+"""What this worker holds: one attempt per generation, with every token that it made of it.
+
+An attempt knows what Redis has (``acked``) and what exists (``end``), so the next publication is a
+cut of what lies between, however many engine steps made it. Nothing here does I/O.
+"""
+
+from collections.abc import Iterable
+
+from common.broker import Claimed, Publication
+from common.ids import request_of
+from common.messages import Finish, TokenRecord, chain_next, chain_start, chain_text
+from workers.engine.port import EngineRequest, StepOutput
+
+_MAX_REALIGNMENTS = 3
+"""In a row, without an accepted publication between them: after that the logs cannot agree."""
+
+
+class Attempt:
+    """One claim of one generation.
+
+    Positions count generated tokens from the start of the log; ``base`` is where this attempt
+    began. ``engine_id`` names it in the engine: never used twice, so that output of an attempt that
+    was replaced cannot be taken for output of its successor.
+    """
+
+    def __init__(self, claimed: Claimed, turn: int, model_version: str, now_s: float) -> None:
+        self.id = claimed.id
+        self.fence = claimed.fence
+        self.engine_id = f"{claimed.id}#{turn}"
+        self.base = claimed.next
+        self.acked = claimed.next
+        self.finish: Finish | None = None
+        self.is_finish_acked = False
+        self.request: EngineRequest | None = None
+        self._claimed = claimed
+        self._tokens: list[int] = []
+        self._pieces: list[bytes] = []
+        self._logprobs: list[float] = []
+        start = chain_start(self.id, model_version)
+        self._chains = [int(claimed.chain, 16) if claimed.next else start]
+        self._realignments = 0
+        self._claimed_s = now_s
+        self._first_token_s: float | None = None
+        self._finished_s: float | None = None
+        self.ended_s = 0.0
+
+    @property
+    def end(self) -> int:
+        """Tokens that exist, in the log or only here."""
+        return self.base + len(self._tokens)
+
+    @property
+    def num_unacknowledged(self) -> int:
+        return self.end - self.acked
+
+    @property
+    def is_unpublished(self) -> bool:
+        return self.acked < self.end or (self.finish is not None and not self.is_finish_acked)
+
+    @property
+    def is_in_engine(self) -> bool:
+        """Whether it takes room there: from the claim until its finish."""
+        return self.finish is None
+
+    @property
+    def cost(self) -> int | None:
+        """Tokens of cache that it may need; None until its spec has been read."""
+        return self.request.cost if self.request else None
+
+    def chain_at(self, position: int) -> str:
+        """The chain as Redis stores it: empty at position 0."""
+        return chain_text(self._chains[position - self.base]) if position else ""
+
+    def agrees(self, position: int, chain: str) -> bool:
+        """Whether this attempt's own tokens reach ``position`` by that chain."""
+        return self.base <= position <= self.end and self.chain_at(position) == chain
+
+    def extend(self, output: StepOutput, now_s: float) -> None:
+        """Take what one engine step made."""
+        if output.tokens and self._first_token_s is None:
+            self._first_token_s = now_s
+        for token in output.tokens:
+            self._chains.append(chain_next(self._chains[-1], token))
+        self._tokens += output.tokens
+        self._pieces += output.pieces
+        self._logprobs += output.logprobs
+        if output.finish is not None:
+            self.end_with(output.finish, now_s)
+
+    def end_with(self, finish: Finish, now_s: float) -> None:
+        self.finish = finish
+        self._finished_s = now_s
+
+    def publication(self) -> Publication:
+        """Everything that Redis does not have yet, as one record."""
+        i = self.acked - self.base
+        record = TokenRecord(
+            start=self.acked,
+            chain=self.chain_at(self.end),
+            tokens=self._tokens[i:],
+            pieces=self._pieces[i:],
+            logprobs=self._logprobs[i:],
+            finish=self.finish,
+        )
+        return Publication(self.id, self.fence, self.chain_at(self.acked), record)
+
+    def acknowledge(self, record: TokenRecord) -> None:
+        """Redis has ``record`` and everything before it."""
+        self.acked = max(self.acked, record.end)
+        self.is_finish_acked = self.is_finish_acked or record.finish is not None
+        self._realignments = 0
+
+    def realign(self, position: int, chain: str) -> bool:
+        """Go on from what Redis has; False when these are not our tokens (or it never settles)."""
+        self._realignments += 1
+        if not self.agrees(position, chain) or self._realignments > _MAX_REALIGNMENTS:
+            return False
+        self.acked = position
+        return True
+
+    def adopt(self, claimed: Claimed) -> None:
+        """Go on under a new claim of the same generation, whose log is a prefix of ours."""
+        self._claimed = claimed
+        self.fence = claimed.fence
+        self.acked = claimed.next
+        self.is_finish_acked = False
+        self._realignments = 0
+
+    def doubt(self) -> None:
+        """Have the finish sent once more: Redis may have lost it."""
+        self.acked = self.end
+        self.is_finish_acked = False
+
+    def summary(self, now_s: float) -> dict[str, object]:
+        """The canonical fields of this attempt; times in seconds."""
+        claimed = self._claimed
+        queue_s = max(0, claimed.claimed_ms - claimed.admitted_ms) / 1000
+        generation_s = (self._finished_s or now_s) - self._claimed_s
+        new_tokens = len(self._tokens)
+        first_s = self._first_token_s
+        # Behind an earlier attempt, when the first token came is not ours to say.
+        is_first = self.base == 0 and self.fence.startswith("1.")
+        return {
+            **self.names(),
+            "queue_time": round(queue_s, 6),
+            "generation_time": round(generation_s, 6),
+            "ttft": round(queue_s + first_s - self._claimed_s, 6) if first_s and is_first else None,
+            "tokens_per_second": round(new_tokens / generation_s, 3) if generation_s > 0 else 0.0,
+            "prompt_tokens": len(self.request.prompt) if self.request else None,
+            "completion_tokens": self.end,
+            "new_tokens": new_tokens,
+            "finish_reason": self.finish.reason if self.finish else None,
+            "code": self.finish.code if self.finish and self.finish.code else None,
+        }
+
+    def names(self) -> dict[str, object]:
+        """Who it is, for any line about it."""
+        return {
+            "request_id": request_of(self.id),
+            "generation_id": self.id,
+            "lane": self._claimed.lane,
+            "attempt": int(self.fence.partition(".")[0]),
+            "deaths": self._claimed.deaths,
+        }
+
+
+class Ledger:
+    """All attempts of this worker: those that run, and for a while those that ended here.
+
+    ``seen`` is the highest claim turn whose answer was handled or given up; with
+    :meth:`holding` it is what a beat says.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, Attempt] = {}
+        self._by_engine_id: dict[str, Attempt] = {}
+        self._ended: dict[str, Attempt] = {}
+        self.seen = 0
+        self.done_tokens = 0
+        """Cost of what ended here, over the life of the process: a measure of work done."""
+
+    def hold(self, attempt: Attempt) -> None:
+        self._ended.pop(attempt.id, None)
+        self._running[attempt.id] = attempt
+        self._by_engine_id[attempt.engine_id] = attempt
+
+    def forget(self, attempt: Attempt) -> None:
+        """Drop it without a trace: it is somebody else's, or over."""
+        self._by_engine_id.pop(attempt.engine_id, None)
+        for kept in (self._running, self._ended):
+            if kept.get(attempt.id) is attempt:
+                del kept[attempt.id]
+
+    def end(self, attempt: Attempt, now_s: float) -> None:
+        """Its finish is in Redis; keep it until that is sure to be durable."""
+        self.forget(attempt)
+        attempt.ended_s = now_s
+        self.done_tokens += attempt.cost or 0
+        self._ended[attempt.id] = attempt
+
+    def forget_ended_before(self, time_s: float) -> None:
+        for attempt in [kept for kept in self._ended.values() if kept.ended_s < time_s]:
+            del self._ended[attempt.id]
+
+    def ended(self) -> Iterable[Attempt]:
+        return self._ended.values()
+
+    def running(self) -> list[Attempt]:
+        return list(self._running.values())
+
+    def get(self, id: str) -> Attempt | None:
+        return self._running.get(id) or self._ended.get(id)
+
+    def in_engine(self, engine_id: str) -> Attempt | None:
+        return self._by_engine_id.get(engine_id)
+
+    def is_running(self, attempt: Attempt) -> bool:
+        return self._running.get(attempt.id) is attempt
+
+    def holding(self) -> list[str]:
+        """Ids for the beat, those that ended too: else Redis, had it lost the end, would hand them
+        back before the end is sent again.
+        """
+        return [*self._running, *self._ended]
+
+    def unpublished(self) -> list[Attempt]:
+        known = (*self._running.values(), *self._ended.values())
+        return [attempt for attempt in known if attempt.is_unpublished]
+
+    def most_unacknowledged(self) -> int:
+        return max((attempt.num_unacknowledged for attempt in self._running.values()), default=0)
+
+    def promised(self) -> tuple[int, int | None]:
+        """(slots, tokens) promised in the engine; tokens None while some spec is not read yet."""
+        costs = [attempt.cost for attempt in self._running.values() if attempt.is_in_engine]
+        known = [cost for cost in costs if cost is not None]
+        return len(costs), sum(known) if len(known) == len(costs) else None

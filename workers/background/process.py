@@ -1,0 +1,124 @@
+"""The background process: arq for what has minutes, and the reap task that every process runs.
+
+arq polls Redis and gives up when that is away; here it is started again until Redis is back. Its
+jobs are stored as msgpack: pickle would let whoever writes to Redis run code in this process.
+"""
+
+import asyncio
+import random
+import sys
+from contextlib import suppress
+from typing import Any, cast
+
+import msgspec
+import uvloop
+from arq.connections import ArqRedis
+from arq.worker import Worker
+
+from common import logs
+from common.broker import Broker, connect
+from common.broker.connection import mapped_errors
+from common.failures import Failure
+from common.ids import new_process_name
+from common.logs import get_logger
+from common.reaping import keep_reaping
+from common.settings import BackgroundSettings
+from workers import exit_codes
+from workers.background.jobs import Context, broker_of, context, scheduled
+
+log = get_logger()
+
+QUEUE = "hr:background"
+"""Name of arq's queue; the default would be shared with whoever else uses arq on this Redis."""
+
+_HEALTH_INTERVAL_S = 15
+_FINISH_S = 10
+"""How long running jobs may take after SIGTERM before they are put back."""
+_RETRY_S = 0.5
+
+# Results hold what a job raised as text; an exception object could only travel as pickle.
+_encode = msgspec.msgpack.Encoder(enc_hook=repr).encode
+_decode = msgspec.msgpack.decode
+
+
+def run(settings: BackgroundSettings, *, pretty: bool = False) -> int:
+    """Run one background process to its end; returns the exit code."""
+    name = new_process_name("background")
+    logs.configure("background", name, log_dir=settings.log_dir, pretty=pretty)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(_run(settings))
+    logs.flush()
+    return code
+
+
+async def _run(settings: BackgroundSettings) -> int:
+    log.info("background.started", model=settings.model)
+    broker = Broker(connect(settings.redis_url), settings.model)
+    try:
+        await broker.load()
+        await _serve(settings, broker)
+    except Failure as failure:
+        log.error(  # noqa: TRY400 - the failure says all, its traceback would hide it
+            "background.failed", code=failure.code, message=failure.message
+        )
+        sys.stderr.write(f"headrace background: {failure}\n")
+        return exit_codes.UNREACHABLE
+    finally:
+        with suppress(Failure):
+            await broker.close()
+    log.info("background.stopped", exit_code=exit_codes.OK)
+    return exit_codes.OK
+
+
+async def _serve(settings: BackgroundSettings, broker: Broker) -> None:
+    """Run arq until SIGTERM, over any number of losses of Redis."""
+    reaping = asyncio.create_task(keep_reaping(broker))
+    try:
+        while not await _work(create_worker(settings, broker)):
+            await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
+    finally:
+        reaping.cancel()
+
+
+async def _work(worker: Worker) -> bool:
+    """Run one arq worker to its end; True when it was asked to stop, False when Redis is away."""
+    asked_to_stop = asyncio.Event()
+    worker.on_stop = lambda _: asked_to_stop.set()
+    try:
+        with mapped_errors():
+            await worker.async_run()
+    except asyncio.CancelledError:
+        if not asked_to_stop.is_set():
+            raise
+    except Failure as failure:
+        log.warning("redis.disconnected", code=failure.code, message=failure.message)
+    finally:
+        with suppress(Failure), mapped_errors():
+            await worker.close()
+    return asked_to_stop.is_set()
+
+
+def create_worker(settings: BackgroundSettings, broker: Broker) -> Worker:
+    """A worker of arq, set up; it takes SIGTERM and SIGINT, and stops when its jobs have ended."""
+    pool = ArqRedis(
+        cast(Any, connect(settings.redis_url)).connection_pool,
+        job_serializer=_encode,
+        job_deserializer=_decode,
+        default_queue_name=QUEUE,
+    )
+    return Worker(
+        queue_name=QUEUE,
+        redis_pool=pool,
+        job_serializer=_encode,
+        job_deserializer=_decode,
+        cron_jobs=scheduled(),
+        on_startup=_say_ready,
+        ctx=context(broker),
+        health_check_interval=_HEALTH_INTERVAL_S,
+        job_completion_wait=_FINISH_S,
+        log_results=False,
+    )
+
+
+async def _say_ready(ctx: Context) -> None:
+    log.info("background.ready", pool=broker_of(ctx).pool)

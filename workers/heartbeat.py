@@ -1,0 +1,124 @@
+"""The beat: what this worker holds, said to Redis on a task and a connection of its own.
+
+The beat lives as long as the engine makes progress. A beat over a stuck engine would hold its
+generations for ever, so after a stall it stops, the process ends, and the lease does the rest.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from common.broker import Broker, WorkerPresence
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.logs import get_logger
+from workers.attempts import Ledger
+
+log = get_logger()
+
+_SMOOTHING = 0.3
+"""Weight of the newest interval in the rate of work."""
+
+
+class EngineStalledError(Exception):
+    """No step ended within its limit although there was work."""
+
+
+class EngineProgress(Protocol):
+    """What of the engine loop the heartbeat watches."""
+
+    @property
+    def is_stalled(self) -> bool: ...
+    @property
+    def last_step_age_s(self) -> float: ...
+
+
+class Heartbeat:
+    """Beats every ``beat_ms`` for the worker ``name``.
+
+    ``free_tokens`` is asked at each beat; ``state`` is what others read: ``ready`` or ``draining``.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        name: str,
+        ledger: Ledger,
+        engine: EngineProgress,
+        *,
+        model_version: str,
+        max_cost: int,
+        beat_ms: int,
+        lease_ms: int,
+        free_tokens: Callable[[], int],
+    ) -> None:
+        self._broker = broker
+        self._name = name
+        self._ledger = ledger
+        self._engine = engine
+        self._model_version = model_version
+        self._max_cost = max_cost
+        self._beat_s = beat_ms / 1000
+        self._lease_ms = lease_ms
+        self._free_tokens = free_tokens
+        self._rate = 0.0
+        self._rated = (monotonic_s(), 0)
+        self.state = "ready"
+        self.num_steps = 0
+
+    async def keep_beating(self) -> None:
+        """Beat until cancelled.
+
+        Raises:
+            EngineStalledError: the engine hangs; no beat was sent for it.
+        """
+        while True:
+            self._check_progress()
+            with suppress(Failure):  # the worker's loop says so, and beats when Redis is back
+                await self.beat()
+            await asyncio.sleep(self._beat_s)
+
+    async def beat(self) -> None:
+        """One beat. Logs what Redis handed back because a claim's answer had been lost."""
+        seen = self._ledger.seen
+        recovered = await self._broker.beat_worker(
+            self._name,
+            self._presence(),
+            seen=seen,
+            holding=self._ledger.holding(),
+            lease_ms=self._lease_ms,
+        )
+        for generation_id in recovered:
+            log.warning("claim.recovered", generation_id=generation_id, seen=seen)
+
+    def _check_progress(self) -> None:
+        if self._engine.is_stalled:
+            age_s = round(self._engine.last_step_age_s, 3)
+            log.error("engine.stalled", step_age_s=age_s, holding=self._ledger.holding())
+            raise EngineStalledError
+
+    def _presence(self) -> WorkerPresence:
+        return WorkerPresence(
+            model_version=self._model_version,
+            max_cost=self._max_cost,
+            tokens_per_second=self._measure_rate(),
+            state=self.state,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            free_tokens=self._free_tokens(),
+            steps=self.num_steps,
+        )
+
+    def _measure_rate(self) -> float:
+        """Cost per second of what ended here, over the time in which something ran."""
+        now_s, done = monotonic_s(), self._ledger.done_tokens
+        since_s, before = self._rated
+        if now_s - since_s >= self._beat_s / 2:
+            self._rated = (now_s, done)
+            if done > before:
+                newest = (done - before) / (now_s - since_s)
+                self._rate += _SMOOTHING * (newest - self._rate) if self._rate else newest
+        return round(self._rate, 3)

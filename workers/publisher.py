@@ -1,0 +1,164 @@
+"""From engine step to Redis: one publish call per step, and what its refusals mean.
+
+The publisher is driven by the worker's loop, which awaits each of its calls before the next: so
+claim, publish and release reach Redis in order. When publishing is slower than stepping, what
+several steps made goes out as one record. When it is much slower, or Redis is away, the engine
+pauses.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from common.broker import Broker, Publication, Refusal
+from common.clock import monotonic_s
+from common.logs import get_logger
+from workers.attempts import Attempt, Ledger
+from workers.engine.port import StepOutput
+
+log = get_logger()
+
+MAX_BATCH = 256
+"""Publications per call (protocol 4)."""
+MAX_UNACKNOWLEDGED_TOKENS = 256
+"""Per generation: what may be computed ahead of Redis and die with this process (protocol 5)."""
+MAX_BEHIND_S = 10.0
+"""The same limit in time."""
+KEEP_ENDED_S = 3.0
+"""Connected time after which an end counts as durable: an AOF everysec may forget two seconds."""
+
+
+class EngineControl(Protocol):
+    """What of the engine loop the publisher needs; all of it safe to call from the event loop."""
+
+    def cancel(self, id: str) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Publisher:
+    """Publishes for the whole batch. ``wake`` asks the worker's loop for another round."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        worker: str,
+        ledger: Ledger,
+        engine: EngineControl,
+        *,
+        lease_ms: int,
+        model_version: str,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = monotonic_s,
+    ) -> None:
+        self._broker = broker
+        self._worker = worker
+        self._ledger = ledger
+        self._engine = engine
+        self._lease_ms = lease_ms
+        self._model_version = model_version
+        self._wake = wake
+        self._clock = clock
+        self._behind_since_s: float | None = None
+        self.is_paused = False
+
+    def take(self, outputs: Iterable[StepOutput]) -> None:
+        """Note what a step made; output of an attempt that was dropped meanwhile is ignored."""
+        now_s = self._clock()
+        for output in outputs:
+            attempt = self._ledger.in_engine(output.id)
+            if attempt is not None:
+                attempt.extend(output, now_s)
+        if self._behind_since_s is None:
+            self._behind_since_s = now_s
+        self.throttle()
+        self._wake()
+
+    async def publish(self) -> int:
+        """Send everything that Redis does not have; returns the tokens that wait in the pool.
+
+        Returns 0 when there was nothing to send. What was refused is dropped, realigned or given
+        back here.
+
+        Raises:
+            Failure: Redis did not answer; nothing is lost, call again.
+        """
+        waiting_tokens = 0
+        unpublished = self._ledger.unpublished()
+        began_s = self._clock()
+        for i in range(0, len(unpublished), MAX_BATCH):
+            sent = [(it, it.publication()) for it in unpublished[i : i + MAX_BATCH]]
+            answer = await self._broker.publish(
+                self._worker, [publication for _, publication in sent], lease_ms=self._lease_ms
+            )
+            waiting_tokens = answer.waiting_tokens
+            await self._settle(sent, answer.refusals)
+        self._ledger.forget_ended_before(self._clock() - KEEP_ENDED_S)
+        self._behind_since_s = began_s if self._ledger.unpublished() else None
+        self.throttle()
+        return waiting_tokens
+
+    def doubt_ended(self) -> None:
+        """After a lost connection: send recent ends again, and start their waiting time anew."""
+        now_s = self._clock()
+        for attempt in self._ledger.ended():
+            attempt.doubt()
+            attempt.ended_s = now_s
+
+    async def release(self, attempts: Sequence[Attempt], *, event: str, **fields: object) -> None:
+        """Give generations back for another worker to continue; their tokens stay in the log."""
+        if not attempts:
+            return
+        for attempt in attempts:
+            self._drop(attempt, event, **fields)
+        await self._broker.release(self._worker, [(it.id, it.fence) for it in attempts])
+
+    def throttle(self) -> None:
+        """Pause the engine while too much is known only here; let it go on afterwards."""
+        behind_s = self._clock() - self._behind_since_s if self._behind_since_s is not None else 0
+        unacknowledged = self._ledger.most_unacknowledged()
+        must_wait = behind_s > MAX_BEHIND_S or unacknowledged >= MAX_UNACKNOWLEDGED_TOKENS
+        if must_wait and not self.is_paused:
+            self.is_paused = True
+            self._engine.pause()
+            log.warning("engine.paused", behind_s=round(behind_s, 3), unacknowledged=unacknowledged)
+        elif self.is_paused and not must_wait:
+            self.is_paused = False
+            self._engine.resume()
+            log.info("engine.resumed")
+
+    async def _settle(
+        self, sent: list[tuple[Attempt, Publication]], refusals: list[Refusal]
+    ) -> None:
+        refused = {refusal.id: refusal for refusal in refusals}
+        for attempt, publication in sent:
+            refusal = refused.get(attempt.id)
+            if refusal is not None:
+                await self._handle(attempt, refusal)
+                continue
+            attempt.acknowledge(publication.record)
+            if attempt.is_finish_acked and self._ledger.is_running(attempt):
+                self._ledger.end(attempt, self._clock())
+                self._tell("generation.finished", attempt)
+
+    async def _handle(self, attempt: Attempt, refusal: Refusal) -> None:
+        match refusal.kind:
+            case "realign" if attempt.realign(refusal.next, refusal.chain):
+                log.info("generation.realigned", position=refusal.next, **attempt.names())
+                self._wake()
+            case "realign":
+                await self.release([attempt], event="generation.diverged", position=refusal.next)
+            case "gone":
+                self._drop(attempt, "generation.cancelled")
+            case _:  # "lost", or "unknown": what a rollback of Redis took is put back here one day
+                self._drop(attempt, "generation.lost", cause=refusal.kind)
+
+    def _drop(self, attempt: Attempt, event: str, **fields: object) -> None:
+        if self._ledger.is_running(attempt):
+            self._tell(event, attempt, **fields)
+        self._ledger.forget(attempt)
+        self._engine.cancel(attempt.engine_id)
+
+    def _tell(self, event: str, attempt: Attempt, **fields: object) -> None:
+        """The canonical line: each attempt ends here in exactly one of its events."""
+        summary = attempt.summary(self._clock())
+        log.info(event, model_version=self._model_version, **summary, **fields)

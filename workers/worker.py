@@ -1,0 +1,287 @@
+"""The worker: start, serve, drain and stop in order; the one place where the parts meet.
+
+Intake brings generations from Redis, the engine thread computes, the publisher sends what it made.
+This file holds the loop that joins them, and decides when and how the process ends.
+"""
+
+import asyncio
+import gc
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import NoReturn
+
+import uvloop
+
+from common import logs
+from common.broker import Broker, connect
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.ids import new_process_name
+from common.logs import get_logger
+from common.reaping import keep_reaping
+from common.settings import WorkerSettings
+from workers import exit_codes
+from workers.attempts import Ledger
+from workers.engine.factory import build_engine
+from workers.engine.loop import EngineLoop, StepReport
+from workers.engine.port import Engine
+from workers.heartbeat import EngineStalledError, Heartbeat
+from workers.intake import Intake
+from workers.publisher import Publisher
+
+log = get_logger()
+
+_SWITCH_INTERVAL_S = 0.0005
+"""How soon the engine thread lets the event loop run; Python's 5 ms would show in every token."""
+_MAX_BACKOFF_S = 0.5
+_AWAY = frozenset({"BROKER_UNAVAILABLE", "BROKER_FULL"})
+_MODEL_FAILURES = frozenset(
+    {"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED", "WEIGHTS_MISMATCH", "UNSAFE_FORMAT"}
+)
+
+
+class EngineFailedError(Exception):
+    """The engine raised; its cause is the engine's exception."""
+
+
+class Worker:
+    """One engine behind one pool. Use :func:`run` to run one as a process."""
+
+    def __init__(self, name: str, settings: WorkerSettings, engine: Engine) -> None:
+        self.name = name
+        self._settings = settings
+        self._engine = engine
+        self._ordered = Broker(connect(settings.redis_url, single=True), settings.model)
+        self._beats = Broker(connect(settings.redis_url), settings.model)
+        self._bell = Broker(connect(settings.redis_url, blocking=True), settings.model)
+        self._wake = asyncio.Event()
+        self._drain_until_s: float | None = None
+        self._tasks = asyncio.TaskGroup()
+        self._ledger = Ledger()
+        self._loop = EngineLoop(engine, self._on_step, step_timeout_s=settings.step_timeout_s)
+        self._publisher = Publisher(
+            self._ordered,
+            name,
+            self._ledger,
+            self._loop,
+            lease_ms=settings.lease_ms,
+            model_version=engine.model_version,
+            wake=self._wake.set,
+        )
+        self._intake = Intake(
+            self._ordered,
+            self._bell,
+            name,
+            self._ledger,
+            self._loop,
+            capacity=engine.load(),
+            model_version=engine.model_version,
+            wake=self._wake.set,
+            spawn=self._spawn,
+        )
+        self._heartbeat = Heartbeat(
+            self._beats,
+            name,
+            self._ledger,
+            self._loop,
+            model_version=engine.model_version,
+            max_cost=engine.max_cost,
+            beat_ms=settings.beat_ms,
+            lease_ms=settings.lease_ms,
+            free_tokens=lambda: self._intake.free()[1],
+        )
+
+    async def run(self) -> None:
+        """Serve until drained.
+
+        Raises, most of them inside an exception group:
+            EngineStalledError, EngineFailedError: end the process.
+            Failure: Redis was unreachable at the start or while draining.
+        """
+        await self._heartbeat.beat()
+        self._loop.start()
+        async with self._tasks:
+            beside = [
+                self._spawn(self._heartbeat.keep_beating()),
+                self._spawn(self._intake.listen()),
+                self._spawn(keep_reaping(self._beats)),
+                self._spawn(self._watch_engine()),
+            ]
+            log.info("worker.ready", model_version=self._engine.model_version)
+            await self._serve()
+            await self._hand_over(beside)
+        await asyncio.to_thread(self._loop.stop)
+
+    async def _serve(self) -> None:
+        """The worker's loop. What the engine made goes out, and what it has room for comes in.
+
+        Each engine step wakes it, and the bell; meanwhile the engine computes its next step.
+        """
+        while not self._is_drained():
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                waiting_tokens = await self._publisher.publish()
+                self._intake.room_changed()
+                if self._intake.should_claim(waiting_tokens):
+                    await self._intake.claim()
+            except Failure as failure:
+                await self._outlast(failure)
+
+    def _on_step(self, report: StepReport) -> None:
+        self._heartbeat.num_steps = report.step
+        self._publisher.take(report.outputs)
+
+    async def _outlast(self, failure: Failure) -> None:
+        """Redis is away. When it is back: first a beat, then what it may lack, then claims again.
+
+        Raises:
+            Failure: it is not Redis being away, or this worker drains and need not wait.
+        """
+        log.warning("redis.disconnected", code=failure.code, message=failure.message)
+        away_since_s, backoff_s = monotonic_s(), _MAX_BACKOFF_S / 8
+        while failure.code in _AWAY and self._drain_until_s is None:
+            self._publisher.throttle()
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            try:
+                await self._heartbeat.beat()
+                self._publisher.doubt_ended()
+                await self._publisher.publish()
+            except Failure as again:
+                failure = again
+            else:
+                log.info("redis.reconnected", away_s=round(monotonic_s() - away_since_s, 3))
+                self._wake.set()
+                return
+        raise failure
+
+    # The end -------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Stop claiming; what runs may end within ``drain_s``, the rest is handed over."""
+        self._drain_until_s = monotonic_s() + self._settings.drain_s
+        self._intake.close()
+        self._heartbeat.state = "draining"
+        log.info(
+            "worker.draining", holding=len(self._ledger.running()), drain_s=self._settings.drain_s
+        )
+        self._wake.set()
+        asyncio.get_running_loop().call_later(self._settings.drain_s, self._wake.set)
+
+    def _is_drained(self) -> bool:
+        if self._drain_until_s is None:
+            return False
+        return not self._ledger.running() or monotonic_s() >= self._drain_until_s
+
+    async def _hand_over(self, beside: list[asyncio.Task[None]]) -> None:
+        """Flush, give back what is left, and take leave, so that nobody waits for the lease."""
+        self._loop.pause()
+        await self._intake.stop_reading()
+        await self._publisher.publish()
+        await self._publisher.release(self._ledger.running(), event="generation.released")
+        for task in beside:  # a beat behind the leave would bring the lease back
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        await self._ordered.leave_worker(self.name)
+
+    async def _watch_engine(self) -> None:
+        """Raises EngineFailedError once the engine has raised."""
+        error = await self._loop.failed
+        log.error("engine.failed", exc_info=error)
+        raise EngineFailedError from error
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        return self._tasks.create_task(work)
+
+
+def run(settings: WorkerSettings, *, pretty: bool = False) -> int:
+    """Run one worker process to its end; returns the exit code."""
+    name = new_process_name("worker")
+    logs.configure("worker", name, log_dir=settings.log_dir, pretty=pretty)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(_run(name, settings))
+        if code in (exit_codes.STALLED, exit_codes.ENGINE_FAILED):
+            _exit_now(code)  # the engine thread hangs or its device is gone: do not wait for it
+    logs.flush()
+    return code
+
+
+async def _run(name: str, settings: WorkerSettings) -> int:
+    """Start, serve and stop; every way to end has its line in the log and its exit code."""
+    code = exit_codes.OK
+    stop = _on_signals()
+    log.info("worker.started", engine=settings.engine, model=settings.model)
+    try:
+        await _check_redis(settings)
+        engine = await asyncio.to_thread(build_engine, settings)
+        logs.adopt("transformers")
+        gc.freeze()  # what was loaded stays: collections need not walk through it
+        worker = Worker(name, settings, engine)
+        stop.drain = worker.drain
+        await worker.run()
+    except* EngineStalledError:
+        code = exit_codes.STALLED
+    except* EngineFailedError:
+        code = exit_codes.ENGINE_FAILED
+    except* Failure as failures:
+        code = _fail(_first(failures), is_draining=stop.num_received > 0)
+    except* Exception:
+        log.exception("worker.failed")
+        code = exit_codes.FAILED
+    log.info("worker.stopped", exit_code=code)
+    return code
+
+
+async def _check_redis(settings: WorkerSettings) -> None:
+    """Say at once, before a model is loaded, that Redis is not there."""
+    broker = Broker(connect(settings.redis_url), settings.model)
+    await broker.load()
+    await broker.close()
+
+
+def _fail(failure: Failure, *, is_draining: bool) -> int:
+    log.error("worker.failed", code=failure.code, message=failure.message)
+    sys.stderr.write(f"headrace worker: {failure}\n")
+    if failure.code in _AWAY:
+        return exit_codes.NOT_HANDED_OVER if is_draining else exit_codes.UNREACHABLE
+    return exit_codes.ENGINE_FAILED if failure.code in _MODEL_FAILURES else exit_codes.FAILED
+
+
+def _first(failures: BaseExceptionGroup[Failure]) -> Failure:
+    inner = failures.exceptions[0]
+    return inner if isinstance(inner, Failure) else _first(inner)
+
+
+class _Stop:
+    """What the next SIGTERM or SIGINT does: end a start, drain, and at the second: end at once."""
+
+    def __init__(self) -> None:
+        self.drain: Callable[[], None] | None = None
+        self.num_received = 0
+
+    def receive(self) -> None:
+        self.num_received += 1
+        if self.num_received > 1:
+            log.warning("worker.stopped", exit_code=exit_codes.NOT_HANDED_OVER)
+            _exit_now(exit_codes.NOT_HANDED_OVER)
+        if self.drain is None:
+            log.info("worker.stopped", exit_code=exit_codes.OK)
+            _exit_now(exit_codes.OK)
+        self.drain()
+
+
+def _on_signals() -> _Stop:
+    stop = _Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.receive)
+    return stop
+
+
+def _exit_now(code: int) -> NoReturn:
+    logs.flush()
+    os._exit(code)
