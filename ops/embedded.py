@@ -11,14 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.clock import monotonic_s
 from common.failures import Failure
 from ops.runfile import run_dir
 from ops.supervisor import ProcessSpec
 
 _MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 108 on Linux, 104 on macOS."""
-_POLL_S = 0.02
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -72,19 +70,8 @@ def server_spec(binary: Path, data_dir: Path, socket: Path) -> ProcessSpec:
     return ProcessSpec("server", "server", argv, {}, _STOP_TIMEOUT_S)
 
 
-async def wait_until_answers(socket: Path, timeout_s: float) -> None:
-    """Return when the server takes commands, which may need it to load its data first.
-
-    Raises: TimeoutError.
-    """
-    deadline_s = monotonic_s() + timeout_s
-    while not await _answers(socket):
-        if monotonic_s() > deadline_s:
-            raise TimeoutError(f"the embedded server did not answer in {timeout_s:.0f} s")
-        await asyncio.sleep(_POLL_S)
-
-
-async def _answers(socket: Path) -> bool:
+async def answers(socket: Path) -> bool:
+    """True when the server takes commands, which it does not while it loads its data."""
     try:
         reader, writer = await asyncio.open_unix_connection(str(socket))
     except OSError:

@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import msgspec
 
 
@@ -36,7 +37,7 @@ class RunState(msgspec.Struct, frozen=True):
     processes: list[ProcessState]
 
 
-class DataDirInUse(Exception):
+class DataDirInUse(click.ClickException):
     """Another supervisor holds the lock of this data directory."""
 
 
@@ -69,6 +70,10 @@ def write_state(data_dir: Path, state: RunState) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
     fresh.replace(path)
+
+
+def forget_state(data_dir: Path) -> None:
+    (run_dir(data_dir) / "state.json").unlink(missing_ok=True)
 
 
 def read_state(data_dir: Path) -> RunState | None:

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Self
 
+import click
+
 from common.clock import monotonic_s
 from common.logs import get_logger
 
@@ -58,7 +60,7 @@ class ProcessSpec:
     address: str = ""
 
 
-class NeverCameUp(Exception):
+class NeverCameUp(click.ClickException):
     """A process ended again and again before it was ready; the message holds its last words."""
 
 

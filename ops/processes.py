@@ -1,0 +1,123 @@
+"""What `headrace up` starts: the command line, environment and patience of each process."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from common.models.simulated import SIMULATED_MODEL
+from common.settings import GatewaySettings, Settings, WorkerSettings
+from ops.supervisor import ProcessSpec
+
+_BEYOND_DRAIN_S = 10.0
+"""What a process may need after its drain, before it is killed."""
+_BACKGROUND_STOP_S = 15.0
+
+
+class UpSettings(Settings):
+    """What `headrace up` starts. All other settings reach its processes by environment."""
+
+    redis_url: str = ""
+    """A Redis ≥ 7.0 or Valkey of your own; unset: an embedded Valkey on a private socket."""
+    log_dir: Path | None = None
+    """Where JSON lines go (``<role>.jsonl``); unset: ``log`` in the data directory."""
+    host: str = "127.0.0.1"
+    """Address the gateways listen on; ``0.0.0.0`` for every network interface."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port of the first gateway; 0: a free one."""
+    gateways: int = Field(default=1, ge=1, le=64)
+    """Number of gateways, on consecutive ports."""
+    workers: int = Field(default=1, ge=0, le=64)
+    """Number of workers, each with its own copy of the model."""
+    engine: Literal["torch", "simulated"] = "torch"
+    """``simulated`` answers with scripted text and set latencies; needs no model and no torch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the model; in ``float32`` no answer depends on what else runs in its batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _simulate_without_download(cls, given: dict[str, object]) -> dict[str, object]:
+        """The simulated engine serves the model without weights, unless another one is named."""
+        if given.get("engine") == "simulated":
+            given.setdefault("model", SIMULATED_MODEL)
+        return given
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Specs of all processes but the server, for one start.
+
+    Raises: pydantic.ValidationError, when made, for a setting that a process would refuse.
+    """
+
+    settings: UpSettings
+    redis_url: str
+    data_dir: Path
+    log_dir: Path
+    ports: list[int]
+
+    def specs(self) -> list[ProcessSpec]:
+        return [*self._gateways(), *self._workers(), self._background()]
+
+    def address(self, port: int) -> str:
+        """Where a browser on this machine finds the gateway of ``port``."""
+        host = reachable(self.settings.host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _gateways(self) -> list[ProcessSpec]:
+        stop_timeout_s = GatewaySettings().drain_s + _BEYOND_DRAIN_S
+        return [
+            ProcessSpec(
+                role="gateway",
+                name=f"gateway {n}",
+                argv=_python("gateway"),
+                env=self._env(HOST=self.settings.host, PORT=port),
+                stop_timeout_s=stop_timeout_s,
+                address=self.address(port),
+            )
+            for n, port in enumerate(self.ports, start=1)
+        ]
+
+    def _workers(self) -> list[ProcessSpec]:
+        settings = self.settings
+        env = self._env(ENGINE=settings.engine, DTYPE=settings.dtype)
+        # Each would take every core, and together they would be slower than one.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if settings.workers > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // settings.workers)))
+        stop_timeout_s = WorkerSettings().drain_s + _BEYOND_DRAIN_S
+        return [
+            ProcessSpec("worker", f"worker {n}", _python("workers"), env, stop_timeout_s)
+            for n in range(1, settings.workers + 1)
+        ]
+
+    def _background(self) -> ProcessSpec:
+        argv = _python("workers.background")
+        return ProcessSpec("background", "background", argv, self._env(), _BACKGROUND_STOP_S)
+
+    def _env(self, **own: object) -> dict[str, str]:
+        """The environment of this process, with our settings over it."""
+        shared: Mapping[str, object] = {
+            "REDIS_URL": self.redis_url,
+            "DATA_DIR": self.data_dir,
+            "LOG_DIR": self.log_dir,
+            "MODEL": self.settings.model,
+            "MAX_TOTAL_TOKENS": self.settings.max_total_tokens,
+        }
+        ours = {f"HEADRACE_{name}": str(value) for name, value in {**shared, **own}.items()}
+        return {**os.environ, **ours}
+
+
+def reachable(host: str) -> str:
+    """The address to connect to for a server that listens on ``host``."""
+    every_interface = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+    return every_interface.get(host, host)
+
+
+def _python(module: str) -> list[str]:
+    # -P: a folder named `gateway` in the current directory must not be taken for ours.
+    return [sys.executable, "-P", "-m", module]

@@ -1,0 +1,179 @@
+"""`headrace status`: every process with role, pid, state and what it holds.
+
+Two sources are joined: Redis knows what every worker and gateway of the pool holds, wherever it
+runs; the supervisor of this data directory knows pids, addresses and restarts.
+"""
+
+import asyncio
+import socket
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from common.broker import Broker, GatewayState, PoolState, WorkerState, connect
+from common.settings import Settings
+from ops import runfile
+from ops.probe import check_redis, without_password
+
+
+class ProcessStatus(msgspec.Struct, kw_only=True):
+    """One process. ``holds`` are generation ids; ``streams`` is what a gateway relays now."""
+
+    role: str
+    name: str
+    instance: str = ""
+    pid: int = 0
+    host: str = ""
+    state: str
+    holds: list[str] = msgspec.field(default_factory=list[str])
+    streams: int = 0
+    free_tokens: int = 0
+    model_version: str = ""
+    lease_ms: int = 0
+    restarts: int = 0
+    started: str = ""
+    address: str = ""
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """The whole answer; ``supervisor_pid`` is 0 when no `headrace up` runs here."""
+
+    pool: str
+    redis_url: str
+    supervisor_pid: int
+    processes: list[ProcessStatus]
+    waiting: dict[str, int]
+    handed_back: int
+    backlog_tokens: dict[str, int]
+    oldest_wait_ms: int
+    drain_tokens_per_second: float
+
+
+class NotWell(click.ClickException):
+    """What was expected to run here does not."""
+
+
+def status(settings: Settings, *, as_json: bool, expect: str | None) -> None:
+    """Print one look at the pool.
+
+    Raises: Unreachable, Failure; NotWell when no process of the role ``expect`` on this host is.
+    """
+    found = asyncio.run(look(settings))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+    else:
+        _print(found)
+    here = socket.gethostname()
+    if expect and not any(p.role == expect and p.host in ("", here) for p in found.processes):
+        raise NotWell(f"no {expect} of pool {found.pool} is alive on {here}")
+
+
+async def look(settings: Settings) -> Status:
+    """Ask Redis and the supervisor.
+
+    Without a Redis of the user's choice, the one that the supervisor of the data directory uses.
+    """
+    run = runfile.read_state(settings.data_dir)
+    named = "redis_url" in settings.model_fields_set
+    redis_url = run.redis_url if run and not named else settings.redis_url
+    pool = run.model if run and "model" not in settings.model_fields_set else settings.model
+    await check_redis(redis_url, pool)
+    broker = Broker(connect(redis_url), pool)
+    try:
+        state = await broker.state()
+    finally:
+        await broker.close()
+    return Status(
+        pool=pool,
+        redis_url=without_password(redis_url),
+        supervisor_pid=run.pid if run else 0,
+        processes=_join(run.processes if run else [], state),
+        waiting=state.waiting,
+        handed_back=state.handed_back,
+        backlog_tokens=state.backlog_tokens,
+        oldest_wait_ms=state.oldest_wait_ms,
+        drain_tokens_per_second=state.drain_rate,
+    )
+
+
+def _join(supervised: list[runfile.ProcessState], state: PoolState) -> list[ProcessStatus]:
+    """Supervised processes first, with what Redis knows of them; then those of other hosts."""
+    found = [_of_supervisor(process) for process in supervised]
+    by_instance = {process.instance: process for process in found if process.instance}
+    for worker in state.workers:
+        process = by_instance.get(worker.name)
+        if process is None:
+            process = ProcessStatus(role="worker", name=worker.name, state="alive")
+            found.append(process)
+        _add_worker(process, worker)
+    for gateway in state.gateways:
+        process = by_instance.get(gateway.name)
+        if process is None:
+            process = ProcessStatus(role="gateway", name=gateway.name, state="alive")
+            found.append(process)
+        _add_gateway(process, gateway)
+    return found
+
+
+def _of_supervisor(process: runfile.ProcessState) -> ProcessStatus:
+    return ProcessStatus(
+        role=process.role,
+        name=process.name,
+        instance=process.instance,
+        pid=process.pid,
+        host=socket.gethostname(),
+        state=process.state,
+        restarts=process.restarts,
+        started=process.started,
+        address=process.address,
+    )
+
+
+def _add_worker(process: ProcessStatus, worker: WorkerState) -> None:
+    process.instance = worker.name
+    process.holds = worker.held
+    process.lease_ms = worker.expires_in_ms
+    if worker.presence is not None:
+        process.state = worker.presence.state
+        process.pid = worker.presence.pid
+        process.host = worker.presence.host
+        process.free_tokens = worker.presence.free_tokens
+        process.model_version = worker.presence.model_version
+
+
+def _add_gateway(process: ProcessStatus, gateway: GatewayState) -> None:
+    process.instance = gateway.name
+    process.streams = gateway.streams
+    process.lease_ms = gateway.expires_in_ms
+
+
+def _print(found: Status) -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("process", "pid", "state", "holds", "restarts", "instance", "address"):
+        table.add_column(heading, overflow="fold")
+    for process in found.processes:
+        table.add_row(
+            process.name if process.role in process.name else f"{process.role} {process.name}",
+            str(process.pid or ""),
+            process.state,
+            _holds(process),
+            str(process.restarts or ""),
+            process.instance,
+            process.address or process.host,
+        )
+    console.print(table if found.processes else "nothing runs")
+    waiting = ", ".join(f"{lane} {number}" for lane, number in found.waiting.items() if number)
+    console.print(
+        f"\nwaiting: {waiting or 'nothing'}"
+        + (f", handed back {found.handed_back}" if found.handed_back else "")
+        + f"   pool: {found.pool}   server: {found.redis_url}"
+    )
+
+
+def _holds(process: ProcessStatus) -> str:
+    if process.role == "gateway":
+        return f"{process.streams} streams"
+    return ", ".join(process.holds) if process.holds else ""
