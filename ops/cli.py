@@ -112,7 +112,7 @@ def worker_command(**given: Any) -> int:
 @options_of(BackgroundSettings)
 def background_command(**given: Any) -> int:
     """Run one background worker: what has minutes, not milliseconds."""
-    from workers.background.__main__ import run
+    from workers.background.process import run
 
     return run(build(BackgroundSettings, given), pretty=sys.stderr.isatty())
 
@@ -121,15 +121,24 @@ def background_command(**given: Any) -> int:
 @options_of(Settings)
 @click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
 @click.option(
-    "--expect",
-    type=click.Choice(["gateway", "worker", "background"]),
-    help="Exit 1 unless a process of this role on this host is well: a container's health check.",
+    "--expect-worker",
+    is_flag=True,
+    help="Exit 1 unless a worker on this host is alive: a container's health check.",
 )
-def status_command(*, as_json: bool, expect: str | None, **given: Any) -> None:
+def status_command(*, as_json: bool, expect_worker: bool, **given: Any) -> None:
     """Show every process with role, pid, state and what it holds, and what waits."""
     from ops.status import status
 
-    status(build(Settings, given), as_json=as_json, expect=expect)
+    status(build(Settings, given), as_json=as_json, expect_worker=expect_worker)
+
+
+@cli.command("probe")
+@click.argument("url")
+def probe_command(url: str) -> None:
+    """Exit 0 if GET URL answers 200, else 1: a container's health check, without curl."""
+    from ops.probe import probe
+
+    probe(url)
 
 
 @cli.group("model")

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import re
 import socket
+from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import click
 
@@ -37,6 +39,18 @@ async def _get(host: str, port: int, path: str) -> int:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+def probe(url: str) -> None:
+    """Return if ``GET url`` answers 200.
+
+    Raises: Unreachable.
+    """
+    target = urlsplit(url)
+    host, port = target.hostname or "", target.port or 80
+    status = asyncio.run(http_status(host, port, target.path or "/"))
+    if status != HTTPStatus.OK:
+        raise Unreachable(f"{url} answers {status or 'nothing'}")
 
 
 def free_ports(host: str, first: int, num_ports: int) -> list[int]:

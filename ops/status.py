@@ -55,10 +55,10 @@ class NotWell(click.ClickException):
     """What was expected to run here does not."""
 
 
-def status(settings: Settings, *, as_json: bool, expect: str | None) -> None:
+def status(settings: Settings, *, as_json: bool, expect_worker: bool = False) -> None:
     """Print one look at the pool.
 
-    Raises: Unreachable, Failure; NotWell when no process of the role ``expect`` on this host is.
+    Raises: Unreachable, Failure; NotWell when a worker is expected on this host and none is alive.
     """
     found = asyncio.run(look(settings))
     if as_json:
@@ -66,8 +66,9 @@ def status(settings: Settings, *, as_json: bool, expect: str | None) -> None:
     else:
         _print(found)
     here = socket.gethostname()
-    if expect and not any(p.role == expect and p.host in ("", here) for p in found.processes):
-        raise NotWell(f"no {expect} of pool {found.pool} is alive on {here}")
+    workers = [p for p in found.processes if p.role == "worker" and p.lease_ms > 0]
+    if expect_worker and not any(worker.host == here for worker in workers):
+        raise NotWell(f"no worker of pool {found.pool} is alive on {here}")
 
 
 async def look(settings: Settings) -> Status:
