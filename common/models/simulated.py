@@ -1,0 +1,100 @@
+"""A model directory without weights: a byte-level tokenizer, a chat template and a configuration.
+
+With it a gateway and the simulated engine run without downloading anything. Its bytes, and so its
+version, are the same on every machine.
+"""
+
+from pathlib import Path
+
+from common.models.files import TOKENIZER_FILE, JsonObject, write_json
+
+SIMULATED_MODEL = "simulated"
+
+MAX_POSITIONS = 32_768
+
+END_OF_TEXT, MESSAGE_START, MESSAGE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+"""Token ids 256, 257 and 258; ids 0 to 255 are the bytes themselves."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_simulated_model(directory: Path) -> None:
+    """Write the model's files into an existing directory."""
+    eos_token_id = 256 + _SPECIAL_TOKENS.index(MESSAGE_END)
+    config: JsonObject = {
+        "architectures": ["simulated"],
+        "model_type": "simulated",
+        "max_position_embeddings": MAX_POSITIONS,
+        "vocab_size": 256 + len(_SPECIAL_TOKENS),
+        "eos_token_id": eos_token_id,
+    }
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", {"eos_token_id": eos_token_id})
+    write_json(directory / TOKENIZER_FILE, byte_tokenizer())
+    write_json(directory / "tokenizer_config.json", byte_tokenizer_config())
+
+
+def byte_tokenizer() -> JsonObject:
+    """The content of a ``tokenizer.json`` that makes one token of each byte of UTF-8."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    specials = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": 256 + index, "content": text, "special": True, **specials}
+            for index, text in enumerate(_SPECIAL_TOKENS)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "trim_offsets": False},
+        "post_processor": None,
+        "decoder": {**byte_level, "trim_offsets": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {symbol: byte for byte, symbol in enumerate(_byte_symbols())},
+            "merges": [],
+        },
+    }
+
+
+def byte_tokenizer_config() -> JsonObject:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": MESSAGE_END,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+_SPECIAL_TOKENS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END)
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that byte-level tokenizers write for each byte, as GPT-2 chose them.
+
+    Bytes that are printable in Latin-1 stand for themselves; the rest count up from U+0100.
+    """
+    symbols: list[str] = []
+    next_code = 0x100
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            symbols.append(chr(byte))
+        else:
+            symbols.append(chr(next_code))
+            next_code += 1
+    return symbols
