@@ -339,8 +339,16 @@ def _claimed(row: Sequence[Any]) -> Claimed:
         admitted_ms=admitted,
         claimed_ms=claimed,
         body_bytes=size,
-        spec=_spec(body) if body else None,
+        spec=_decoded_spec(body),
     )
+
+
+def _decoded_spec(body: bytes) -> GenerationSpec | None:
+    """None also for a damaged one: it must not hide the other generations of its claim."""
+    try:
+        return _spec(body) if body else None
+    except msgspec.DecodeError:
+        return None
 
 
 def _publication_head(item: Publication) -> tuple[str, str, int, int, str, str, str, str]:

@@ -1,0 +1,256 @@
+"""What a worker claims, when, and what it does with a log, a large prompt or a damaged one."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from redis import Redis
+from structlog.testing import capture_logs
+
+from common.broker import Admission, Broker, connect
+from common.failures import Failure
+from common.ids import generation_id
+from tests.conftest import POOL
+from tests.support.broker_view import PartitionView
+from tests.support.fault_proxy import fault_proxy
+from tests.support.generations import admission, admit
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import wait_until
+from tests.support.worker_parts import Parts, logged, tokens_of
+
+
+@pytest.fixture
+async def parts(broker: Broker, blocking_broker: Broker) -> AsyncIterator[Parts]:
+    parts = Parts(broker, blocking_broker)
+    await parts.beat()
+    yield parts
+    await parts.close()
+
+
+async def submitted(parts: Parts, count: int = 1) -> None:
+    await wait_until(
+        lambda: len(parts.engine.submitted) == count, what="the hand-over to the engine"
+    )
+
+
+async def test_a_claim_takes_no_more_slots_than_are_free(parts: Parts) -> None:
+    """Six wait, four slots are free: four are taken, and two when two have ended."""
+    for _ in range(6):
+        await admit(parts.broker)
+    attempts = await parts.claim()
+    assert len(attempts) == 4
+    assert not parts.intake.has_room()
+    for attempt in attempts[:2]:
+        parts.step(attempt, 1, finish="length")
+    assert parts.intake.free() == (2, 1000 - 2 * 12)
+    await parts.publisher.publish()
+    assert len(await parts.claim()) == 4
+
+
+async def test_a_claim_takes_no_more_tokens_than_are_free(parts: Parts) -> None:
+    """The budget counts prompt and allowed new tokens of all that was claimed before."""
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=500)
+    await parts.claim()
+    assert parts.intake.free() == (3, 400)
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=301)
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=300)
+    attempts = await parts.claim()
+    assert [attempt.cost for attempt in attempts] == [600, 400]
+
+
+async def test_a_busy_worker_claims_only_when_something_waits(parts: Parts) -> None:
+    """An idle round trip per step would cost more than it finds."""
+    await admit(parts.broker)
+    await parts.claim()
+    assert not parts.intake.should_claim(waiting_tokens=0)
+    assert parts.intake.should_claim(waiting_tokens=1)
+
+
+async def test_what_was_just_too_large_is_not_asked_for_in_each_step(parts: Parts) -> None:
+    """Only more room, or the bell, makes another claim worth its round trip."""
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=700)
+    [first] = await parts.claim()
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=400)
+    assert len(await parts.claim()) == 1
+    assert not parts.intake.should_claim(waiting_tokens=500)
+    parts.step(first, 1, finish="length")
+    assert parts.intake.should_claim(waiting_tokens=500)
+
+
+async def test_the_bell_wakes_a_worker_with_room(parts: Parts) -> None:
+    """An admission is taken up at once, not at the next look."""
+    await parts.claim()
+    parts.wake.clear()
+    parts.spawn(parts.intake.listen())
+    await admit(parts.broker)
+    async with asyncio.timeout(0.9):  # less than the bell's own time-out
+        await parts.wake.wait()
+    assert parts.intake.should_claim(waiting_tokens=0)
+
+
+async def test_room_is_kept_for_a_large_generation_that_has_waited(
+    parts: Parts, redis_server: RedisServer
+) -> None:
+    """Once a large head has waited two seconds, nothing is claimed until its budget is free."""
+    await admit(parts.broker, prompt_tokens=100, max_new_tokens=100)
+    [small] = await parts.claim()
+    large = await admit(parts.broker, prompt_tokens=100, max_new_tokens=800)
+    with Redis(port=redis_server.port) as raw:
+        PartitionView(raw, POOL).age(large, 3000)
+    await parts.intake.claim()
+    await admit(parts.broker)
+    assert not parts.intake.should_claim(waiting_tokens=912)
+    parts.step(small, 1, finish="length")
+    assert parts.intake.should_claim(waiting_tokens=912)
+    await parts.publisher.publish()
+    assert large in [attempt.id for attempt in await parts.claim()]
+
+
+async def test_a_continued_generation_brings_the_tokens_of_its_log(
+    parts: Parts, broker: Broker, blocking_broker: Broker
+) -> None:
+    """The next owner prefills prompt and logged tokens and goes on at the next position."""
+    await admit(broker, max_new_tokens=600)
+    [attempt] = await parts.claim()
+    for token in range(300):  # more than one page of the log
+        parts.step(attempt, token)
+        await parts.publisher.publish()
+    await parts.publisher.release([attempt], event="generation.released")
+
+    heir = Parts(broker, blocking_broker, name="w2")
+    await heir.beat()
+    [continued] = await heir.claim()
+    await submitted(heir)
+    [request] = heir.engine.submitted
+    assert request.logged == list(range(300))
+    heir.step(continued, 300, finish="length")
+    await heir.publisher.publish()
+    assert tokens_of(await logged(broker, continued.id)) == list(range(301))
+    await heir.close()
+
+
+async def test_a_large_prompt_is_read_after_the_claim(parts: Parts) -> None:
+    """Its body is not in the claim's answer; meanwhile nothing else is claimed on a guess."""
+    large = Parts(parts.broker, parts.broker, name="w2", tokens=100_000)
+    await large.beat()
+    await admit(parts.broker, prompt_tokens=20_000, max_new_tokens=10)
+    await large.claim()
+    assert large.intake.free() == (3, 0)
+    await submitted(large)
+    [request] = large.engine.submitted
+    assert request.prompt == list(range(20_000))
+    assert large.intake.free() == (3, 100_000 - 20_010)
+    await large.close()
+
+
+async def test_a_spec_that_cannot_be_decoded_ends_as_failed(parts: Parts) -> None:
+    """Nobody could ever run it, and its reader gets an answer instead of silence."""
+    damaged = await admit_damaged(parts.broker)
+    whole = await admit(parts.broker)
+    await parts.claim()
+    await submitted(parts)
+    with capture_logs() as lines:
+        await wait_until(lambda: len(parts.ledger.unpublished()) == 1)
+        await parts.publisher.publish()
+    assert "generation.finished" in [line["event"] for line in lines]
+    [end] = await logged(parts.broker, damaged)
+    assert end.record.finish is not None
+    assert (end.record.finish.reason, end.record.finish.code) == ("failed", "INTERNAL")
+    assert [attempt.id for attempt in parts.ledger.running()] == [whole]
+
+
+async def test_a_prompt_of_no_tokens_ends_as_failed(parts: Parts) -> None:
+    """The engine never sees what it could not compute."""
+    request = admission()
+    empty = msgspec.structs.replace(request.spec, prompt=b"")
+    generation = await admit_spec(parts.broker, request, empty)
+    await parts.claim()
+    await parts.publisher.publish()
+    [end] = await logged(parts.broker, generation)
+    assert end.record.finish is not None
+    assert end.record.finish.reason == "failed"
+    assert parts.engine.submitted == []
+
+
+async def test_a_lost_claim_answer_is_handed_back_by_the_next_beat(
+    redis_url: str, broker: Broker, blocking_broker: Broker
+) -> None:
+    """The claim counts as seen, and the beat that does not name its generations returns them."""
+    async with fault_proxy(redis_url) as proxy:
+        cut = Broker(connect(proxy.url, single=True), POOL)
+        parts = Parts(cut, blocking_broker)
+        await parts.beat()
+        generation = await admit(broker)
+        proxy.lose_answer(b"_claim")
+        with pytest.raises(Failure, match="BROKER_UNAVAILABLE"):
+            await parts.intake.claim()
+        assert parts.ledger.running() == []
+        assert await parts.beat() == [generation]
+        assert [attempt.id for attempt in await parts.claim()] == [generation]
+        await parts.close()
+        await cut.close()
+
+
+async def test_an_id_that_is_held_already_keeps_its_tokens(parts: Parts) -> None:
+    """Handed back while this worker slept, and claimed by it again: nothing is computed twice."""
+    generation = await admit(parts.broker, max_new_tokens=20)
+    [attempt] = await parts.claim()
+    parts.step(attempt, 1, 2)
+    await parts.publisher.publish()
+    parts.step(attempt, 3)
+    old_fence = attempt.fence
+    await parts.broker.release(parts.name, [(attempt.id, attempt.fence)])
+
+    assert await parts.claim() == [attempt]
+    assert attempt.fence != old_fence
+    assert parts.engine.cancelled == []
+    assert len(parts.engine.submitted) == 1
+    await parts.publisher.publish()
+    assert tokens_of(await logged(parts.broker, generation)) == [1, 2, 3]
+
+
+async def test_an_id_whose_log_went_another_way_starts_from_the_log(
+    parts: Parts, broker: Broker, blocking_broker: Broker
+) -> None:
+    """Somebody else continued it meanwhile: our own tokens are worth nothing."""
+    generation = await admit(broker, max_new_tokens=20)
+    [attempt] = await parts.claim()
+    parts.step(attempt, 1)
+    await broker.release(parts.name, [(attempt.id, attempt.fence)])
+    other = Parts(broker, blocking_broker, name="w2")
+    await other.beat()
+    [theirs] = await other.claim()
+    other.step(theirs, 9)
+    await other.publisher.publish()
+    await other.publisher.release([theirs], event="generation.released")
+
+    [again] = await parts.claim()
+    await submitted(parts, 2)
+    assert parts.engine.cancelled == [attempt.engine_id]
+    assert parts.engine.submitted[1].logged == [9]
+    assert again.engine_id != attempt.engine_id
+    parts.step(attempt, 2)  # output of the replaced attempt, late
+    assert again.end == 1
+    parts.step(again, 10)
+    await parts.publisher.publish()
+    assert tokens_of(await logged(broker, generation)) == [9, 10]
+
+
+async def admit_spec(broker: Broker, request: Admission, spec: Any) -> str:
+    """Admit a request with a spec that a gateway would not send."""
+    await broker.admit(replace(request, spec=spec))
+    return generation_id(request.request_id)
+
+
+class Damaged(msgspec.Struct):
+    """Encodes as a map without the fields of a spec."""
+
+    sampling: object
+
+
+async def admit_damaged(broker: Broker) -> str:
+    request = admission()
+    return await admit_spec(broker, request, Damaged(request.spec.sampling))
