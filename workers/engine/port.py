@@ -34,8 +34,8 @@ class EngineRequest:
 class StepOutput:
     """What one generation got out of one step; the fields are those of a token record.
 
-    ``start`` counts generated tokens only (the prompt is not in the log). ``finish`` set: the engine
-    has already freed everything that belongs to the generation. A failed one has no tokens.
+    ``start`` counts generated tokens only (the prompt is not in the log). ``finish`` set: the
+    engine has already freed everything that belongs to the generation. A failed one has no tokens.
     """
 
     id: str

@@ -1,0 +1,117 @@
+"""Builds the engine that the settings ask for; the one place that knows all engines.
+
+torch is imported only for the engine that needs it, so that a simulated worker starts at once.
+"""
+
+import hashlib
+
+from common.failures import Failure
+from common.logs import get_logger
+from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
+from common.models.tokenizer import Tokenizer
+from common.settings import WorkerSettings
+from workers.engine.batching import BatchingEngine
+from workers.engine.port import Engine
+from workers.engine.scheduler import Limits
+from workers.engine.sequence import TextRules
+from workers.engine.simulated import SCRIPT, SimulatedRunner
+
+log = get_logger()
+
+
+def build_engine(settings: WorkerSettings) -> Engine:
+    """Load the model from the store and put an engine around it; blocks for seconds.
+
+    Raises:
+        Failure: MODEL_NOT_FOUND, MODEL_LOAD_FAILED or WEIGHTS_MISMATCH.
+    """
+    store = ModelStore(settings.data_dir)
+    if settings.model == SIMULATED_MODEL:
+        store.add_simulated()
+    stored = store.get(settings.model)
+    if settings.engine == "simulated":
+        return build_simulated(settings, stored)
+    return build_torch(settings, stored)
+
+
+def build_simulated(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine:
+    """Scripted text in the tokens of ``stored``, whose weights, if any, are left alone."""
+    tokenizer = Tokenizer.load(stored.path)
+    eos_token_ids = stored.manifest.eos_token_ids
+    if not eos_token_ids:
+        raise Failure("MODEL_LOAD_FAILED", f"{settings.model} names no end-of-sequence token.")
+    runner = SimulatedRunner(
+        tokenizer,
+        eos_token_ids[0],
+        first_token_s=settings.simulated_first_token_ms / 1000,
+        inter_token_s=settings.simulated_inter_token_ms / 1000,
+    )
+    log.info("engine.selected", engine="simulated", model=settings.model)
+    return BatchingEngine(
+        runner,
+        _text_rules(tokenizer, stored),
+        _limits(settings),
+        model_version=_simulated_version(stored),
+        max_cost=min(settings.max_total_tokens, stored.manifest.max_position_embeddings),
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine:
+    """A model of transformers on our attention and cache, verified before and after loading."""
+    from workers.model.kv_cache import SlotCache
+    from workers.model.loader import (
+        check_attention,
+        inspect_layers,
+        load_model,
+        position_limit,
+        select_device,
+        select_dtype,
+        vocabulary_size,
+    )
+    from workers.model.runner import ModelRunner
+
+    stored.verify()
+    log.info("model.verified", model_version=stored.manifest.version)
+    device = select_device(settings.device)
+    dtype = select_dtype(settings.dtype, device)
+    log.info("model.load_started", model_version=stored.manifest.version)
+    model = load_model(stored.path, dtype=dtype, device=device)
+    layers = inspect_layers(model)
+    check_attention(model, layers)
+    max_cost = min(settings.max_total_tokens, position_limit(model.config))
+    cache = SlotCache(
+        layers,
+        num_slots=settings.max_batch_size,
+        max_tokens=max_cost,
+        dtype=dtype,
+        device=device,
+    )
+    log.info("model.loaded", model_version=stored.manifest.version)
+    log.info("engine.selected", engine="torch", device=str(device), dtype=str(dtype))
+    return BatchingEngine(
+        ModelRunner(model, cache),
+        _text_rules(Tokenizer.load(stored.path), stored),
+        _limits(settings),
+        model_version=stored.manifest.version,
+        max_cost=max_cost,
+        vocab_size=vocabulary_size(model),
+    )
+
+
+def _text_rules(tokenizer: Tokenizer, stored: StoredModel) -> TextRules:
+    return TextRules(tokenizer, frozenset(stored.manifest.eos_token_ids))
+
+
+def _limits(settings: WorkerSettings) -> Limits:
+    return Limits(
+        max_sequences=settings.max_batch_size,
+        cache_tokens=settings.max_batch_total_tokens,
+        step_tokens=settings.max_step_tokens,
+    )
+
+
+def _simulated_version(stored: StoredModel) -> str:
+    """Equal wherever script and tokenizer are, because then the tokens are."""
+    content = "\n".join((stored.manifest.tokenizer_sha256, *SCRIPT))
+    return f"simulated@{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -1,0 +1,92 @@
+"""The simulated engine's runner: scripted text and set latencies, no weights and no torch.
+
+Scheduler, sequences, detokenizer and stop strings are those of the real engine. The next token is a
+function of (prompt, seed, position) alone, so any worker continues a generation identically.
+"""
+
+import random
+import time
+import zlib
+from array import array
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from workers.engine.batching import Choice
+from workers.engine.scheduler import Chunk
+from workers.engine.sequence import Sequence
+
+SCRIPT = (
+    "A river above the mill is led into a channel.",
+    "The channel keeps its level while the valley falls away.",
+    "Where it ends, the water has somewhere to fall, and the wheel begins to turn.",
+    "Nobody upstream needs to know which wheel that is.",
+    "If one wheel stands still, the sluice beside it opens and another takes the flow.",
+    "What was ground stays ground; the stones go on with the next grain.",
+    "In dry weeks the miller counts the hours and lets the small orders through first.",
+    "In spring he opens the spillway early, before the bank is tried.",
+    "Children sail bark boats from the weir and meet them again below the bridge. 🛶",
+    "The café by the lock serves crêpes, and nobody there is in a hurry.",
+    "An old ledger notes each sack, who brought it, and when it was fetched.",
+    "So even after the great flood every farmer got his own flour back.",
+)
+"""Sentences that a generation strings together in an order of its own."""
+
+_MIN_SENTENCES, _MAX_SENTENCES = 4, 40
+"""How much a generation says before it ends by itself: about 60 to 600 tokens of a common
+vocabulary, or 200 to 2,400 bytes."""
+
+
+class TextEncoder(Protocol):
+    """What scripting needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+
+class SimulatedRunner:
+    """Implements :class:`workers.engine.batching.Runner`.
+
+    A step takes ``first_token_s`` if it finishes a prompt, else ``inter_token_s`` if it makes
+    tokens at all; as on a real device, a prompt beside others makes them wait.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextEncoder,
+        eos_token_id: int,
+        *,
+        first_token_s: float,
+        inter_token_s: float,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_id = eos_token_id
+        self._first_token_s = first_token_s
+        self._inter_token_s = inter_token_s
+        self._scripts: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()
+
+    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        if sampled:
+            is_prefill = any(chunk.count > 1 or chunk.start == 0 for chunk in sampled)
+            duration_s = self._first_token_s if is_prefill else self._inter_token_s
+            if duration_s > 0:
+                time.sleep(duration_s)
+        return [self._choose(chunk.sequence) for chunk in sampled]
+
+    def _choose(self, sequence: Sequence) -> Choice:
+        script = self._scripts.get(sequence)
+        if script is None:
+            script = self._scripts[sequence] = self._write_script(sequence)
+        position = sequence.num_generated
+        is_over = position >= len(script)
+        return Choice(
+            self._eos_token_id if is_over else script[position], -(position * 37 % 100) / 100
+        )
+
+    def _write_script(self, sequence: Sequence) -> list[int]:
+        """All tokens before the end; the seed counts only where a real engine would use it."""
+        prompt = array("I", sequence.tokens[: sequence.num_prompt])
+        seed = sequence.sampling.seed if sequence.sampling.do_sample else 0
+        draw = random.Random(f"{zlib.crc32(prompt)} {seed}")
+        count = draw.randint(_MIN_SENTENCES, _MAX_SENTENCES)
+        text = " ".join(draw.choices(SCRIPT, k=count))
+        return self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,153 @@
+"""From a stored model to one that runs: device, type, weights, and proof that our attention fits.
+
+A model is trusted only after its answers on a few tokens, computed our way, have been compared with
+its own: some architectures keep state beside attention, or have masks of their own, and would run
+without an error and wrongly.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from common.failures import Failure
+from workers.model.attention import ATTENTION, LayerProbe, Stretch, running
+from workers.model.kv_cache import LayerShape, SlotCache
+from workers.model.runner import forward
+
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose frequencies change once a sequence grows past the trained length."""
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference of logits, relative to the largest logit, that rounding explains."""
+
+
+def select_device(wish: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, if the wish cannot be had.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if wish == "auto" else wish
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Failure("MODEL_LOAD_FAILED", f"There is no device {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Failure("MODEL_LOAD_FAILED", "The device is cuda, and torch finds none here.")
+    return device
+
+
+def select_dtype(wish: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies it, else float32: faster there."""
+    if wish != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    features = torch.cpu.get_capabilities()
+    in_hardware = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    return torch.bfloat16 if in_hardware else torch.float32
+
+
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in ``path``, from safetensors only and without any code of its own.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, if transformers cannot build it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise Failure("MODEL_LOAD_FAILED", f"{path.name}: {error}") from error
+    model.eval().requires_grad_(requires_grad=False)
+    return model.to(device)  # pyright: ignore[reportArgumentType] - transformers' wrapper hides it
+
+
+def position_limit(config: PreTrainedConfig) -> int:
+    """Longest sequence at which a token's position means the same in every batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = config.max_position_embeddings
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+        return min(limit, rope.get("original_max_position_embeddings") or limit)
+    return limit
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of token ids that the model can read.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, if its input is no plain embedding.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise _unfit(model, "its input is no embedding of tokens")
+    return embedding.num_embeddings
+
+
+def inspect_layers(model: PreTrainedModel) -> dict[int, LayerShape]:
+    """What each attention layer of ``model`` stores per token, learnt by watching it at work.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, for an architecture that cannot run on our attention.
+    """
+    probe = LayerProbe()
+    token = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    try:
+        with torch.inference_mode(), running(probe):
+            model(input_ids=token, position_ids=torch.tensor([[0, 1]]).to(token), use_cache=False)
+    except Exception as error:
+        raise _unfit(model, f"{type(error).__name__}: {error}") from error
+    _check_layer_types(model, probe)
+    return probe.shapes
+
+
+def check_attention(model: PreTrainedModel, layers: Mapping[int, LayerShape]) -> None:
+    """Compare mixed and chunked steps of ours with plain passes of transformers.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, if they differ by more than rounding.
+    """
+    first, second = [3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8]
+    cache = SlotCache(layers, num_slots=2, max_tokens=16, dtype=model.dtype, device=model.device)
+    with torch.inference_mode():
+        forward(model, cache, first[:3], [Stretch(1, 0, 3)], [])
+        forward(model, cache, first[3:5] + second[:3], [Stretch(1, 3, 2), Stretch(0, 0, 3)], [])
+        forward(model, cache, [second[3], first[5]], [Stretch(0, 3, 1), Stretch(1, 5, 1)], [])
+        ours = forward(
+            model, cache, first[6:] + second, [Stretch(1, 6, 1), Stretch(0, 0, 4)], [0, 4]
+        )
+        model.set_attn_implementation("eager")
+        plain = [
+            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[
+                0, -1
+            ]
+            for tokens in (first, second)
+        ]
+        model.set_attn_implementation(ATTENTION)
+    theirs = torch.stack(plain).float()
+    difference = float((ours.float() - theirs).abs().max() / theirs.abs().max())
+    if not difference <= _TOLERANCE[model.dtype]:
+        raise _unfit(model, f"its logits would be off by {difference:.0%}")
+
+
+def _check_layer_types(model: PreTrainedModel, probe: LayerProbe) -> None:
+    """A layer that the configuration calls sliding must have told attention so."""
+    types = getattr(model.config, "layer_types", None) or []
+    for layer, kind in enumerate(types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise _unfit(model, f"layer {layer} is {kind}")
+        if kind == "sliding_attention" and layer not in probe.windowed:
+            raise _unfit(model, f"layer {layer} hides its window")
+
+
+def _unfit(model: PreTrainedModel, reason: str) -> Failure:
+    name = type(model).__name__
+    return Failure("MODEL_LOAD_FAILED", f"{name} cannot run on this engine: {reason}.")
