@@ -146,10 +146,9 @@ def read_json(path: Path) -> JsonObject:
     return value
 
 
-def write_json(path: Path, value: JsonObject) -> None:
+def to_json(value: JsonObject) -> bytes:
     """Equal values give equal bytes, so that a version is the same wherever it was made."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def token_text(config: JsonObject, key: str) -> str | None:

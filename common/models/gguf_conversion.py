@@ -10,14 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from common.failures import Failure
-from common.models.files import TOKENIZER_FILE, JsonObject, read_json, write_json
+from common.models.files import TOKENIZER_FILE, JsonObject, read_json, to_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 Progress = Callable[[str, int, int], None]
-
-_STEPS = 4
 
 _GPT2_PRE_TOKENIZERS = frozenset({"gpt-2", "mpt", "olmo", "phi-2"})
 """Texts are split as GPT-2 does: what transformers builds for any byte-level vocabulary."""
@@ -43,23 +41,19 @@ def convert_gguf(gguf_file: Path, into: Path, on_progress: Progress) -> str:
     except ImportError as error:  # pragma: no cover
         raise _missing(error) from error
 
-    what = f"converting {gguf_file.name}"
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
-        on_progress(what, 0, _STEPS)
+        on_progress(f"reading {gguf_file.name}", 0, 0)
         reader = _reader(gguf_file)
         # transformers looks for more files beside the GGUF; here it finds none.
         with TemporaryDirectory(prefix="headrace-gguf-") as folder:
             link = Path(folder) / "model.gguf"
             link.symlink_to(gguf_file.resolve())
-            on_progress(what, 1, _STEPS)
             _write_tokenizer(reader, link, into)
-            on_progress(what, 2, _STEPS)
+            on_progress(f"converting {gguf_file.name}", 0, 0)
             _write_weights(link, into, _weights_dtype(reader))
-            on_progress(what, 3, _STEPS)
         _tidy_configs(reader, into)
-        on_progress(what, _STEPS, _STEPS)
         return str(_field(reader, "general.license") or "unknown")
     except ImportError as error:
         raise _missing(error) from error
@@ -156,7 +150,7 @@ def _write_tokenizer(reader: "GGUFReader", gguf_file: Path, into: Path) -> None:
             f" {pre!r}); use the safetensors version of the model"
         )
     backend.save(str(into / TOKENIZER_FILE))
-    write_json(into / "tokenizer_config.json", _tokenizer_config(reader, tokenizer))
+    (into / "tokenizer_config.json").write_bytes(to_json(_tokenizer_config(reader, tokenizer)))
 
 
 def _known_splits() -> frozenset[str]:
@@ -196,4 +190,4 @@ def _tidy_configs(reader: "GGUFReader", into: Path) -> None:
             config.pop(key, None)
         if eos_token_ids:
             config["eos_token_id"] = eos_token_ids[0] if len(eos_token_ids) == 1 else eos_token_ids
-        write_json(path, config)
+        path.write_bytes(to_json(config))

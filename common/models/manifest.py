@@ -70,6 +70,10 @@ def hash_file(path: Path) -> FileEntry:
         return FileEntry(sha256=digest, bytes=file.tell())
 
 
+def hash_bytes(content: bytes) -> FileEntry:
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     with (directory / MANIFEST_FILE).open("wb") as file:

@@ -4,9 +4,7 @@ With it a gateway and the simulated engine run without downloading anything. Its
 version, are the same on every machine.
 """
 
-from pathlib import Path
-
-from common.models.files import TOKENIZER_FILE, JsonObject, write_json
+from common.models.files import TOKENIZER_FILE, JsonObject, to_json
 
 SIMULATED_MODEL = "simulated"
 
@@ -23,8 +21,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_simulated_model(directory: Path) -> None:
-    """Write the model's files into an existing directory."""
+def simulated_files() -> dict[str, bytes]:
+    """The content of each file of the model, by name."""
     eos_token_id = 256 + _SPECIAL_TOKENS.index(MESSAGE_END)
     config: JsonObject = {
         "architectures": ["simulated"],
@@ -33,13 +31,16 @@ def write_simulated_model(directory: Path) -> None:
         "vocab_size": 256 + len(_SPECIAL_TOKENS),
         "eos_token_id": eos_token_id,
     }
-    write_json(directory / "config.json", config)
-    write_json(directory / "generation_config.json", {"eos_token_id": eos_token_id})
-    write_json(directory / TOKENIZER_FILE, byte_tokenizer())
-    write_json(directory / "tokenizer_config.json", byte_tokenizer_config())
+    contents = {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": eos_token_id},
+        TOKENIZER_FILE: _tokenizer(),
+        "tokenizer_config.json": _tokenizer_config(),
+    }
+    return {name: to_json(content) for name, content in contents.items()}
 
 
-def byte_tokenizer() -> JsonObject:
+def _tokenizer() -> JsonObject:
     """The content of a ``tokenizer.json`` that makes one token of each byte of UTF-8."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     specials = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -70,7 +71,7 @@ def byte_tokenizer() -> JsonObject:
     }
 
 
-def byte_tokenizer_config() -> JsonObject:
+def _tokenizer_config() -> JsonObject:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": MESSAGE_END,

@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from common.failures import Failure
 from common.models.files import check_directory, is_wanted, refuse_unsafe_name
 from common.models.gguf_conversion import convert_gguf
-from common.models.manifest import Manifest, Provenance, hash_file
-from common.models.simulated import SIMULATED_MODEL, write_simulated_model
+from common.models.manifest import Manifest, Provenance, hash_bytes, hash_file
+from common.models.simulated import SIMULATED_MODEL, simulated_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and the total (0: unknown)."""
+"""Called with what is being done, the bytes of it that are done, and of how many (0: unknown)."""
+
+BUILT_IN = "built-in"
+"""The source of what Headrace itself makes; a newer Headrace may replace it."""
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -255,12 +258,15 @@ class DefaultSource:
 class SimulatedSource:
     default_name: str = SIMULATED_MODEL
 
-    def is_already(self, manifest: Manifest) -> bool:  # noqa: ARG002 - cheaper to write than to ask
-        return False
+    def is_already(self, manifest: Manifest) -> bool:
+        return manifest.source == BUILT_IN and manifest.files == {
+            name: hash_bytes(content) for name, content in simulated_files().items()
+        }
 
     def fetch(self, into: Path, work: Path, on_progress: Progress) -> Provenance:  # noqa: ARG002
-        write_simulated_model(into)
-        return Provenance("built-in", "", "apache-2.0")
+        for name, content in simulated_files().items():
+            (into / name).write_bytes(content)
+        return Provenance(BUILT_IN, "", "apache-2.0")
 
 
 def _revision(gguf: Path) -> str:

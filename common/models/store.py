@@ -26,7 +26,7 @@ from common.models.manifest import (
     write_manifest,
 )
 from common.models.simulated import SIMULATED_MODEL
-from common.models.sources import DEFAULT_MODEL, Progress, find_source
+from common.models.sources import BUILT_IN, DEFAULT_MODEL, Progress, Source, find_source
 
 __all__ = ["DEFAULT_MODEL", "SIMULATED_MODEL", "ModelStore", "StoredModel"]
 
@@ -92,26 +92,14 @@ class ModelStore:
         report = on_progress or _report_nothing
         origin = find_source(source, hub_endpoint=self._hub_endpoint)
         name = _checked_name(name or origin.default_name)
-        with self._locked(name, report):
-            present = self._present(name)
-            if present is not None and not force and origin.is_already(present):
+        try:
+            present = None if force else self._present(name)
+            if present is not None and origin.is_already(present):
                 return present
-            with self._staging(name) as (staged, work):
-                provenance = origin.fetch(staged, work, report)
-                report(f"checking {name}", 0, 0)
-                manifest = _complete(staged, name, provenance)
-                if present is not None and present.version == manifest.version:
-                    return present
-                if present is not None and not force:
-                    raise Failure(
-                        "BAD_REQUEST",
-                        f"{name} is already stored with other content ({present.version}; this"
-                        f" would be {manifest.version}). Give the new one another name, or replace"
-                        " the old one with --force.",
-                        field="name",
-                    )
-                self._publish(staged, name)
-                return manifest
+            with self._locked(name, report):
+                return self._add(origin, name, report, force=force)
+        except OSError as error:
+            raise Failure("MODEL_LOAD_FAILED", f"{name} cannot be stored: {error}") from error
 
     def add_simulated(self) -> Manifest:
         """The model without weights that the simulated engine and its gateways use."""
@@ -140,6 +128,28 @@ class ModelStore:
         """All models that :meth:`get` would give, by name."""
         names = sorted(path.name for path in self._root.iterdir()) if self._root.is_dir() else []
         return [manifest for name in names if (manifest := self._present(name)) is not None]
+
+    def _add(self, origin: Source, name: str, report: Progress, *, force: bool) -> Manifest:
+        """The part of :meth:`add` that happens under the lock."""
+        present = self._present(name)
+        if present is not None and not force and origin.is_already(present):
+            return present
+        with self._staging(name) as (staged, work):
+            provenance = origin.fetch(staged, work, report)
+            report(f"checking {name}", 0, 0)
+            manifest = _complete(staged, name, provenance)
+            if present is not None and present.version == manifest.version:
+                return present
+            if present is not None and not force and present.source != BUILT_IN:
+                raise Failure(
+                    "BAD_REQUEST",
+                    f"{name} is already stored with other content ({present.version}; this would"
+                    f" be {manifest.version}). Give the new one another name, or replace the old"
+                    " one with --force.",
+                    field="name",
+                )
+            self._publish(staged, name)
+            return manifest
 
     def _present(self, name: str) -> Manifest | None:
         try:
@@ -202,7 +212,7 @@ def _checked_name(name: str) -> str:
 
 def _complete(staged: Path, name: str, provenance: Provenance) -> Manifest:
     """Check what a source has made, bring it to the disk and write its manifest."""
-    simulated = provenance.source == "built-in"
+    simulated = provenance.source == BUILT_IN
     files = check_directory(staged, weights_required=not simulated)
     manifest = describe(staged, name, provenance, files)
     for path in files:

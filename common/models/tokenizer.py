@@ -122,7 +122,9 @@ class Tokenizer:
         ids = ((name, self._backend.token_to_id(name)) for name in names)
         # Where the decoder knows no bytes, a token of that name is plain text.
         return frozenset(
-            id for name, id in ids if id is not None and self._backend.decode([id]) != name
+            token
+            for name, token in ids
+            if token is not None and self._backend.decode([token]) != name
         )
 
     def _add_missing_tokens(self) -> None:
