@@ -6,6 +6,7 @@ so it does not matter who is first, and the jitter keeps them from always meetin
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from common.broker import Broker
 from common.failures import Failure
@@ -17,13 +18,16 @@ _MORE_S = 0.05
 """Pause after a reap that moved something: it is bounded, so more may be due (protocol 4)."""
 
 
-async def keep_reaping(broker: Broker, *, interval_s: float = 1.0) -> None:
+async def keep_reaping(
+    broker: Broker, *, interval_s: float = 1.0, may_reap: Callable[[], bool] = lambda: True
+) -> None:
     """Reap about every ``interval_s`` until cancelled; an unreachable Redis only delays it.
 
-    Use a connection without ordered traffic: a reap may take 2 ms of the server.
+    Use a connection without ordered traffic: a reap may take 2 ms of the server. ``may_reap`` is
+    for who has a lease itself: having been away, it must beat first, or it reaps what it holds.
     """
     while True:
-        moved_any = await _reap_once(broker)
+        moved_any = may_reap() and await _reap_once(broker)
         await asyncio.sleep(_MORE_S if moved_any else interval_s * random.uniform(0.75, 1.25))
 
 

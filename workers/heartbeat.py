@@ -66,6 +66,7 @@ class Heartbeat:
         self._free_tokens = free_tokens
         self._rate = 0.0
         self._rated = (monotonic_s(), 0)
+        self._beaten_s = 0.0
         self.state = "ready"
         self.num_steps = 0
 
@@ -81,9 +82,14 @@ class Heartbeat:
                 await self.beat()
             await asyncio.sleep(self._beat_s)
 
+    @property
+    def has_lease(self) -> bool:
+        """Whether the last beat is recent enough for our lease to hold, as far as we can know."""
+        return monotonic_s() - self._beaten_s < self._lease_ms / 1000
+
     async def beat(self) -> None:
         """One beat. Logs what Redis handed back because a claim's answer had been lost."""
-        seen = self._ledger.seen
+        seen, began_s = self._ledger.seen, monotonic_s()
         recovered = await self._broker.beat_worker(
             self._name,
             self._presence(),
@@ -91,6 +97,7 @@ class Heartbeat:
             holding=self._ledger.holding(),
             lease_ms=self._lease_ms,
         )
+        self._beaten_s = began_s
         for generation_id in recovered:
             log.warning("claim.recovered", generation_id=generation_id, seen=seen)
 

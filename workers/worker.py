@@ -107,7 +107,7 @@ class Worker:
             beside = [
                 self._spawn(self._heartbeat.keep_beating()),
                 self._spawn(self._intake.listen()),
-                self._spawn(keep_reaping(self._beats)),
+                self._spawn(keep_reaping(self._beats, may_reap=lambda: self._heartbeat.has_lease)),
                 self._spawn(self._watch_engine()),
             ]
             log.info("worker.ready", model_version=self._engine.model_version)

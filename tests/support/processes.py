@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.models.store import SIMULATED_MODEL
+
 ROOT = Path(__file__).resolve().parents[2]
 _READY_S = 60.0
 _WAIT_S = 20.0
@@ -133,11 +135,12 @@ class Processes:
     def worker(self, *, redis_url: str | None = None, **settings: object) -> Process:
         """Start a worker: engine simulated and leases short, unless ``settings`` (the fields of
         WorkerSettings) say otherwise. Await ``ready()`` before relying on it."""
-        short = {"engine": "simulated", "lease_ms": 1000, "beat_ms": 300}
+        short = {"engine": "simulated", "model": SIMULATED_MODEL, "lease_ms": 1000, "beat_ms": 300}
         return self._start("worker", "workers", redis_url, short | settings)
 
     def background(self, *, redis_url: str | None = None, **settings: object) -> Process:
-        return self._start("background", "workers.background", redis_url, settings)
+        chosen = {"model": SIMULATED_MODEL} | settings
+        return self._start("background", "workers.background", redis_url, chosen)
 
     def gateway(self, *, redis_url: str | None = None, **settings: object) -> Process:
         """Start a gateway on a free port; its address is ``.url``."""

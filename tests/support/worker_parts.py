@@ -118,10 +118,12 @@ class Parts:
         self.publisher.take([output])
 
 
-async def logged(broker: Broker, generation_id: str) -> list[LogEntry]:
+async def logged(
+    broker: Broker, generation_id: str, model_version: str = VERSION
+) -> list[LogEntry]:
     """The whole log, with its positions, its chain and its single end checked."""
     entries: list[LogEntry] = []
-    cursor, chain = 0, chain_start(generation_id, VERSION)
+    cursor, chain = 0, chain_start(generation_id, model_version)
     while True:
         page = await broker.read(generation_id, cursor)
         assert page is not None, f"the log of {generation_id} is gone"
