@@ -92,11 +92,13 @@ def up_command(**given: Any) -> None:
 
 @cli.command("gateway")
 @options_of(GatewaySettings)
-def gateway_command(**given: Any) -> int:
+def gateway_command(**given: Any) -> None:
     """Run one gateway: HTTP in, token streams out. Any number may serve one Redis."""
-    from gateway.__main__ import run
+    import uvloop
 
-    return run(build(GatewaySettings, given), pretty=sys.stderr.isatty())
+    from gateway.__main__ import serve
+
+    uvloop.run(serve(build(GatewaySettings, given)))
 
 
 @cli.command("worker")

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -25,6 +26,9 @@ from common.models.simulated import SIMULATED_MODEL
 from common.models.store import DEFAULT_MODEL, ModelStore
 from common.settings import Settings
 from ops.processes import UpSettings
+
+_BYTES_FROM = 100_000
+"""A step of at least this size counts bytes, a smaller one counts parts."""
 
 
 class CouldNotFetch(click.ClickException):
@@ -106,24 +110,53 @@ def show_one(name: str, settings: Settings) -> None:
     _print_json(ModelStore(settings.data_dir).get(name).manifest)
 
 
+class _Amount(ProgressColumn):
+    """A bar, how much, and how fast; nothing for a step whose size nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = BarColumn(bar_width=30)
+
+    def render(self, task: Task) -> RenderableType:
+        if task.total is None:
+            return ""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(self._bar(task), _amount(task.completed, task.total), _speed(task))
+        return grid
+
+
+def _amount(done: float, total: float) -> str:
+    if total < _BYTES_FROM:
+        return f"{done:.0f} of {total:.0f}"
+    return f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+
+
+def _speed(task: Task) -> str:
+    speed = task.finished_speed or task.speed
+    is_bytes = task.total is not None and task.total >= _BYTES_FROM
+    return f"{speed / 1e6:.1f} MB/s" if is_bytes and speed else ""
+
+
 @contextmanager
 def _progress() -> Generator[Callable[[str, int, int], None]]:
-    """A bar for each step (a file, a conversion); silent where the output is no terminal."""
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=_console()) as progress:
-        tasks: dict[str, TaskID] = {}
+    """One line for each step; a bar where its size is known, else it vanishes when it is over."""
+    columns = (SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"))
+    with Progress(*columns, _Amount(), console=_console()) as progress:
+        current: tuple[str, TaskID] | None = None
+
+        def end() -> None:
+            if current is not None and not progress.tasks[current[1]].finished:
+                progress.update(current[1], visible=False)
 
         def on_progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step, total=None)
-            progress.update(tasks[step], completed=done, total=total or None)
+            nonlocal current
+            if current is None or current[0] != step:
+                end()
+                current = (step, progress.add_task(step, total=None))
+            progress.update(current[1], completed=done, total=total or None)
 
         yield on_progress
+        end()
 
 
 def _console() -> Console:

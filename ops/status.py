@@ -5,6 +5,7 @@ runs; the supervisor of this data directory knows pids, addresses and restarts.
 """
 
 import asyncio
+import os
 import socket
 
 import click
@@ -16,6 +17,9 @@ from common.broker import Broker, GatewayState, PoolState, WorkerState, connect
 from common.settings import Settings
 from ops import runfile
 from ops.probe import check_redis, without_password
+
+_WIDE_COLUMNS = 200
+"""Where no terminal sets a width: no line is broken."""
 
 
 class ProcessStatus(msgspec.Struct, kw_only=True):
@@ -142,6 +146,18 @@ def _add_worker(process: ProcessStatus, worker: WorkerState) -> None:
         process.host = worker.presence.host
         process.free_tokens = worker.presence.free_tokens
         process.model_version = worker.presence.model_version
+    if process.host == socket.gethostname() and not _is_alive(process.pid):
+        process.state = "dead, its lease runs out"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _add_gateway(process: ProcessStatus, gateway: GatewayState) -> None:
@@ -151,9 +167,11 @@ def _add_gateway(process: ProcessStatus, gateway: GatewayState) -> None:
 
 
 def _print(found: Status) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE_COLUMNS)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("process", "pid", "state", "holds", "restarts", "instance", "address"):
+    for heading in ("process", "pid", "state", "holds", "restarts", "instance", "where"):
         table.add_column(heading, overflow="fold")
     for process in found.processes:
         table.add_row(
@@ -161,20 +179,21 @@ def _print(found: Status) -> None:
             str(process.pid or ""),
             process.state,
             _holds(process),
-            str(process.restarts or ""),
+            str(process.restarts),
             process.instance,
             process.address or process.host,
         )
     console.print(table if found.processes else "nothing runs")
-    waiting = ", ".join(f"{lane} {number}" for lane, number in found.waiting.items() if number)
-    console.print(
-        f"\nwaiting: {waiting or 'nothing'}"
-        + (f", handed back {found.handed_back}" if found.handed_back else "")
-        + f"   pool: {found.pool}   server: {found.redis_url}"
-    )
+    waiting = [f"{number} in {lane}" for lane, number in found.waiting.items() if number]
+    if found.handed_back:
+        waiting.append(f"{found.handed_back} handed back")
+    console.print(f"\nwaiting  {', '.join(waiting) or 'nothing'}")
+    console.print(f"pool     {found.pool}\nserver   {found.redis_url}")
 
 
 def _holds(process: ProcessStatus) -> str:
     if process.role == "gateway":
         return f"{process.streams} streams"
-    return ", ".join(process.holds) if process.holds else ""
+    if process.role == "worker":
+        return f"{len(process.holds)} generations"
+    return ""

@@ -94,7 +94,7 @@ class Slot:
         self._was_ready = True
         if not self.came_up.done():
             self.came_up.set_result(None)
-        self._on_change(self, "is ready")
+        self._on_change(self, f"is ready, pid {self.pid}")
 
     def ask_to_stop(self) -> None:
         """SIGTERM, and SIGKILL if that takes longer than the spec allows. Returns at once."""
@@ -141,15 +141,15 @@ class Slot:
         return code, outcome
 
     def _note_start(self, process: asyncio.subprocess.Process) -> None:
-        event, words = "process.started", "started"
+        event = "process.started"
         if self.started:
-            event, words = "process.restarted", "started again"
+            event = "process.restarted"
             self.restarts += 1
         self._process, self.pid, self.instance = process, process.pid, ""
         self.state, self._was_ready = State.STARTING, False
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         log.info(event, process=self.spec.name, role=self.spec.role, child_pid=process.pid)
-        self._on_change(self, words)
+        self._on_change(self, "")
 
     def _note_end(self, code: int, outcome: str) -> None:
         write = log.info if self._stop_asked.is_set() else log.warning
@@ -218,7 +218,7 @@ class Slot:
 
 
 Report = Callable[[Slot, str], None]
-"""Told of every change, in words for people. Called on the event loop; must not block."""
+"""Told of every change, with words for people if it concerns them. Must not block."""
 
 
 class Supervisor:

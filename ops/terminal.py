@@ -1,6 +1,6 @@
 """What `headrace up` shows a person: a heading, one readable line for each event that matters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -25,8 +25,6 @@ _SHOWN_EVENTS = frozenset(
         "request.finished",
         "redis.disconnected",
         "redis.reconnected",
-        "worker.draining",
-        "gateway.draining",
     }
 )
 """Shown whatever their level; warnings and errors always are. The rest is in the logs only."""
@@ -57,12 +55,13 @@ class Terminal:
             )
         )
 
-    def log_lines(self, lines: Sequence[Line]) -> None:
-        """Show what matters of the lines that processes logged."""
+    def log_lines(self, lines: Sequence[Line], names: Mapping[int, str]) -> None:
+        """Show what matters of the lines that processes logged; ``names`` are theirs, by pid."""
         wanted = [line for line in lines if _matters(line)]
         for line in wanted[:_MAX_LINES_PER_LOOK]:
             role = str(line.get("service", ""))
-            self.note(role, _words(line), role=role, level=str(line.get("level", "info")))
+            name = names.get(line.get("pid", 0), role)
+            self.note(name, _words(line), role=role, level=str(line.get("level", "info")))
         if len(wanted) > _MAX_LINES_PER_LOOK:
             self.note("", f"and {len(wanted) - _MAX_LINES_PER_LOOK} more lines, see the logs")
 
@@ -92,10 +91,29 @@ def _matters(line: Line) -> bool:
 
 def _words(line: Line) -> str:
     event = str(line.get("event", ""))
+    if event == "request.finished":
+        return _request_words(line)
     if event == "foreign.logged":
         return _short(line.get("message", ""))
     shown = [f"{name}={_short(value)}" for name, value in line.items() if _is_shown(name, value)]
     return "  ".join([event, *shown])
+
+
+def _request_words(line: Line) -> str:
+    """The canonical line of a request, as short as a person wants it."""
+    parts = [
+        f"{line.get('api', '')} {line.get('tokens', 0)} tokens, {line.get('finish_reason', '')}",
+        f"queue {_ms(line.get('queue_time'))}, first token {_ms(line.get('ttft'))}",
+        f"{line.get('tokens_per_second') or 0:.1f} tokens/s",
+        str(line.get("request_id", "")),
+    ]
+    if line.get("attempts", 1) > 1:
+        parts.insert(1, f"{line['attempts']} attempts")
+    return "  ".join(parts)
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1000:.0f} ms"
 
 
 def _is_shown(name: str, value: object) -> bool:

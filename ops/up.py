@@ -187,8 +187,9 @@ class _Run:
                 slot.kill()
 
     def _note_change(self, slot: Slot, words: str) -> None:
-        level = "warning" if slot.state in (State.WAITING, State.FAILED) else "info"
-        self._terminal.note(slot.spec.name, words, role=slot.spec.role, level=level)
+        if words:
+            level = "warning" if slot.state in (State.WAITING, State.FAILED) else "info"
+            self._terminal.note(slot.spec.name, words, role=slot.spec.role, level=level)
         self._write_state()
         if slot.spec.role == "server" and slot.state is State.STARTING:
             self._tasks.create_task(self._watch_server(slot, slot.pid))
@@ -232,7 +233,8 @@ class _Run:
             for line in lines:
                 if line.get("event") == f"{line.get('service')}.ready":
                     self._supervisor.mark_ready(int(line["pid"]), str(line["instance"]))
-            self._terminal.log_lines(lines)
+            names = {slot.pid: slot.spec.name for slot in self._supervisor.slots}
+            self._terminal.log_lines(lines, names)
             await asyncio.sleep(_LOOK_S)
 
 
