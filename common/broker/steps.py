@@ -18,6 +18,8 @@ class Presentation(msgspec.Struct, frozen=True, array_like=True):
     flags: int
     created: int
     prompt_tokens: int
+    seed: int | None = None
+    """Shown by TGI when it samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ class Claimed:
     claimed_ms: int
     body_bytes: int
     spec: GenerationSpec | None
-    """None when the body is large: read it with :meth:`Broker.read_spec`."""
+    """None when the body is large, or damaged: :meth:`Broker.read_spec` reads it, or says so."""
 
 
 @dataclass(frozen=True, slots=True)

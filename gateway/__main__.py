@@ -1,0 +1,167 @@
+"""``python -m gateway``: settings, Redis, the model's tokenizer, then serve until told to stop.
+
+SIGTERM (or Ctrl-C) starts the drain: ``/ready`` fails, new generations are refused with 503, the
+listener goes on so that open streams are served and others resumed, for up to ``drain_s``. A second
+signal ends it at once.
+"""
+
+import asyncio
+import socket
+import sys
+from datetime import datetime
+from types import FrameType
+
+import uvicorn
+import uvloop
+from pydantic import ValidationError
+
+from common import logs
+from common.broker import Broker, connect
+from common.failures import Failure
+from common.ids import new_process_name
+from common.models.chat_template import ChatTemplate
+from common.models.store import ModelStore
+from common.models.tokenizer import Tokenizer
+from common.settings import GatewaySettings, first_error
+from gateway.app import Brokers, create_app, drain
+from gateway.services import ServedModel, Services
+
+log = logs.get_logger()
+
+STOPPED, CANNOT_START, USAGE = 0, 1, 2
+"""Exit codes."""
+KEEP_ALIVE_S = 75
+"""Idle connections outlive the 60 s of common load balancers, which so never send a request into
+one that is just being closed."""
+CLOSE_LIMIT_S = 5
+"""After the drain: how long connections may take to close."""
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that the first signal drains before anything is closed."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
+        """Runs in a signal handler, so it only hands over to the loop."""
+        self._loop.call_soon_threadsafe(self._begin_exit)
+
+    def _begin_exit(self) -> None:
+        if self._draining is None:
+            self._draining = self._loop.create_task(self._drain_and_exit())
+        else:
+            self._services.relay.fail_all(Failure("DRAINING"))
+            self.should_exit = True
+
+    async def _drain_and_exit(self) -> None:
+        await drain(self._services, self._services.settings.drain_s)
+        self.should_exit = True
+
+
+async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
+    """Serve until a signal has come and the drain is over.
+
+    Raises: Failure MODEL_NOT_FOUND, MODEL_LOAD_FAILED, BROKER_UNAVAILABLE; OSError when the address
+        is taken. All before it listens.
+    """
+    name = new_process_name("gateway")
+    logs.configure("gateway", name, log_dir=settings.log_dir, pretty=pretty)
+    model = load_model(settings)
+    listener = listen(settings.host, settings.port)
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    log.info("gateway.started", model_version=model.version, url=url)
+    brokers = Brokers(
+        commands=Broker(connect(settings.redis_url), model.name),
+        ordered=Broker(connect(settings.redis_url, single=True), model.name),
+        inbox=Broker(connect(settings.redis_url, blocking=True), model.name),
+    )
+    try:
+        await brokers.commands.load()
+        app = create_app(settings, name=name, brokers=brokers, model=model)
+        server = Server(_uvicorn_config(app), app.state.services)
+        announcing = asyncio.create_task(_announce(server, url))
+        await server.serve(sockets=[listener])
+        announcing.cancel()
+    finally:
+        listener.close()
+        for broker in (brokers.commands, brokers.ordered, brokers.inbox):
+            await broker.close()
+        log.info("gateway.stopped")
+        logs.flush()
+
+
+def load_model(settings: GatewaySettings) -> ServedModel:
+    """What a gateway needs of the model in the store.
+
+    Raises: Failure MODEL_NOT_FOUND, MODEL_LOAD_FAILED.
+    """
+    stored = ModelStore(settings.data_dir).get(settings.model)
+    manifest = stored.manifest
+    return ServedModel(
+        name=manifest.name,
+        version=manifest.version,
+        max_total_tokens=min(settings.max_total_tokens, manifest.max_position_embeddings),
+        tokenizer=Tokenizer.load(stored.path),
+        chat_template=ChatTemplate.load(stored.path),
+        dtype=manifest.dtype,
+        created=int(datetime.fromisoformat(manifest.created).timestamp()),
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises: OSError, when the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def run(settings: GatewaySettings, *, pretty: bool = False) -> int:
+    """Serve in a loop of its own; returns the exit code, after one clear line when it is not 0."""
+    try:
+        uvloop.run(serve(settings, pretty=pretty))
+    except Failure as failure:
+        sys.stderr.write(f"headrace gateway: {failure.message}\n")
+        return CANNOT_START
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        sys.stderr.write(f"headrace gateway: cannot listen on {where}: {error.strerror}\n")
+        return CANNOT_START
+    return STOPPED
+
+
+def main() -> int:
+    try:
+        settings = GatewaySettings()
+    except ValidationError as error:
+        sys.stderr.write(f"headrace gateway: {first_error(error)}\n")
+        return USAGE
+    return run(settings)
+
+
+def _uvicorn_config(app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # pyright: ignore[reportArgumentType] - uvicorn names ASGI types of its own
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CLOSE_LIMIT_S,
+        backlog=BACKLOG,
+    )
+
+
+async def _announce(server: uvicorn.Server, url: str) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    log.info("gateway.ready", url=url)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What became of a request: gathered on its way, told once at its end, as log line and metrics."""
+
+from typing import Any
+
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.logs import get_logger
+from common.messages import Finish, FinishReason, Timing
+from common.metrics import GatewayMetrics
+from gateway.stream import Batch
+
+log = get_logger()
+
+
+class Account:
+    """One request for a generation, from its arrival to the last byte of its answer.
+
+    ``fields`` are what the log line shall say beside the timings; never the prompt.
+    """
+
+    def __init__(self, metrics: GatewayMetrics, api: str, arrived_at: float, **fields: Any) -> None:
+        self.api = api
+        self.arrived_at = arrived_at
+        self.fields = fields
+        self.timing: Timing | None = None
+        self._metrics = metrics
+        self._num_tokens = 0
+        self._first_token_at: float | None = None
+        self._last_token_at = 0.0
+        self._finish: Finish | None = None
+        self._failure: Failure | None = None
+        self._left_at: float | None = None
+        self._is_closed = False
+
+    @property
+    def age_s(self) -> float:
+        return monotonic_s() - self.arrived_at
+
+    def note_batch(self, batch: Batch) -> None:
+        """Tokens or the end arrived at the gateway."""
+        now = monotonic_s()
+        if batch.tokens:
+            self._num_tokens = batch.start + len(batch.tokens)
+            if self._first_token_at is None:
+                self._first_token_at = now
+                if batch.start == 0:
+                    self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
+            else:
+                per_token = (now - self._last_token_at) / len(batch.tokens)
+                self._metrics.inter_token_s.labels(self.api).observe(per_token)
+            self._last_token_at = now
+        if batch.finish is not None:
+            self._finish, self.timing = batch.finish, batch.timing
+
+    def note_failure(self, failure: Failure) -> None:
+        self._failure = failure
+
+    def note_disconnect(self) -> None:
+        self._left_at = self.age_s
+
+    def close(self, status: int) -> None:
+        """Tell the outcome; a second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        outcome = self._outcome()
+        self._metrics.requests.labels(self.api, outcome).inc()
+        self._metrics.request_s.labels(self.api).observe(self.age_s)
+        told: dict[str, Any] = {"finish_reason": self._finish.reason if self._finish else None}
+        if self.timing is not None:
+            told |= self._tell_timing(self.timing)
+        first = self._first_token_at
+        log.info(
+            "request.finished",
+            api=self.api,
+            status=status,
+            code=outcome,
+            **told,
+            ttft=None if first is None else round(first - self.arrived_at, 6),
+            tokens=self._num_tokens,
+            duration=round(self.age_s, 6),
+            disconnected_after=None if self._left_at is None else round(self._left_at, 6),
+            **self.fields,
+        )
+
+    def _tell_timing(self, timing: Timing) -> dict[str, Any]:
+        self._metrics.queue_s.labels(timing.lane).observe(timing.queue_time_s)
+        self._metrics.tokens.labels("generated").inc(self._num_tokens)
+        self._metrics.tokens.labels("prompt").inc(self.fields.get("prompt_tokens", 0))
+        return {
+            "queue_time": timing.queue_time_s,
+            "generation_time": timing.generation_time_s,
+            "tokens_per_second": round(timing.tokens_per_second(self._num_tokens), 3),
+            "model_version": timing.model_version,
+            "attempts": timing.attempts,
+            "deaths": timing.deaths,
+            "worker": timing.worker,
+        }
+
+    def _outcome(self) -> str:
+        """A word of a closed set: ok, cancelled, disconnected, or a failure code."""
+        if self._failure is not None:
+            return self._failure.code
+        if self._finish is None:
+            return "disconnected"
+        if self._finish.reason == FinishReason.FAILED:
+            return self._finish.code or "INTERNAL"
+        return "cancelled" if self._finish.reason == FinishReason.CANCELLED else "ok"

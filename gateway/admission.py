@@ -1,0 +1,160 @@
+"""Admission: from an order to a generation that waits in Redis, or an honest refusal.
+
+The order of things matters: the mailbox is opened first, so that no record can arrive before it;
+the request is queued, subscribed and charged in one step of the broker; what was admitted is kept
+for a few seconds in case Redis forgets it. When Redis does not answer, admission is tried again
+under the same id for a moment (it is idempotent), and an id whose fate stays unknown is cancelled.
+"""
+
+import asyncio
+import math
+import random
+import struct
+import time
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+from common.broker import Admission, Admitted, Broker, Presentation
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.ids import generation_id
+from common.messages import GenerationSpec
+from common.settings import GatewaySettings
+from gateway.order import DETAILS, Order
+from gateway.recent import RecentAdmissions
+from gateway.relay import Relay
+from gateway.stream import Stream
+
+TENANT = "public"
+"""Everybody's tenant until there are keys."""
+PATIENCE_S = 3.0
+"""How long admission waits for a Redis that just restarts or fails over."""
+MAX_GRACE_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What the client's leaving does: cancel the generation after ``grace_s``; None: nothing."""
+
+    grace_s: float | None
+
+    @property
+    def text(self) -> str:
+        """As the header ``x-headrace-disconnect`` writes it."""
+        if self.grace_s is None:
+            return "continue"
+        return "cancel" if self.grace_s == 0 else f"{self.grace_s:g}"
+
+
+def manner_of(headers: Headers, *, stream: bool, settings: GatewaySettings) -> Manner:
+    """Read ``x-headrace-disconnect``. By default a stream has some seconds to come back, and an
+    answer that is not streamed is cancelled at once: nobody can take it up again half-way.
+
+    Raises: Failure BAD_REQUEST.
+    """
+    text = headers.get("x-headrace-disconnect")
+    if text is None:
+        return Manner(settings.disconnect_grace_s if stream else 0.0)
+    if text in ("cancel", "continue"):
+        return Manner(0.0 if text == "cancel" else None)
+    try:
+        grace_s = float(text)
+    except ValueError:
+        grace_s = math.nan
+    if not 0 <= grace_s <= MAX_GRACE_S:
+        raise Failure(
+            "BAD_REQUEST",
+            f"x-headrace-disconnect must be cancel, continue, or seconds up to {MAX_GRACE_S:g}",
+            field="x-headrace-disconnect",
+        )
+    return Manner(grace_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An admitted order: the stream that follows it, and what was decided on the way."""
+
+    stream: Stream
+    admitted: Admitted
+    presentation: Presentation
+
+
+class Admissions:
+    def __init__(
+        self,
+        broker: Broker,
+        relay: Relay,
+        recent: RecentAdmissions,
+        settings: GatewaySettings,
+    ) -> None:
+        self._broker = broker
+        self._relay = relay
+        self._recent = recent
+        self._settings = settings
+
+    async def admit(self, request_id: str, order: Order, manner: Manner, trace: str) -> Ticket:
+        """Queue ``order`` under ``request_id`` and follow it.
+
+        Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
+            BROKER_FULL.
+        """
+        admission = self._admission(request_id, order, manner, trace)
+        stream = self._relay.open(generation_id(request_id), TENANT)
+        self._recent.keep(admission)
+        try:
+            admitted = await self._submit(admission)
+        except BaseException:
+            self._recent.forget(stream.id)
+            self._relay.close(stream, was_subscribed=False)
+            raise
+        return Ticket(stream, admitted, admission.presentation)
+
+    async def _submit(self, admission: Admission) -> Admitted:
+        give_up_at = monotonic_s() + PATIENCE_S
+        while True:
+            try:
+                return await self._broker.admit(admission)
+            except Failure as failure:
+                if failure.code != "BROKER_UNAVAILABLE":
+                    raise
+                if monotonic_s() > give_up_at:
+                    self._relay.cancel_soon(generation_id(admission.request_id), TENANT)
+                    raise
+            await asyncio.sleep(random.uniform(0.05, 0.3))
+
+    def _admission(self, request_id: str, order: Order, manner: Manner, trace: str) -> Admission:
+        settings = self._settings
+        shows_seed = order.flags & DETAILS and order.sampling.do_sample
+        return Admission(
+            request_id=request_id,
+            spec=GenerationSpec(
+                prompt=pack_tokens(order.prompt),
+                sampling=order.sampling,
+                request_id=request_id,
+                trace=trace,
+            ),
+            cost=order.cost,
+            presentation=Presentation(
+                api=order.api,
+                flags=order.flags,
+                created=int(time.time()),
+                prompt_tokens=len(order.prompt),
+                seed=order.sampling.seed if shows_seed else None,
+            ),
+            gateway=self._relay.name,
+            lane=order.lane,
+            tenant=TENANT,
+            attached=manner.grace_s is not None,
+            grace_ms=int((manner.grace_s or 0) * 1000),
+            queue_limit_ms=int(settings.queue_limit_s * 1000),
+            run_limit_ms=int(settings.run_limit_s * 1000),
+            retention_ms=int(settings.retention_s * 1000),
+            lane_cap_tokens=settings.lane_cap_tokens,
+            lane_cap_bytes=settings.lane_cap_bytes,
+        )
+
+
+def pack_tokens(tokens: list[int]) -> bytes:
+    """Token ids as little-endian u32."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)

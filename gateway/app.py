@@ -1,0 +1,220 @@
+"""The application: routes, middleware, and the parts behind them, every one an argument.
+
+:func:`create_app` opens nothing; the relay's tasks live as long as the application's lifespan.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from common.broker import Broker
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.logs import get_logger
+from common.metrics import GatewayMetrics
+from common.settings import GatewaySettings
+from gateway.admission import Admissions
+from gateway.api import chat, completions, health, models, pages, streams, tgi
+from gateway.errors import failure_response, status_of, wire_of
+from gateway.middleware import PayloadLimit, RequestContext, arrival_of
+from gateway.recent import RecentAdmissions
+from gateway.relay import Relay
+from gateway.services import ServedModel, Services, services_of
+
+log = get_logger()
+
+JOIN_LIMIT_S = 10.0
+LAST_WORDS_S = 2.0
+"""How long streams that a drain ended get to say so."""
+
+_SHARED_HEADERS = [
+    "x-request-id",
+    "x-headrace-stream-id",
+    "x-model-version",
+    "x-stream-retention-seconds",
+    "x-should-retry",
+    "retry-after",
+    "retry-after-ms",
+]
+_TAKEN_HEADERS = [
+    "authorization",
+    "content-type",
+    "last-event-id",
+    "x-request-id",
+    "x-headrace-disconnect",
+]
+_APIS = {
+    "/": "tgi",
+    "/generate": "tgi",
+    "/generate_stream": "tgi",
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Brokers:
+    """The pool on three connections, because two of them must not share.
+
+    ``commands`` is any pool of connections; ``ordered`` sends one command after the other (attach
+    and detach); ``inbox`` may block.
+    """
+
+    commands: Broker
+    ordered: Broker
+    inbox: Broker
+
+
+def create_app(
+    settings: GatewaySettings,
+    *,
+    name: str,
+    brokers: Brokers,
+    model: ServedModel,
+    metrics: GatewayMetrics | None = None,
+) -> Starlette:
+    """The ASGI application of the gateway ``name``; its parts hang at ``app.state.services``."""
+    metrics = metrics or GatewayMetrics()
+    metrics.model_info.labels(model.name, model.version).set(1)
+    recent = RecentAdmissions(brokers.commands)
+    relay = Relay(
+        name,
+        commands=brokers.commands,
+        ordered=brokers.ordered,
+        inbox=brokers.inbox,
+        recent=recent,
+        metrics=metrics,
+        keep_alive_s=settings.keep_alive_s,
+    )
+    app = Starlette(
+        routes=[
+            *tgi.routes,
+            *chat.routes,
+            *completions.routes,
+            *streams.routes,
+            *models.routes,
+            *health.routes,
+            *pages.routes,
+        ],
+        middleware=[
+            Middleware(RequestContext, model_version=model.version),
+            *_cors(settings),
+            Middleware(PayloadLimit, max_bytes=settings.payload_limit),
+        ],
+        exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},
+        lifespan=_lifespan,
+    )
+    app.state.services = Services(
+        name=name,
+        settings=settings,
+        model=model,
+        broker=brokers.commands,
+        relay=relay,
+        admissions=Admissions(brokers.commands, relay, recent, settings),
+        metrics=metrics,
+        version=_version(),
+    )
+    return app
+
+
+async def drain(services: Services, limit_s: float) -> None:
+    """Refuse new generations, let open streams go on for up to ``limit_s``, then end them.
+
+    What is ended that way stays in Redis for its grace time, to be resumed on another gateway.
+    """
+    services.is_draining = True
+    log.info("gateway.draining", streams=services.relay.num_streams, limit_s=limit_s)
+    await _until_no_streams(services, limit_s)
+    if services.relay.num_streams:
+        services.relay.fail_all(Failure("DRAINING"))
+        await _until_no_streams(services, LAST_WORDS_S)
+
+
+async def _until_no_streams(services: Services, limit_s: float) -> None:
+    end_at = monotonic_s() + limit_s
+    while services.relay.num_streams and monotonic_s() < end_at:
+        await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
+    """Relay while the application serves; leave in order, so that no lease has to expire."""
+    services: Services = app.state.services
+    relaying = asyncio.create_task(services.relay.run())
+    try:
+        with suppress(TimeoutError):  # not joined: /ready says so, and the relay goes on trying
+            async with asyncio.timeout(JOIN_LIMIT_S):
+                await services.relay.joined.wait()
+        yield
+    finally:
+        await services.relay.flush()
+        relaying.cancel()
+        with suppress(asyncio.CancelledError):
+            await relaying
+        await services.relay.leave()
+
+
+async def _answer_failure(request: Request, error: Exception) -> Response:
+    """A refusal before the first byte: a real status code, one log line, one count."""
+    wire = wire_of(request.url.path)
+    if isinstance(error, HTTPException):
+        code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "BAD_REQUEST")
+        return failure_response(
+            Failure(code), wire, status=error.status_code, headers=error.headers
+        )
+    failure = error if isinstance(error, Failure) else Failure("INTERNAL")
+    _note_rejection(request, failure, status_of(failure, wire))
+    return failure_response(failure, wire)
+
+
+def _note_rejection(request: Request, failure: Failure, status: int) -> None:
+    services = services_of(request)
+    path = request.url.path
+    if path.startswith("/v1/streams/"):
+        services.metrics.resumes.labels(failure.code).inc()
+        api = "resume"
+    elif request.method == "POST" and path in _APIS:
+        api = _APIS[path]
+        services.metrics.requests.labels(api, failure.code).inc()
+    else:
+        return
+    log.info(
+        "request.rejected",
+        api=api,
+        status=status,
+        code=failure.code,
+        field=failure.field,
+        retry_after_ms=failure.retry_after_ms,
+        duration=round(monotonic_s() - arrival_of(request), 6),
+        model_version=services.model.version,
+    )
+
+
+def _cors(settings: GatewaySettings) -> list[Middleware]:
+    if not settings.cors_allow_origin:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allow_origin,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=_TAKEN_HEADERS,
+            expose_headers=_SHARED_HEADERS,
+        )
+    ]
+
+
+def _version() -> str:
+    try:
+        return version("headrace")
+    except PackageNotFoundError:
+        return "source"

@@ -1,0 +1,84 @@
+"""Failures on the wire: the two envelopes, the status codes, and the headers that SDKs obey.
+
+Before the first byte a failure is a real status code; afterwards it is an event in the stream. On
+``/v1`` codes are written in lower case, as OpenAI writes its own (``context_length_exceeded``).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from starlette.responses import Response
+
+from common.failures import Failure
+
+Wire = Literal["tgi", "openai"]
+
+_DEFAULT_RETRY_MS = 1000
+
+
+class MalformedJson(Failure):
+    """What is no JSON at all: 400 on every route, where TGI says 422 to JSON of a wrong shape."""
+
+
+def wire_of(path: str) -> Wire:
+    return "openai" if path.startswith("/v1/") else "tgi"
+
+
+def status_of(failure: Failure, wire: Wire) -> int:
+    """TGI says 422 to what is invalid and 424 to what broke in the engine."""
+    kind = failure.kind
+    if wire == "tgi" and kind.status == 400 and not isinstance(failure, MalformedJson):
+        return 422
+    if wire == "tgi" and kind.tgi_type == "generation" and failure.code != "INTERNAL":
+        return 424
+    return kind.status
+
+
+def envelope(failure: Failure, wire: Wire) -> dict[str, Any]:
+    """The JSON of an error, as body and as event.
+
+    On ``/v1`` it carries TGI's ``error_type`` too: huggingface_hub chooses its exception by it.
+    """
+    kind = failure.kind
+    if wire == "tgi":
+        return {"error": failure.message, "error_type": kind.tgi_type, "code": failure.code}
+    return {
+        "error": {
+            "message": failure.message,
+            "type": kind.openai_type,
+            "param": failure.field,
+            "code": failure.code.lower(),
+            "http_status_code": kind.status,
+        },
+        "error_type": kind.tgi_type,
+    }
+
+
+def retry_headers(failure: Failure) -> dict[str, str]:
+    """``x-should-retry`` outranks the status in SDKs; the wait is measured where one is known."""
+    headers = {"x-should-retry": "true" if failure.kind.retryable else "false"}
+    if failure.kind.retryable:
+        wait_ms = failure.retry_after_ms or _DEFAULT_RETRY_MS
+        headers["retry-after-ms"] = str(wait_ms)
+        headers["retry-after"] = str(math.ceil(wait_ms / 1000))
+    return headers
+
+
+def failure_response(
+    failure: Failure,
+    wire: Wire,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    headers = {**retry_headers(failure), **(headers or {})}
+    if failure.code == "DRAINING":
+        headers["connection"] = "close"  # the retry must find another gateway
+    return Response(
+        json.dumps(envelope(failure, wire)),
+        status_code=status or status_of(failure, wire),
+        headers=headers,
+        media_type="application/json",
+    )

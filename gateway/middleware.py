@@ -1,0 +1,118 @@
+"""What happens to every request and answer, as pure ASGI: ids, headers, limits, last resort."""
+
+import re
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.ids import new_request_id
+from common.logs import get_logger
+from gateway.errors import failure_response, wire_of
+
+log = get_logger()
+
+_SANE_ID = re.compile(r"[\x21-\x7e]{1,200}")
+"""What a client may name its request: visible ASCII, so it fits a header and a log line."""
+
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class RequestContext:
+    """Outermost: names the request, stamps the answer, turns what nobody caught into INTERNAL.
+
+    The answer's ``x-request-id`` is the client's own (``x-request-id``, else ``X-Amzn-Trace-Id``,
+    as huggingface_hub sends it), else a new one.
+    """
+
+    def __init__(self, app: ASGIApp, *, model_version: str) -> None:
+        self._app = app
+        self._model_version = model_version
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["headrace.arrived_at"] = monotonic_s()
+        scope["headrace.request_id"] = request_id = _request_id(Headers(scope=scope))
+        has_started = False
+
+        async def stamped(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                self._stamp(MutableHeaders(scope=message), request_id)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, stamped)
+            except Exception as error:
+                log.exception("request.failed", path=scope["path"], code="INTERNAL")
+                if has_started:
+                    raise  # the server closes the connection: the client sees a cut, not an end
+                failure = Failure("INTERNAL", f"{type(error).__name__} in the gateway")
+                await failure_response(failure, wire_of(scope["path"]))(scope, receive, stamped)
+
+    def _stamp(self, headers: MutableHeaders, request_id: str) -> None:
+        headers["x-request-id"] = request_id
+        headers.setdefault("x-model-version", self._model_version)
+        headers["x-content-type-options"] = "nosniff"
+        headers["referrer-policy"] = "no-referrer"
+        if headers.get("content-type", "").startswith("text/html"):
+            headers["content-security-policy"] = _PAGE_POLICY
+
+
+class PayloadLimit:
+    """Refuses bodies above ``max_bytes``, by their announced length or as they come."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await failure_response(self._failure(), wire_of(scope["path"]))(scope, receive, send)
+            return
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max_bytes:
+                raise self._failure()
+            return message
+
+        await self._app(scope, limited, send)
+
+    def _failure(self) -> Failure:
+        return Failure("BODY_TOO_LARGE", f"The body is larger than {self._max_bytes} bytes.")
+
+
+def arrival_of(request: Request) -> float:
+    """When the request came, on the monotonic clock."""
+    return request.scope["headrace.arrived_at"]
+
+
+def trace_of(request: Request) -> str:
+    """The correlation id that goes with the generation into the worker's log lines."""
+    return request.scope["headrace.request_id"]
+
+
+def _request_id(headers: Headers) -> str:
+    for name in ("x-request-id", "x-amzn-trace-id"):
+        value = headers.get(name, "")
+        if _SANE_ID.fullmatch(value):
+            return value
+    return new_request_id()

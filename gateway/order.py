@@ -1,0 +1,39 @@
+"""What a client asks for, whatever wire it came over: a prompt as tokens, and how to answer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.messages import Lane, Sampling
+
+Api = Literal["tgi", "chat", "completion"]
+
+INCLUDE_USAGE = 1
+"""OpenAI: a usage chunk before the end."""
+DETAILS = 2
+"""TGI: ``details`` with the last event or the answer."""
+FULL_TEXT = 4
+"""TGI: ``generated_text`` begins with the prompt."""
+AS_LIST = 8
+"""TGI's ``POST /``: the answer is a list of one."""
+SHOW_TIER = 16
+"""OpenAI: the request named a ``service_tier``, so the answer echoes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """``flags`` are the bits above; they travel with the generation (see ``Presentation``)."""
+
+    api: Api
+    prompt: list[int]
+    sampling: Sampling
+    stream: bool
+    flags: int = 0
+    prompt_text: str = ""
+    """Only kept where the answer repeats it."""
+    num_prompt_characters: int = 0
+    lane: Lane = "default"
+
+    @property
+    def cost(self) -> int:
+        """Cache positions: prompt plus allowed new tokens."""
+        return len(self.prompt) + self.sampling.max_new_tokens

@@ -1,0 +1,73 @@
+"""What this gateway admitted a moment ago, kept in case Redis forgets it.
+
+A Redis that restarts may lose its last second. The gateway that admitted a request still holds it,
+and queues it again under the same id: the client sees a pause. An admission is kept until its first
+token has come *and* five seconds have passed; memory is bounded.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from common.broker import Admission, Broker
+from common.clock import monotonic_s
+from common.ids import generation_id
+from common.logs import get_logger
+
+log = get_logger()
+
+KEEP_S = 5.0
+"""Longer than any Redis with persistence can go back (1 s, 2 s when its disk stalls)."""
+MAX_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class _Kept:
+    admission: Admission
+    at: float
+    has_token: bool = False
+
+
+class RecentAdmissions:
+    def __init__(self, broker: Broker, max_bytes: int = MAX_BYTES) -> None:
+        self._broker = broker
+        self._max_bytes = max_bytes
+        self._kept: dict[str, _Kept] = {}
+        self._bytes = 0
+
+    def ids(self) -> list[str]:
+        return list(self._kept)
+
+    def keep(self, admission: Admission) -> None:
+        """Remember an admission, dropping the oldest beyond the memory limit."""
+        self._kept[generation_id(admission.request_id)] = _Kept(admission, monotonic_s())
+        self._bytes += len(admission.spec.prompt)
+        while self._bytes > self._max_bytes:
+            self.forget(next(iter(self._kept)))
+
+    def forget(self, id: str) -> None:
+        kept = self._kept.pop(id, None)
+        if kept is not None:
+            self._bytes -= len(kept.admission.spec.prompt)
+
+    def note_first_token(self, id: str) -> None:
+        kept = self._kept.get(id)
+        if kept is not None:
+            kept.has_token = True
+
+    def forget_old(self, read: Collection[str]) -> None:
+        """Drop what is old enough and has shown a token, or has no reader in ``read``."""
+        horizon = monotonic_s() - KEEP_S
+        for name, kept in list(self._kept.items()):
+            if kept.at > horizon:
+                break  # in order of admission
+            if kept.has_token or name not in read:
+                self.forget(name)
+
+    async def resubmit(self, id: str, gateway: str) -> bool:
+        """Queue ``id`` again if it is kept; ``gateway`` "" when nobody reads it now."""
+        kept = self._kept.get(id)
+        if kept is None:
+            return False
+        await self._broker.admit(replace(kept.admission, gateway=gateway, resubmit=True))
+        log.warning("admission.resubmitted", generation_id=id)
+        return True

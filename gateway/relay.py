@@ -1,0 +1,372 @@
+"""The relay: brings the token logs of generations to the clients that read them here.
+
+One task reads the gateway's inbox and hands each record to the streams that follow its generation.
+Everything that can go wrong with that is healed here: a record may be lost (the tail check looks at
+quiet streams), the inbox may vanish or Redis may go back in time (join again: attach every stream
+anew and re-submit what is unknown), a client may leave while Redis is away (the detach is kept and
+sent later). See protocol.md, "Gateway".
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from common.broker import Attachment, Broker, Look, Page
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.logs import get_logger
+from common.messages import LogEntry
+from common.metrics import GatewayMetrics
+from common.reaping import keep_reaping
+from gateway.cursor import Cursor
+from gateway.recent import RecentAdmissions
+from gateway.stream import Stream
+
+log = get_logger()
+
+BLOCK_MS = 1000
+"""One wait for inbox records; also how often a healthy Redis is heard of."""
+READ_LIMIT_S = 5.0
+"""A wait that does not even time out: the connection hangs and is given up."""
+BEAT_S = 4.0
+WATCH_S = 0.5
+QUIET_RUNNING_S = 1.0
+"""Silence of a running generation after which Redis is asked for its state."""
+QUIET_WAITING_S = 5.0
+AWAY_LIMIT_S = 10.0
+"""Redis away for so long: clients are told. Below the gateway's lease of 15 s, so that nothing is
+cancelled for want of a reader while its client waits."""
+LOST_LIMIT_S = 3.0
+"""How long an id may be unknown to Redis before its readers are told that it is gone."""
+CANCEL_MEMORY_S = 3.0
+"""Cancels that a Redis which went back may have forgotten are sent again within this time."""
+MAX_LOOKS = 256
+
+
+class Relay:
+    """Streams of one gateway process on one pool partition.
+
+    ``commands`` may be any connection pool; ``ordered`` must send one command after another, so
+    that a detach never overtakes the attach that follows it; ``inbox`` must be allowed to block.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        commands: Broker,
+        ordered: Broker,
+        inbox: Broker,
+        recent: RecentAdmissions,
+        metrics: GatewayMetrics,
+        keep_alive_s: float,
+    ) -> None:
+        self.name = name
+        self._commands = commands
+        self._ordered = ordered
+        self._inbox = inbox
+        self._recent = recent
+        self._metrics = metrics
+        self._keep_alive_s = keep_alive_s
+        self._readers: dict[str, list[Stream]] = {}
+        self._order = asyncio.Lock()
+        self._leaving: dict[str, None] = {}
+        self._cancelling: dict[str, str] = {}
+        self._errand = asyncio.Event()
+        self._cancelled: deque[tuple[float, str, str]] = deque(maxlen=4096)
+        self._lost_since: dict[str, float] = {}
+        self._must_join = True
+        self._heard_at = monotonic_s()
+        self._is_away = False
+        self.joined = asyncio.Event()
+        """Set once the inbox exists and is read."""
+
+    @property
+    def num_streams(self) -> int:
+        return sum(map(len, self._readers.values()))
+
+    @property
+    def silent_s(self) -> float:
+        """How long Redis has not been heard of; about 1 s at most when all is well."""
+        return monotonic_s() - self._heard_at
+
+    # Streams -------------------------------------------------------------------------------------
+
+    def open(self, id: str, tenant: str, cursor: Cursor | None = None) -> Stream:
+        """A mailbox for a generation. Open it before admit or attach, so that nothing is missed."""
+        stream = Stream(id, tenant, self._read_log, cursor)
+        self._readers.setdefault(id, []).append(stream)
+        self._metrics.streams.set(self.num_streams)
+        return stream
+
+    async def attach(self, stream: Stream) -> Attachment | None:
+        """Subscribe ``stream`` to its generation, with what the log holds behind its cursor.
+
+        None: no such generation for this tenant. Raises: Failure BROKER_UNAVAILABLE.
+        """
+        attachment = await self._attach(stream.id, stream.tenant, stream.position)
+        if attachment is not None:
+            stream.offer_page(_page_of(attachment))
+        return attachment
+
+    def close(self, stream: Stream, *, was_subscribed: bool = True) -> None:
+        """Forget a reader. Of a generation's last one Redis is told, if need be later.
+
+        ``was_subscribed`` is False where Redis refused the generation, so that it needs no telling.
+        """
+        readers = self._readers.get(stream.id, [])
+        if stream not in readers:
+            return
+        readers.remove(stream)
+        self._metrics.streams.set(self.num_streams)
+        self._metrics.lags.inc(stream.lags)
+        self._metrics.heals.inc(stream.heals)
+        if not readers:
+            del self._readers[stream.id]
+            self._lost_since.pop(stream.id, None)
+            if was_subscribed and stream.state != "T":
+                self._detach_soon(stream.id)
+
+    async def cancel(self, id: str, tenant: str) -> str:
+        """End a generation for everybody: ``cancelled``, ``ended`` or ``unknown``."""
+        self._recent.forget(id)
+        self._cancelled.append((monotonic_s(), id, tenant))
+        return await self._commands.cancel(id, tenant)
+
+    def cancel_soon(self, id: str, tenant: str) -> None:
+        """Cancel until Redis acknowledges it: for an admission whose answer was lost."""
+        self._cancelling[id] = tenant
+        self._errand.set()
+
+    def fail_all(self, failure: Failure) -> None:
+        """End every open stream with ``failure``; all stay resumable."""
+        for stream in self._all_streams():
+            stream.fail(failure)
+
+    # Tasks ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the streams until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_keep("inbox", self._read_inbox))
+            tasks.create_task(_keep("beat", self._beat))
+            tasks.create_task(_keep("watch", self._watch))
+            tasks.create_task(_keep("errands", self._run_errands))
+            tasks.create_task(_keep("reap", lambda: keep_reaping(self._commands)))
+
+    async def flush(self, limit_s: float = 1.0) -> None:
+        """Wait until Redis knows of every reader that left, at most ``limit_s``."""
+        end_at = monotonic_s() + limit_s
+        while (self._leaving or self._cancelling) and monotonic_s() < end_at:
+            await asyncio.sleep(0.01)
+
+    async def leave(self) -> None:
+        """Tell Redis that this gateway is gone: grace times start now, not when its lease ends."""
+        try:
+            await self._commands.leave_gateway(self.name)
+        except Failure:
+            return  # the lease ends it
+
+    async def _read_inbox(self) -> None:
+        after = "0"
+        while True:
+            try:
+                if self._must_join:
+                    after = await self._join()
+                async with asyncio.timeout(READ_LIMIT_S):
+                    after, items = await self._inbox.read_inbox(self.name, after, BLOCK_MS)
+            except (Failure, TimeoutError) as error:
+                self._note_away(error)
+                await asyncio.sleep(random.uniform(0.05, 0.5))
+                continue
+            self._note_heard()
+            if items:
+                self._metrics.observe_relay_lag(after)
+                for generation_id, entry in items:
+                    self._deliver(generation_id, entry)
+
+    def _deliver(self, id: str, entry: LogEntry) -> None:
+        readers = self._readers.get(id)
+        if readers is None:
+            if entry.record.finish is None:
+                self._detach_soon(id)
+            return
+        if entry.record.start == 0:
+            self._recent.note_first_token(id)
+        for stream in readers:
+            stream.offer(entry)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            reading = [s.id for s in self._all_streams() if s.state == "T" or s.reads_log]
+            try:
+                beat = await self._commands.beat_gateway(self.name, reading=reading[:MAX_LOOKS])
+            except Failure:
+                continue  # the inbox reader notices the same, and joins again
+            if beat.recreated:
+                self._must_join = True
+
+    # Joining: after the start, and whenever Redis may have forgotten something -------------------
+
+    async def _join(self) -> str:
+        """Make the inbox exist and every reader attached; returns where to read the inbox from.
+
+        The inbox's end is taken first: what is published from then on comes through the inbox, what
+        was published before comes with the attachment. An old place in the inbox is never trusted:
+        after a failover its ids may be lower, and XREAD would wait for ever.
+        """
+        beat = await self._commands.beat_gateway(self.name)
+        if beat.recreated and self.joined.is_set():
+            log.warning("inbox.recreated", streams=self.num_streams)
+        self._must_join = False
+        now = monotonic_s()
+        for at, generation_id, tenant in list(self._cancelled):
+            if now - at < CANCEL_MEMORY_S:
+                self.cancel_soon(generation_id, tenant)
+        for generation_id in list(self._readers):
+            await self._attach_again(generation_id)
+        for generation_id in self._recent.ids():
+            if generation_id not in self._readers:
+                await self._resubmit_unread(generation_id)
+        self.joined.set()
+        return beat.last_id or "$"
+
+    async def _attach_again(self, id: str) -> None:
+        """Attach all readers of one generation anew, re-submitting it when Redis forgot it."""
+        readers = self._readers.get(id)
+        if not readers:
+            return
+        tenant, cursor = readers[0].tenant, min(stream.tail for stream in readers)
+        attachment = await self._attach(id, tenant, cursor)
+        if attachment is None and await self._recent.resubmit(id, self.name):
+            attachment = await self._attach(id, tenant, cursor)
+        if attachment is None:
+            self._note_lost(id)
+            return
+        self._lost_since.pop(id, None)
+        for stream in readers:
+            stream.offer_page(_page_of(attachment))
+
+    async def _resubmit_unread(self, id: str) -> None:
+        """What Redis forgot is queued again also for a client that left: it may come back."""
+        known = await self._commands.look(self.name, [id])
+        if not known[0].state:
+            await self._recent.resubmit(id, gateway="")
+
+    def _note_lost(self, id: str) -> None:
+        since = self._lost_since.setdefault(id, monotonic_s())
+        if monotonic_s() - since > LOST_LIMIT_S:
+            for stream in self._readers.get(id, []):
+                stream.fail(Failure("STREAM_EXPIRED"))
+
+    async def _attach(self, id: str, tenant: str, cursor: int) -> Attachment | None:
+        async with self._order:
+            self._leaving.pop(id, None)
+            return await self._ordered.attach(self.name, id, tenant, cursor)
+
+    async def _read_log(self, id: str, cursor: int) -> Page | None:
+        return await self._commands.read(id, cursor)
+
+    # Watching quiet streams ----------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._recent.forget_old(self._readers.keys())
+            now = monotonic_s()
+            if self.silent_s > AWAY_LIMIT_S:
+                self.fail_all(Failure("BROKER_UNAVAILABLE"))
+                continue
+            quiet: dict[str, None] = {}
+            for stream in self._all_streams():
+                if now - stream.served_at >= self._keep_alive_s:
+                    stream.nudge()
+                if not stream.is_over and now - stream.heard_at >= _patience_s(stream):
+                    quiet[stream.id] = None
+            if quiet and not self._must_join:
+                await self._look(list(quiet))
+
+    async def _look(self, ids: list[str]) -> None:
+        try:
+            for start in range(0, len(ids), MAX_LOOKS):
+                for look in await self._commands.look(self.name, ids[start : start + MAX_LOOKS]):
+                    await self._heal(look)
+        except Failure:
+            return  # Redis is away: the inbox reader notices and joins again
+
+    async def _heal(self, look: Look) -> None:
+        for stream in self._readers.get(look.id, []):
+            stream.heard_at = monotonic_s()
+            if look.state:
+                stream.state = look.state
+            if look.state == "T" or look.next > stream.tail:
+                stream.read_on()
+        if not look.state or (look.state != "T" and not look.subscribed):
+            await self._attach_again(look.id)
+
+    # Errands: what must reach Redis even when it is away just now --------------------------------
+
+    def _detach_soon(self, id: str) -> None:
+        self._leaving[id] = None
+        self._errand.set()
+
+    async def _run_errands(self) -> None:
+        while True:
+            await self._errand.wait()
+            self._errand.clear()
+            try:
+                await self._detach_left()
+                await self._cancel_lost()
+            except Failure:
+                await asyncio.sleep(random.uniform(0.2, 0.5))
+                self._errand.set()
+
+    async def _detach_left(self) -> None:
+        for generation_id in list(self._leaving):
+            async with self._order:
+                if generation_id in self._leaving and generation_id not in self._readers:
+                    await self._ordered.detach(self.name, generation_id)
+                self._leaving.pop(generation_id, None)
+
+    async def _cancel_lost(self) -> None:
+        for generation_id, tenant in list(self._cancelling.items()):
+            await self._commands.cancel(generation_id, tenant)
+            self._cancelling.pop(generation_id, None)
+
+    # Contact with Redis --------------------------------------------------------------------------
+
+    def _note_away(self, error: Exception) -> None:
+        self._must_join = True
+        if not self._is_away:
+            self._is_away = True
+            log.warning("redis.disconnected", error=str(error)[:200])
+
+    def _note_heard(self) -> None:
+        if self._is_away:
+            self._is_away = False
+            log.info("redis.reconnected", away_s=round(self.silent_s, 3), streams=self.num_streams)
+        self._heard_at = monotonic_s()
+
+    def _all_streams(self) -> Iterable[Stream]:
+        return [stream for readers in self._readers.values() for stream in readers]
+
+
+def _patience_s(stream: Stream) -> float:
+    return QUIET_WAITING_S if stream.state == "Q" else QUIET_RUNNING_S
+
+
+def _page_of(attachment: Attachment) -> Page:
+    return Page(attachment.state, attachment.next, attachment.chain, attachment.entries)
+
+
+async def _keep(name: str, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a loop for ever: a defect in one record must not silence every client."""
+    while True:
+        try:
+            await loop()
+        except Exception:
+            log.exception("relay.failed", task=name)
+            await asyncio.sleep(1.0)

@@ -1,0 +1,48 @@
+"""What a request handler can reach: the parts of one gateway process, joined in ``app.py``."""
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from common.broker import Broker
+from common.metrics import GatewayMetrics
+from common.models.chat_template import ChatTemplate
+from common.models.tokenizer import Tokenizer
+from common.settings import GatewaySettings
+from gateway.admission import Admissions
+from gateway.relay import Relay
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model of this gateway: what a gateway needs of it, which is no weights."""
+
+    name: str
+    version: str
+    max_total_tokens: int
+    """Longest prompt plus answer: the model's own limit or the operator's, whichever is lower."""
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    dtype: str = ""
+    created: int = 0
+    """When it was put into the store, in seconds."""
+
+
+@dataclass(slots=True)
+class Services:
+    name: str
+    """This gateway incarnation's name in Redis."""
+    settings: GatewaySettings
+    model: ServedModel
+    broker: Broker
+    relay: Relay
+    admissions: Admissions
+    metrics: GatewayMetrics
+    version: str
+    """Of the product."""
+    is_draining: bool = False
+    """SIGTERM came: no new generations; what is open goes on."""
+
+
+def services_of(request: Request) -> Services:
+    return request.app.state.services

@@ -1,0 +1,133 @@
+"""Server-sent events: an answer written from its own task, one write for all that is there.
+
+Not sse-starlette's response: it runs three tasks per stream, its keep-alive ends in a blank line,
+which SDKs take for an empty event once ids are in use, and it hooks uvicorn's signals, which the
+drain owns here.
+"""
+
+import asyncio
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from common.failures import Failure
+from common.logs import get_logger
+from gateway.account import Account
+from gateway.frames import PING, Frames
+from gateway.stream import ReaderGone, Stream
+
+log = get_logger()
+
+SEND_LIMIT_S = 60.0
+"""A client that takes nothing for so long is disconnected; it may resume from its last id."""
+RETRY_MS = 500
+"""How soon a browser's EventSource comes back."""
+
+
+class EventStream(Response):
+    """Writes ``frames`` of ``stream`` until the last one, or until the client leaves.
+
+    ``on_close`` is called once at the end, however it comes. ``is_reconnecting``: the client is one
+    that comes back by itself with its last id (EventSource), so a drain just ends the body.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        frames: Frames,
+        account: Account,
+        *,
+        on_close: Callable[[], None],
+        headers: dict[str, str],
+        is_reconnecting: bool = False,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._stream = stream
+        self._frames = frames
+        self._account = account
+        self._on_close = on_close
+        self._is_reconnecting = is_reconnecting
+        self.init_headers(
+            {
+                "content-type": "text/event-stream",
+                "cache-control": "no-cache, no-transform",
+                "x-accel-buffering": "no",
+                **headers,
+            }
+        )
+
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002 - ASGI's signature
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            with abandoned_on_disconnect(self._stream, receive):
+                await self._write(send)
+        except ReaderGone:
+            self._account.note_disconnect()
+        finally:
+            self._on_close()
+            self._account.close(self.status_code)
+
+    async def _write(self, send: Send) -> None:
+        is_first = self._is_reconnecting
+        try:
+            while not self._frames.is_complete:
+                batch = await self._stream.next()
+                if batch is None:
+                    await _send(send, PING)
+                    continue
+                self._account.note_batch(batch)
+                data = self._frames.render(batch)
+                if is_first and data:
+                    data, is_first = b"retry: %d\n%b" % (RETRY_MS, data), False
+                await _send(send, data)
+        except Failure as failure:
+            await self._say(failure, send)
+        except ReaderGone:
+            raise
+        except Exception as error:
+            log.exception("request.failed", generation_id=self._stream.id)
+            await self._say(Failure("INTERNAL", type(error).__name__), send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _say(self, failure: Failure, send: Send) -> None:
+        self._account.note_failure(failure)
+        if not (self._is_reconnecting and failure.code == "DRAINING"):
+            await _send(send, self._frames.failure(failure))
+
+
+async def _send(send: Send, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(SEND_LIMIT_S):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    except TimeoutError as error:
+        raise ReaderGone from error
+
+
+@contextmanager
+def abandoned_on_disconnect(stream: Stream, receive: Receive) -> Generator[None]:
+    """While this lasts, the client's leaving makes ``stream.next`` raise :class:`ReaderGone`."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        stream.abandon()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
