@@ -1,4 +1,4 @@
-"""A worker as a process: it serves, says what it holds, drains, and ends with a telling exit code."""
+"""A worker as a process: it serves, says what it holds, drains, and ends with a telling code."""
 
 from pathlib import Path
 

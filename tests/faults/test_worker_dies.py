@@ -1,0 +1,95 @@
+"""Workers that are killed or put to sleep: another one goes on, and nobody's tokens change."""
+
+from tests.support.waiting import wait_until
+from tests.support.worker_pool import WorkerPool
+
+
+async def test_a_killed_worker_is_continued_without_gap_or_repeat(pool: WorkerPool) -> None:
+    """SIGKILL mid-stream: the log goes on behind its last entry with the very same tokens."""
+    victim = await pool.worker(simulated_inter_token_ms=30)
+    heir = await pool.worker(simulated_inter_token_ms=5)
+    undisturbed = await pool.tokens_of(await pool.admit(150))
+    generations = [await pool.admit(150) for _ in range(6)]
+    for generation in generations:
+        await pool.reached(generation, 5)
+    before = heir.events("generation.claimed")
+    victim.kill()
+    for generation in generations:
+        assert await pool.tokens_of(generation) == undisturbed
+    taken_over = [
+        line for line in heir.events("generation.claimed") if line not in before and line["deaths"]
+    ]
+    assert all(line["next"] >= 5 for line in taken_over)
+    ended = [(await pool.end_of(generation))[-1].timing for generation in generations]
+    assert {timing.worker for timing in ended if timing} == {heir.name}
+
+
+async def test_everything_is_continued_after_a_kill(pool: WorkerPool) -> None:
+    """The lease of the dead ends once; all that it held goes back in one go, counted as a death."""
+    victim = await pool.worker(simulated_inter_token_ms=30)
+    generations = [await pool.admit(100) for _ in range(20)]
+    for generation in generations:
+        await pool.reached(generation, 1)
+    victim.kill()
+    heir = await pool.worker(simulated_inter_token_ms=2)
+    results = [await pool.tokens_of(generation) for generation in generations]
+    assert all(tokens == results[0] for tokens in results)
+    timings = [(await pool.end_of(generation))[-1].timing for generation in generations]
+    assert {(timing.attempts, timing.deaths) for timing in timings if timing} == {(2, 1)}
+    moved = [line["generation_id"] for line in heir.events("generation.moved")]
+    assert sorted(moved) == sorted(generations)
+
+
+async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerPool) -> None:
+    """Asleep for longer than its lease: what it still says is refused, then it serves again."""
+    zombie = await pool.worker(simulated_inter_token_ms=30)
+    generation = await pool.admit(120)
+    await pool.reached(generation, 5)
+    zombie.pause()
+    heir = await pool.worker(simulated_inter_token_ms=30)
+    claimed = await heir.saw("generation.claimed", generation_id=generation)
+    assert claimed["next"] >= 5
+    zombie.resume()
+    lost = await zombie.saw("generation.lost", generation_id=generation)
+    assert lost["cause"] == "lost"
+
+    entries = await pool.end_of(generation)
+    timing = entries[-1].timing
+    assert timing is not None
+    assert timing.worker == heir.name
+    heir.kill()
+    again = await pool.admit(120)
+    assert await pool.tokens_of(again) == await pool.tokens_of(generation)
+    await zombie.saw("generation.finished", generation_id=again)
+
+
+async def test_a_request_that_kills_three_workers_is_quarantined(pool: WorkerPool) -> None:
+    """Each death is counted by the lease; the third ends it with an error, not a fourth try."""
+    worker = await pool.worker(simulated_inter_token_ms=100)
+    generation = await pool.admit(200)
+    for _ in range(3):
+        await worker.saw("generation.claimed", generation_id=generation)
+        worker.kill()
+        worker = await pool.worker(simulated_inter_token_ms=100)
+    entries = await pool.end_of(generation)
+    finish, timing = entries[-1].record.finish, entries[-1].timing
+    assert finish is not None
+    assert timing is not None
+    assert (finish.reason, finish.code, timing.deaths) == ("failed", "POISON_REQUEST", 3)
+
+
+async def test_generations_without_a_worker_wait_for_the_next(pool: WorkerPool) -> None:
+    """The pool's only worker dies: nothing fails, everything starts again with the next one."""
+    worker = await pool.worker(simulated_inter_token_ms=50)
+    generation = await pool.admit(60)
+    await pool.reached(generation, 3)
+    worker.kill()
+    waiting = await pool.admit(60)
+
+    async def is_handed_back() -> bool:
+        await pool.broker.reap()
+        return await pool.state(generation) == "Q"
+
+    await wait_until(is_handed_back, what="the end of the lease")
+    await pool.worker(simulated_inter_token_ms=2)
+    assert await pool.tokens_of(generation) == await pool.tokens_of(waiting)
