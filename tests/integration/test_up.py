@@ -1,0 +1,273 @@
+"""`headrace up` as its user meets it: a command on a terminal, with the simulated engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from ops import runfile
+from tests.support.processes import ROOT, free_port
+from tests.support.waiting import wait_until
+
+_START_S = 60.0
+_STOP_S = 30.0
+
+Line = dict[str, Any]
+
+
+class Instance:
+    """One `headrace up`, on a data directory, from its start to its end."""
+
+    def __init__(self, data_dir: Path, *options: str, **settings: object) -> None:
+        self.data_dir = data_dir
+        data_dir.mkdir(parents=True, exist_ok=True)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HEADRACE_")}
+        chosen = {f"HEADRACE_{name.upper()}": str(value) for name, value in settings.items()}
+        self._output = data_dir / "output"
+        command = [sys.executable, "-m", "ops.cli", "up", "--engine", "simulated", "--port", "0"]
+        with self._output.open("wb") as output:
+            self._popen = subprocess.Popen(
+                [*command, "--data-dir", str(data_dir), *options],
+                cwd=ROOT,
+                env=inherited | chosen,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def url(self) -> str:
+        return self.process("gateway 1").address
+
+    def log(self, event: str) -> list[Line]:
+        """Lines that this supervisor itself logged with that event."""
+        path = self.data_dir / "log" / "supervisor.jsonl"
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        return [line for line in lines if (line["event"], line["pid"]) == (event, self.pid)]
+
+    def processes(self) -> dict[str, runfile.ProcessState]:
+        """What it runs now, by name."""
+        state = runfile.read_state(self.data_dir)
+        return {process.name: process for process in state.processes} if state else {}
+
+    def process(self, name: str) -> runfile.ProcessState:
+        return self.processes()[name]
+
+    async def ready(self) -> "Instance":
+        await wait_until(
+            lambda: self.log("supervisor.ready") or self._popen.poll() is not None,
+            timeout_s=_START_S,
+            what="ready",
+        )
+        assert self._popen.poll() is None, self.output
+        return self
+
+    async def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        await wait_until(lambda: self._popen.poll() is not None, timeout_s=_STOP_S, what="its end")
+        return self._popen.wait()
+
+    def send(self, signum: signal.Signals) -> None:
+        self._popen.send_signal(signum)
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+
+
+Start = Callable[..., Instance]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Generator[Start]:
+    """Start an instance; its data directory is ``data`` unless the test names another."""
+    started: list[Instance] = []
+
+    def start(*options: str, data: str = "data", **settings: object) -> Instance:
+        instance = Instance(tmp_path / data, *options, **settings)
+        started.append(instance)
+        return instance
+
+    yield start
+    for instance in started:
+        instance.kill()
+
+
+async def generate(url: str, **parameters: object) -> httpx.Response:
+    body = {"inputs": "A river", "parameters": {"max_new_tokens": 4, **parameters}}
+    async with httpx.AsyncClient(timeout=30.0) as client:
+        return await client.post(f"{url}/generate", json=body)
+
+
+def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "ops.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=_START_S,
+        check=False,
+    )
+
+
+async def none_is_left(pids: list[int]) -> None:
+    await wait_until(lambda: not any(map(psutil.pid_exists, pids)), what="the end of all")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_it_serves_and_stops_in_order(start: Start, signum: signal.Signals) -> None:
+    """One command serves several gateways; a signal ends all of it, front first, with exit 0."""
+    instance = await start("--gateways", "2", "--workers", "2").ready()
+    running = instance.processes()
+    assert set(running) == {
+        "server", "gateway 1", "gateway 2", "worker 1", "worker 2", "background"
+    }  # fmt: skip
+    assert {process.state for process in running.values()} == {"ready"}
+    for name in ("gateway 1", "gateway 2"):
+        assert (await generate(running[name].address)).status_code == 200
+    assert f"{instance.url}/ui/" in instance.output
+    assert f"curl -N {instance.url}/generate_stream" in instance.output
+
+    instance.send(signum)
+
+    assert await instance.ended() == 0
+    ends = [line["role"] for line in instance.log("process.exited")]
+    assert ends == ["gateway", "gateway", "worker", "worker", "background", "server"]
+    assert {line["exit_code"] for line in instance.log("process.exited")} == {0}
+    await none_is_left([process.pid for process in running.values()])
+    assert runfile.read_state(instance.data_dir) is None
+
+
+async def test_what_dies_is_started_again(start: Start) -> None:
+    """SIGKILL of any process, the server included, is a pause: then requests are answered again."""
+    instance = await start().ready()
+    for name in ("worker 1", "gateway 1", "background", "server"):
+        victim = instance.process(name)
+        os.kill(victim.pid, signal.SIGKILL)
+        await wait_until(
+            lambda name=name, victim=victim: (
+                instance.process(name).state == "ready" and instance.process(name).pid != victim.pid
+            ),
+            timeout_s=_START_S,
+            what=f"a new {name}",
+        )
+        assert instance.process(name).restarts == 1
+
+    async def answers() -> bool:
+        try:
+            return (await generate(instance.url)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    await wait_until(answers, timeout_s=_START_S, what="an answer")
+    assert {line["process"] for line in instance.log("process.restarted")} == {
+        "worker 1", "gateway 1", "background", "server"
+    }  # fmt: skip
+
+
+async def test_nothing_survives_its_supervisor(start: Start) -> None:
+    """SIGKILL of the supervisor takes all along; the next start finds the data."""
+    first = await start().ready()
+    answer = await generate(first.url)
+    pids = [process.pid for process in first.processes().values()]
+
+    first.kill()
+
+    await none_is_left(pids)
+    second = await start().ready()
+    async with httpx.AsyncClient(timeout=30.0) as client:
+        stream = f"{second.url}/v1/streams/{answer.headers['x-headrace-stream-id']}"
+        replayed = await client.get(stream)
+    assert replayed.status_code == 200
+    assert "generated_text" in replayed.text
+
+
+async def test_a_second_start_on_the_same_data_is_refused(start: Start) -> None:
+    """One line says which process has the data directory; the first instance is not disturbed."""
+    first = await start().ready()
+
+    second = headrace("up", "--data-dir", str(first.data_dir), "--port", "0")
+
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert f"pid {first.pid}" in second.stderr
+    assert (await generate(first.url)).status_code == 200
+
+
+async def test_a_port_in_use_is_one_line(start: Start) -> None:
+    """The port is tried before anything is started."""
+    first = await start().ready()
+    port = first.url.rpartition(":")[2]
+
+    second = headrace("up", "--data-dir", str(first.data_dir.with_name("other")), "--port", port)
+
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert f":{port}" in second.stderr
+    assert "in use" in second.stderr
+
+
+async def test_status_says_who_holds_what(start: Start) -> None:
+    """`headrace status --json`: role, pid and state of each process; a running generation's id
+    stands with its worker, and its reader with its gateway."""
+    instance = await start(simulated_inter_token_ms=200).ready()
+    data_dir = str(instance.data_dir)
+    body = {"inputs": "A river", "parameters": {"max_new_tokens": 200}}
+    async with (
+        httpx.AsyncClient(timeout=30.0) as client,
+        client.stream("POST", f"{instance.url}/generate_stream", json=body) as answer,
+    ):
+        await anext(answer.aiter_lines())
+        status = json.loads(headrace("status", "--json", "--data-dir", data_dir).stdout)
+    stream_id = answer.headers["x-headrace-stream-id"]
+
+    found = {process["name"]: process for process in status["processes"]}
+    pids = {name: process.pid for name, process in instance.processes().items()}
+    assert {name: process["pid"] for name, process in found.items()} == pids
+    assert {process["state"] for process in found.values()} == {"ready"}
+    assert found["worker 1"]["holds"] == [f"{stream_id}.0"]
+    assert found["gateway 1"]["streams"] == 1
+    assert status["supervisor_pid"] == instance.pid
+    assert headrace("status", "--expect-worker", "--data-dir", data_dir).returncode == 0
+
+
+async def test_it_uses_a_server_of_the_users_own(start: Start, redis_url: str) -> None:
+    """With ``--redis-url`` no server is started, and that one is used."""
+    instance = await start("--redis-url", redis_url).ready()
+
+    assert "server" not in instance.processes()
+    assert (await generate(instance.url)).status_code == 200
+
+    instance.send(signal.SIGTERM)
+    assert await instance.ended() == 0
+
+
+def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """The address is named, its password is not."""
+    port = free_port()
+    ended = headrace(
+        "up", "--engine", "simulated", "--port", "0", "--data-dir", str(tmp_path),
+        "--redis-url", f"redis://me:secret@127.0.0.1:{port}/0",
+    )  # fmt: skip
+
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"redis://me:***@127.0.0.1:{port}/0" in ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
