@@ -80,6 +80,7 @@ MEANINGS: dict[str, str] = {
     "redis.connected": "First contact with Redis.",
     "redis.disconnected": "Redis can not be reached.",
     "redis.reconnected": "Redis answers again.",
+    "relay.failed": "A gateway task that carries streams raised; it starts again.",
     "request.failed": "A request raised inside the gateway; the caller got INTERNAL.",
     "request.finished": "Canonical line of a gateway: one HTTP request, with its timings.",
     "request.rejected": "A request was refused before any work was done.",
@@ -124,8 +125,7 @@ class LineSink:
 
     def __init__(self, file: BinaryIO, *, capacity: int = _QUEUE_LINES) -> None:
         self._fd = file.fileno()
-        self._file = file
-        self._queue: queue.Queue[bytes | threading.Event] = queue.Queue(capacity)
+        self._queue: queue.Queue[bytes | threading.Event | None] = queue.Queue(capacity)
         self.dropped = 0
         self._reported = 0
         self._thread = threading.Thread(target=self._run, name="log-sink", daemon=True)
@@ -147,8 +147,17 @@ class LineSink:
             return False
         return written.wait(timeout_s)
 
+    def close(self, timeout_s: float) -> None:
+        """Write what is queued and end the thread; the file stays open."""
+        try:
+            self._queue.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
     def _run(self) -> None:
-        while True:
+        item: bytes | threading.Event | None = b""
+        while item is not None:
             item = self._queue.get()
             lines: list[bytes] = []
             while isinstance(item, bytes):
@@ -184,7 +193,8 @@ class _Outputs:
         self.terminal: LineSink | None = None
         self.stamp: dict[str, object] = {}
         self.strict = False
-        self.crash_file: BinaryIO | None = None
+        self.files: list[BinaryIO] = []
+        """Files of ours, to be closed; standard output is not."""
 
 
 _outputs = _Outputs()
@@ -211,6 +221,7 @@ def configure(
 
     Raises: OSError when ``log_dir`` can not be written.
     """
+    shut_down()
     _outputs.lines = LineSink(_open_lines(role, log_dir))
     _outputs.terminal = LineSink(sys.stderr.buffer) if pretty else None
     _outputs.strict = strict
@@ -236,7 +247,7 @@ def configure(
     )
     _fold_in_foreign_logs()
     _write_crashes(role, log_dir)
-    atexit.register(flush)
+    atexit.register(shut_down)
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -249,6 +260,18 @@ def flush(timeout_s: float = 1.0) -> None:
     for sink in (_outputs.lines, _outputs.terminal):
         if sink is not None:
             sink.flush(timeout_s)
+
+
+def shut_down(timeout_s: float = 1.0) -> None:
+    """Write what is queued, then end threads and close files; :func:`configure` starts anew."""
+    for sink in (_outputs.lines, _outputs.terminal):
+        if sink is not None:
+            sink.close(timeout_s)
+    _outputs.lines = _outputs.terminal = None
+    if _outputs.files:
+        faulthandler.disable()
+    while _outputs.files:
+        _outputs.files.pop().close()
 
 
 def adopt(*libraries: str) -> None:
@@ -264,7 +287,13 @@ def _open_lines(role: str, log_dir: Path | None) -> BinaryIO:
         return sys.stdout.buffer
     log_dir.mkdir(parents=True, exist_ok=True)
     # O_APPEND: several processes of one role share the file, and each write lands whole at its end.
-    return (log_dir / f"{role}.jsonl").open("ab", buffering=0)
+    return _open(log_dir / f"{role}.jsonl")
+
+
+def _open(path: Path) -> BinaryIO:
+    file = path.open("ab", buffering=0)
+    _outputs.files.append(file)
+    return file
 
 
 def _package_version() -> str:
@@ -279,8 +308,7 @@ def _write_crashes(role: str, log_dir: Path | None) -> None:
     if log_dir is None:
         faulthandler.enable()
         return
-    _outputs.crash_file = (log_dir / f"{role}.crash").open("ab", buffering=0)
-    faulthandler.enable(_outputs.crash_file)
+    faulthandler.enable(_open(log_dir / f"{role}.crash"))
 
 
 # --- processors, in the order of the chain -------------------------------------------------------
