@@ -51,10 +51,11 @@ def main() -> None:
     except Failure as failure:
         code = _refuse(f"{failure.message} ({failure.code})", _EXIT_REFUSED)
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES_OF_EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES_OF_EXTRAS:
             raise
-        extra = _PACKAGES_OF_EXTRAS[error.name]
-        code = _refuse(f"this needs {error.name}: pip install 'headrace[{extra}]'", _EXIT_REFUSED)
+        extra = _PACKAGES_OF_EXTRAS[package]
+        code = _refuse(f"this needs {package}: pip install 'headrace[{extra}]'", _EXIT_REFUSED)
     except (click.Abort, KeyboardInterrupt):
         code = _EXIT_INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)

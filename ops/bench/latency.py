@@ -134,7 +134,7 @@ async def _measure(url: str, rate: float, seconds: float, max_new_tokens: int) -
         await asyncio.sleep(max(0.0, next_s - monotonic_s()))
         asked.append(asyncio.create_task(_ask(url, request)))
         next_s += chance.expovariate(rate)
-    return _figures(rate, await asyncio.gather(*asked))
+    return summarise(rate, await asyncio.gather(*asked))
 
 
 async def _ask(url: str, request: bytes) -> Answer | None:
@@ -173,7 +173,7 @@ def _request(url: str, max_new_tokens: int) -> bytes:
 # --- the result
 
 
-def _figures(rate: float, answers: Sequence[Answer | None]) -> Figures:
+def summarise(rate: float, answers: Sequence[Answer | None]) -> Figures:
     good = [answer for answer in answers if answer is not None]
     if not good:
         raise click.ClickException("no request was answered")

@@ -1,0 +1,200 @@
+"""The `headrace` command: its help, where its values come from, what it says when it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from common.models.simulated import SIMULATED_MODEL
+from common.settings import BackgroundSettings, GatewaySettings, Settings, WorkerSettings
+from ops import cli as command
+from ops.options import build
+from ops.probe import without_password
+from ops.processes import Processes, UpSettings
+from tests.support.processes import ROOT, free_port
+
+SETTINGS = {
+    "up": UpSettings,
+    "gateway": GatewaySettings,
+    "worker": WorkerSettings,
+    "background": BackgroundSettings,
+    "status": Settings,
+}
+
+
+def headrace(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
+    with pytest.raises(SystemExit) as ending:
+        command.main()
+    assert isinstance(ending.value.code, int)
+    return ending.value.code
+
+
+@pytest.fixture(autouse=True)
+def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings in SETTINGS.values():
+        for name in settings.model_fields:
+            monkeypatch.delenv(f"HEADRACE_{name.upper()}", raising=False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_option_is_explained_and_names_its_variable(name: str) -> None:
+    """Help is made of the settings: no field without a sentence, none without its variable."""
+    text = CliRunner().invoke(command.cli, [name, "--help"], terminal_width=1000).output
+    for field, info in SETTINGS[name].model_fields.items():
+        assert f"--{field.replace('_', '-')}" in text
+        assert f"HEADRACE_{field.upper()}]" in text
+        assert info.description, f"{field} has no docstring"
+
+
+def test_every_command_says_what_it_does() -> None:
+    def walk(group: click.Group) -> list[click.Command]:
+        commands = list(group.commands.values())
+        inner = [walk(found) for found in commands if isinstance(found, click.Group)]
+        return [*commands, *(found for group in inner for found in group)]
+
+    assert all(found.help for found in walk(command.cli))
+
+
+def test_an_option_beats_the_environment_which_beats_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert build(GatewaySettings, {"port": None}).port == 8080
+    monkeypatch.setenv("HEADRACE_PORT", "8081")
+    assert build(GatewaySettings, {"port": None}).port == 8081
+    assert build(GatewaySettings, {"port": "8082"}).port == 8082
+
+
+def test_an_option_may_be_given_several_times() -> None:
+    """As one is for each origin of CORS."""
+    settings = build(GatewaySettings, {"cors_allow_origin": ("https://a", "https://b")})
+    assert settings.cors_allow_origin == ("https://a", "https://b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["up", "--prot", "1"], "--prot"),
+        (["upp"], "upp"),
+        (["up", "--port", "abc"], "HEADRACE_PORT"),
+        (["up", "--gateways", "0"], "HEADRACE_GATEWAYS"),
+        (["worker", "--engine", "magic"], "HEADRACE_ENGINE"),
+        (["status", "--redis-url", "localhost"], "redis://"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    """The line names the option, and no traceback follows."""
+    assert headrace(monkeypatch, *arguments) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("headrace: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_wrong_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADRACE_MAX_BATCH_SIZE", "many")
+    assert headrace(monkeypatch, "worker") == 2
+    assert "HEADRACE_MAX_BATCH_SIZE" in capsys.readouterr().err
+
+
+def test_up_refuses_a_wrong_setting_of_its_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a worker would refuse is refused before anything starts."""
+    monkeypatch.setenv("HEADRACE_MAX_BATCH_SIZE", "many")
+    processes = Processes(
+        settings=UpSettings(),
+        redis_url="redis://localhost",
+        data_dir=tmp_path,
+        log_dir=tmp_path,
+        ports=[8080],
+    )
+    with pytest.raises(ValidationError, match="max_batch_size"):
+        processes.specs()
+
+
+@pytest.mark.parametrize("role", ["gateway", "worker", "background"])
+def test_a_redis_that_is_not_there_is_one_line(role: str, tmp_path: Path) -> None:
+    """Each process says so on standard error and ends with a failure."""
+    (tmp_path / "models").mkdir()
+    arguments = ["--data-dir", str(tmp_path), "--model", SIMULATED_MODEL]
+    arguments += ["--redis-url", f"redis://127.0.0.1:{free_port()}/0"]
+    add = [sys.executable, "-m", "ops.cli", "model", "add", SIMULATED_MODEL]
+    subprocess.run([*add, "--data-dir", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "ops.cli", role, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ended.returncode not in (0, -15)
+    assert ended.stderr.count("\n") == 1
+    assert "Redis cannot be reached" in ended.stderr
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    """Whoever installed the gateway alone learns what a background worker needs."""
+    code = (
+        "import sys; sys.modules['arq'] = None; sys.argv = ['headrace', 'background'];"
+        "from ops.cli import main; main()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "headrace: this needs arq: pip install 'headrace[worker]'\n"
+
+
+def test_the_simulated_engine_needs_no_download() -> None:
+    """Unless a model is named, it serves the one that is built in."""
+    assert UpSettings(engine="simulated").model == SIMULATED_MODEL
+    assert UpSettings(engine="simulated", model="mine").model == "mine"
+    assert UpSettings().model != SIMULATED_MODEL
+
+
+def test_several_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch would give every worker all of them."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads(workers: int) -> list[str | None]:
+        processes = Processes(
+            settings=UpSettings(workers=workers),
+            redis_url="redis://localhost",
+            data_dir=tmp_path,
+            log_dir=tmp_path,
+            ports=[8080],
+        )
+        specs = [spec for spec in processes.specs() if spec.role == "worker"]
+        return [spec.env.get("OMP_NUM_THREADS") for spec in specs]
+
+    assert threads(1) == [None]
+    assert threads(500 // 10)[0] == "1"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://:secret@host/0", "redis://:***@host/0"),
+        ("rediss://me:secret@host/0", "rediss://me:***@host/0"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
