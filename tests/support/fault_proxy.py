@@ -138,6 +138,9 @@ class FaultProxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if self._server is None:  # cut between the accept and now
+            writer.transport.abort()
+            return
         self._links.add(task)
         self._writers.add(writer)
         self.num_connections += 1

@@ -75,9 +75,18 @@ async def _serve(settings: BackgroundSettings, broker: Broker) -> None:
     reaping = asyncio.create_task(keep_reaping(broker))
     try:
         while not await _work(create_worker(settings, broker)):
-            await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
+            await _until_back(broker)
     finally:
         reaping.cancel()
+
+
+async def _until_back(broker: Broker) -> None:
+    while True:
+        await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.0))
+        with suppress(Failure):
+            await broker.state()
+            log.info("redis.reconnected")
+            return
 
 
 async def _work(worker: Worker) -> bool:
@@ -98,7 +107,9 @@ async def _work(worker: Worker) -> bool:
     return asked_to_stop.is_set()
 
 
-def create_worker(settings: BackgroundSettings, broker: Broker) -> Worker:
+def create_worker(
+    settings: BackgroundSettings, broker: Broker, *, handle_signals: bool = True
+) -> Worker:
     """A worker of arq, set up; it takes SIGTERM and SIGINT, and stops when its jobs have ended."""
     pool = ArqRedis(
         cast(Any, connect(settings.redis_url)).connection_pool,
@@ -113,6 +124,7 @@ def create_worker(settings: BackgroundSettings, broker: Broker) -> Worker:
         job_deserializer=_decode,
         cron_jobs=scheduled(),
         on_startup=_say_ready,
+        handle_signals=handle_signals,
         ctx=context(broker),
         health_check_interval=_HEALTH_INTERVAL_S,
         job_completion_wait=_FINISH_S,

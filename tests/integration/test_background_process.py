@@ -1,0 +1,96 @@
+"""The background process: scheduled jobs once per time, reaping, and losses of Redis."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from arq.connections import ArqRedis
+from structlog.testing import capture_logs
+
+from common.broker import Broker, connect
+from common.settings import BackgroundSettings
+from tests.support.fault_proxy import fault_proxy
+from tests.support.generations import ScriptedClaims
+from tests.support.processes import Processes
+from tests.support.waiting import wait_until
+from tests.support.worker_pool import POOL, WorkerPool
+from workers import exit_codes
+from workers.background.jobs import context, measure_pool, scheduled
+from workers.background.process import QUEUE, create_worker
+
+
+async def test_it_starts_reaps_and_ends_on_sigterm(pool: WorkerPool, started: Processes) -> None:
+    """What a dead worker held goes back although no other worker or gateway is alive."""
+    claims = ScriptedClaims(pool.broker, lease_ms=600)
+    await claims.beat()
+    generation = await pool.admit(5)
+    await claims.claim_one()
+    background = await started.background().ready()
+    moved = await background.saw("generation.moved", generation_id=generation)
+    assert (moved["move"], moved["cause"]) == ("requeued", "w1")
+    background.terminate()
+    assert await background.ended() == exit_codes.OK
+    assert background.events("background.stopped")
+    assert background.errors() == ""
+
+
+async def test_it_outlives_a_lost_connection(redis_url: str, started: Processes) -> None:
+    """arq gives up when Redis is away; the process starts it again."""
+    async with fault_proxy(redis_url) as proxy:
+        background = await started.background(redis_url=proxy.url).ready()
+        await proxy.cut()
+        await background.saw("redis.disconnected")
+        await proxy.heal()
+        await background.saw("redis.reconnected")
+        await wait_until(
+            lambda: len(background.events("background.ready")) == 2, what="its second start"
+        )
+        background.terminate()
+        assert await background.ended() == exit_codes.OK
+
+
+async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:
+    """At the start there is nothing to wait for."""
+    background = started.background(redis_url="redis://127.0.0.1:1/0")
+    assert await background.ended() == exit_codes.UNREACHABLE
+    assert background.errors().startswith("headrace background: BROKER_UNAVAILABLE")
+    assert background.errors().count("\n") == 1
+
+
+async def test_the_pool_is_measured_once_a_minute(broker: Broker) -> None:
+    """One line with what an autoscaler would look at."""
+    claims = ScriptedClaims(broker)
+    await claims.beat()
+    with capture_logs() as lines:
+        await measure_pool(context(broker))
+    [line] = lines
+    assert (line["event"], line["pool"], line["workers"]) == ("pool.measured", broker.pool, 1)
+    assert line["waiting"] == {"priority": 0, "default": 0, "flex": 0, "batch": 0}
+    [job] = scheduled()
+    assert (job.name, job.second, job.unique) == ("measure_pool", 0, True)
+    assert job.minute is None, "each minute"
+
+
+@pytest.fixture
+async def jobs(redis_url: str, tmp_path: Path) -> AsyncIterator[ArqRedis]:
+    settings = BackgroundSettings(redis_url=redis_url, model=POOL, data_dir=tmp_path)
+    broker = Broker(connect(redis_url), POOL)
+    worker = create_worker(settings, broker, handle_signals=False)
+    pool = worker.pool
+    yield pool
+    await cast(Any, pool.connection_pool).disconnect()
+    await broker.close()
+
+
+async def test_jobs_are_stored_as_msgpack(jobs: ArqRedis) -> None:
+    """Never pickle: whoever can write to Redis must not run code in this process."""
+    job = await jobs.enqueue_job("measure_pool", {"batch": "b1"}, _defer_by=60)
+    assert job is not None
+    stored = await jobs.get(f"arq:job:{job.job_id}")
+    assert stored is not None
+    assert msgspec.msgpack.decode(stored)["a"] == [{"batch": "b1"}]
+    [queued] = await jobs.queued_jobs()
+    assert queued.args == [{"batch": "b1"}]
+    await jobs.delete(QUEUE)
