@@ -81,6 +81,7 @@ async function follow(turn, view, call) {
   followsBottom = true;
   showConversation();
   store.saveTurns(turns);
+  if (turn.wasStopped) endSoon(current); // the page was left before the gateway could be told
   const onState = (state, progress) => {
     if (abort.signal.aborted) return;
     const hadId = Boolean(turn.progress?.id);
@@ -127,9 +128,13 @@ function failureFrom(error, turn) {
 
 function stop() {
   if (!current || current.turn.wasStopped) return;
-  const { turn, view, abort } = current;
-  turn.wasStopped = true;
-  view.showState("stopping");
+  current.turn.wasStopped = true;
+  current.view.showState("stopping");
+  store.saveTurns(turns);
+  endSoon(current);
+}
+
+function endSoon({ turn, view, abort }) {
   if (turn.progress?.id) tellGatewayToStop(turn, view);
   setTimeout(() => abort.abort(), STOP_WAIT_MS);
 }
@@ -186,7 +191,9 @@ async function loadModel() {
   if (model) return model;
   try {
     const response = await fetch(`${BASE_URL}/v1/models`, { cache: "no-store" });
-    model = (await response.json()).data[0].id;
+    const [first] = (await response.json()).data;
+    model = first.id;
+    if (first.max_model_len) $("max-tokens").max = first.max_model_len;
   } catch {
     return ""; // the gateway will say itself what is wrong when it is asked for an answer
   }

@@ -60,7 +60,7 @@ class Store {
   /** @returns {object[]} The turns of the conversation. */
   loadTurns() {
     const turns = read(this.#chats, CHAT_KEY);
-    return Array.isArray(turns) ? turns : [];
+    return Array.isArray(turns) && turns.every(isTurn) ? turns : [];
   }
 
   saveTurns(turns) {
@@ -97,6 +97,12 @@ class Store {
       this.#isRefused = true;
     }
   }
+}
+
+/** Whether this page wrote it, and not an earlier version that wrote something else. */
+function isTurn(turn) {
+  if (turn?.role === "user") return typeof turn.text === "string";
+  return turn?.role === "assistant" && typeof (turn.progress?.text ?? "") === "string";
 }
 
 function read(storage, key) {

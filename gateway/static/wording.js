@@ -29,14 +29,15 @@ const FAILURES = {
 
 const ENDS = {
   length: "Cut off at the longest answer that the settings allow.",
-  cancelled: "Ended by the server, because nobody was reading for too long.",
+  cancelled: "Ended early: it was cancelled, or nobody was reading it for too long.",
 };
 
 /** Why a turn has no (whole) answer; the gateway's own sentence where the page knows no better. */
 export function describeFailure({ code, message, retryAfterMs }) {
   const sentence = FAILURES[code] ?? message ?? "";
-  if (!retryAfterMs) return sentence;
-  return `${sentence} There should be room in ${seconds(retryAfterMs / 1000)}.`;
+  // Elsewhere the wait is a guess, and a promise that does not hold is worse than none.
+  if (code !== "QUEUE_FULL" || !retryAfterMs) return sentence;
+  return `${sentence} There should be room in about ${Math.ceil(retryAfterMs / 1000)} s.`;
 }
 
 /** What is worth saying about how an answer ended; "" when it just ended. */

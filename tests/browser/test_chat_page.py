@@ -121,8 +121,25 @@ async def test_stop_stops_it(site: Site, visitor: Visitor) -> None:
     (turn,) = [turn for turn in await visitor.stored_turns() if turn["role"] == "assistant"]
     frames = await site.stream(turn["progress"]["id"])
     assert '"finish_reason":"cancelled"' in frames.replace(" ", "")
-    assert await visitor.text() == turn["progress"]["text"].rstrip()
+    assert (await visitor.text()).strip() == turn["progress"]["text"].strip()
     assert await visitor.page.is_visible("#send")
+
+
+async def test_a_stop_outlives_a_reload(site: Site, visitor: Visitor) -> None:
+    """The page is left before the gateway could be told: it is told afterwards."""
+    visitor.expected += ["net::ERR_FAILED"]
+    streams = f"{visitor.url}/v1/streams/*"
+    await visitor.choose(max_tokens=2000)
+    await visitor.ask("hello")
+    await visitor.sees_text(20)
+    await visitor.page.route(streams, lambda route: route.abort())
+    await visitor.page.keyboard.press("Escape")
+    await visitor.sees("Stopping…")
+    await visitor.page.unroute(streams)
+    await visitor.page.reload()
+    await visitor.sees("Stopped.")
+    stream_id = (await visitor.stored_turns())[-1]["progress"]["id"]
+    assert '"finish_reason":"cancelled"' in (await site.stream(stream_id)).replace(" ", "")
 
 
 async def test_a_dropped_connection_is_resumed(site: Site, visitor: Visitor, link: Link) -> None:
