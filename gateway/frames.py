@@ -161,8 +161,8 @@ class TgiFrames(Frames):
 
         Every event of this format needs a token: an empty special one, which clients do not show.
         """
-        return b'{"index":%d,"token":{"id":0,"text":"","logprob":0.0,"special":true}' % max(
-            1, self._num_tokens
+        return b'{"index":%d,"token":{"id":0,"text":"","logprob":0.0,"special":true}' % (
+            self._num_tokens + 1
         )
 
     def _summary(self, finish: Finish, timing: Timing | None) -> bytes:

@@ -181,7 +181,7 @@ class Stream:
     def _accept(self, entry: LogEntry) -> bool:
         """Append ``entry`` when it touches the tail. A hole is noted, a repeat is dropped."""
         record = entry.record
-        if self._has_end or (record.end < self._tail and record.finish is None):
+        if self.is_over or (record.end < self._tail and record.finish is None):
             return False
         if record.start > self._tail:
             self.heals += not self._must_read

@@ -1,0 +1,125 @@
+"""A gateway in the test's own event loop, served by a real uvicorn on a free port.
+
+In front of it a scripted worker and raw brokers on the same pool, so that a test says when each
+token comes and looks at Redis afterwards.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from common.broker import Broker, connect
+from common.ids import new_process_name
+from common.settings import GatewaySettings
+from gateway.__main__ import listen, load_model
+from gateway.app import Brokers, create_app
+from gateway.services import Services
+from tests.support.models import simulated
+from tests.support.scripted_worker import ScriptedWorker
+from tests.support.waiting import wait_until
+
+
+@dataclass
+class RunningGateway:
+    url: str
+    client: httpx.AsyncClient
+    services: Services
+
+    @property
+    def name(self) -> str:
+        return self.services.name
+
+
+@dataclass
+class Stand:
+    """One pool on one server: gateways, a scripted worker, and a broker for looking."""
+
+    redis_url: str
+    data_dir: Path
+    stack: AsyncExitStack
+    broker: Broker
+    version: str
+    brokers: list[Broker] = field(default_factory=list[Broker])
+
+    async def worker(self, **options: Any) -> ScriptedWorker:
+        """A live worker that says what the test tells it to."""
+        worker = ScriptedWorker(self.broker, self.version, **options)
+        await worker.beat()
+        return worker
+
+    async def gateway(self, *, redis_url: str | None = None, **settings: Any) -> RunningGateway:
+        """Start a gateway; ``redis_url`` may lead through a proxy."""
+        return await self.stack.enter_async_context(
+            running_gateway(redis_url or self.redis_url, self.data_dir, **settings)
+        )
+
+
+@asynccontextmanager
+async def running_gateway(
+    redis_url: str, data_dir: Path, **settings: Any
+) -> AsyncGenerator[RunningGateway]:
+    chosen = GatewaySettings(
+        redis_url=redis_url, data_dir=data_dir, model="simulated", port=0, **settings
+    )
+    model = load_model(chosen)
+    brokers = Brokers(
+        commands=Broker(connect(redis_url), model.name),
+        ordered=Broker(connect(redis_url, single=True), model.name),
+        inbox=Broker(connect(redis_url, blocking=True), model.name),
+    )
+    app = create_app(chosen, name=new_process_name("gateway"), brokers=brokers, model=model)
+    services: Services = app.state.services
+    async with _served(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        yield RunningGateway(url, client, services)
+        # What still streams is cut off, as by a client that leaves.
+    for broker in (brokers.commands, brokers.ordered, brokers.inbox):
+        await broker.close()
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """The test process keeps its own signals."""
+        yield
+
+
+@asynccontextmanager
+async def _served(app: Callable[..., Any]) -> AsyncIterator[str]:
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(
+        app, http="httptools", ws="none", log_config=None, timeout_graceful_shutdown=2
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await wait_until(lambda: server.started or serving.done(), what="the server's start")
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="session")
+def simulated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data_dir = tmp_path_factory.mktemp("simulated-data")
+    simulated(data_dir)
+    return data_dir
+
+
+@pytest.fixture
+async def stand(redis_url: str, simulated_data_dir: Path) -> AsyncIterator[Stand]:
+    """A pool named ``simulated`` with nothing in it yet."""
+    manifest = simulated(simulated_data_dir).manifest
+    async with AsyncExitStack() as stack:
+        broker = Broker(connect(redis_url), manifest.name)
+        await broker.load()
+        yield Stand(redis_url, simulated_data_dir, stack, broker, manifest.version)
+        await stack.aclose()
+        await broker.close()
