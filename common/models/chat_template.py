@@ -271,6 +271,8 @@ def _named_tokens(config: JsonObject) -> dict[str, str]:
 
 
 def _check_size(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise _template_error("there are no messages")
     if len(messages) > _MAX_MESSAGES:
         raise _template_error(f"more than {_MAX_MESSAGES} messages")
     if _characters(messages) > _MAX_CHARACTERS:
@@ -294,7 +296,7 @@ def _characters(messages: Sequence[Message]) -> int:
 
 def _with_mark(messages: Sequence[Message]) -> list[Message]:
     """The messages with a mark behind the last one's text."""
-    content = messages[-1].get("content") if messages else None
+    content = messages[-1].get("content")
     if isinstance(content, str):
         marked: object = content + _CONTINUE_MARK
     else:

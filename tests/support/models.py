@@ -1,8 +1,8 @@
 """Model stores for tests: the real SmolLM2, converted once per checkout, and the simulated model.
 
-The real one lies in ``$HEADRACE_TEST_CACHE`` (default ``var/test-models`` of this checkout), so that
-only the first test session pays for the download and the conversion. Processes that start at the
-same time wait for the one that does it. ``python -m tests.support.models`` does it ahead of the
+The real one lies in ``$HEADRACE_TEST_CACHE`` (default: ``var/test-models`` of this checkout), so
+that only the first test session pays for the download and the conversion. Processes that start at
+the same time wait for the one that does it. ``python -m tests.support.models`` does it ahead of the
 tests, whose time limits are shorter than a slow machine may need.
 """
 
