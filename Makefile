@@ -1,6 +1,6 @@
 # Headrace: `make up` on a fresh machine needs Python 3.11+, make and pip's package registry. No more.
 
-SHELL := /bin/bash
+SHELL := /bin/bash -o pipefail
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,6 +11,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	command -v $$p >/dev/null 2>&1 \
 	&& $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& echo $$p && break; done)
+
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	--log $(VENV)/install.log -c constraints.txt -e '.[worker,embedded,dev]'
+# At a terminal: what pip does at this moment, always on the same line, and its errors.
+ONE_LINE = awk '/^ *ERROR/ { printf "\r\033[K"; print > "/dev/stderr" } \
+	/^ *(Collecting|Downloading|Using|Installing|Building|Preparing) / { \
+	printf "\r\033[K  %.100s", $$1 " " $$2; fflush() } END { printf "\r\033[K" }'
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test check format bench constraints clean
@@ -31,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "headrace: $(PYTHON) cannot make virtual environments (on Debian: apt install python3-venv)" >&2; \
 		exit 1; }
 	@echo "headrace: installing into $(VENV), a few minutes the first time"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[worker,embedded,dev]'
+	@if [ -t 1 ]; then $(PIP_INSTALL) 2>&1 | $(ONE_LINE); else $(PIP_INSTALL) -qq; fi || { \
+		echo "headrace: the installation failed; all of it is in $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
 
 up: $(STAMP) ## Start everything and serve at http://127.0.0.1:8080 (ARGS="--workers 2 --port 9000")
