@@ -20,7 +20,7 @@ ONE_LINE = awk '/^ *ERROR/ { printf "\r\033[K"; print > "/dev/stderr" } \
 	printf "\r\033[K  %.100s", $$1 " " $$2; fflush() } END { printf "\r\033[K" }'
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check format bench constraints clean
+.PHONY: help install up test check format bench chaos constraints clean
 
 help: ## List these targets
 	@printf 'Headrace. Targets (options for the command behind a target: ARGS="…"):\n\n'
@@ -60,6 +60,9 @@ format: $(STAMP) ## Format the code and fix what the linter can fix
 
 bench: $(STAMP) ## Measure the latency that Headrace adds (ARGS="--rate 50 --seconds 30")
 	@exec $(BIN)/headrace bench latency $(ARGS)
+
+chaos: $(STAMP) ## Kill processes under load and compare every answer (ARGS="--victim gateway --gateways 2")
+	@exec $(BIN)/headrace bench chaos $(ARGS)
 
 constraints: $(STAMP) ## Write constraints.txt from what is installed now
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \

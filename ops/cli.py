@@ -5,8 +5,9 @@ goes wrong for a reason that a person can act on ends in one line on standard er
 """
 
 import sys
+from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from pydantic import ValidationError
@@ -29,6 +30,7 @@ _EXIT_INTERRUPTED = 130
 _PACKAGES_OF_EXTRAS = {
     "arq": "worker",
     "gguf": "worker",
+    "httpx": "dev",
     "safetensors": "worker",
     "torch": "worker",
     "transformers": "worker",
@@ -43,6 +45,9 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as ending:
         code = ending.exit_code
+    except click.exceptions.NoArgsIsHelpError as incomplete:
+        click.echo(incomplete.format_message(), err=True)
+        code = incomplete.exit_code
     except click.ClickException as refusal:
         code = _refuse(refusal.format_message(), refusal.exit_code)
     except (ValidationError, SettingsError) as error:
@@ -185,21 +190,28 @@ def model_show(name: str, **given: Any) -> None:
     show_one(name, build(Settings, given))
 
 
-@cli.group("bench")
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of their own, imported when they are asked for."""
+
+    places: ClassVar[dict[str, str]] = {
+        "chaos": "ops.bench.chaos:chaos",
+        "latency": "ops.bench.latency:latency",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return sorted(self.places)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        place = self.places.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        return getattr(import_module(module), name)
+
+
+@cli.group("bench", cls=LazyGroup)
 def bench_group() -> None:
-    """Measure Headrace on this machine."""
-
-
-@bench_group.command("latency")
-@click.option("--url", default="", help="A running gateway; else one is started just for this.")
-@click.option("--rate", default=20.0, show_default=True, help="Requests per second.")
-@click.option("--seconds", default=20.0, show_default=True, help="Length of the measurement.")
-@click.option("--max-new-tokens", default=8, show_default=True, help="Length of each answer.")
-def bench_latency_command(url: str, rate: float, seconds: float, max_new_tokens: int) -> None:
-    """Time from a request to the first byte of its stream, with an engine that takes no time."""
-    from ops.bench.latency import bench_latency
-
-    bench_latency(url, rate, seconds, max_new_tokens)
+    """Measure Headrace on this machine, in peace and under fire."""
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ class Figures(msgspec.Struct, kw_only=True):
     first_byte_p99_ms: float
     first_byte_max_ms: float
     whole_answer_p50_ms: float
+    whole_answer_p90_ms: float
     whole_answer_p99_ms: float
+    whole_answer_max_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,19 @@ class Answer:
     whole_s: float
 
 
-def bench_latency(url: str, rate: float, seconds: float, max_new_tokens: int) -> Figures:
-    """Measure, and print a table and one line of JSON. Empty ``url``: an own instance is started.
+@click.command()
+@click.option("--url", default="", help="A running gateway; else one is started just for this.")
+@click.option("--rate", default=20.0, show_default=True, help="Requests per second.")
+@click.option("--seconds", default=20.0, show_default=True, help="Length of the measurement.")
+@click.option("--max-new-tokens", default=8, show_default=True, help="Length of each answer.")
+def latency(url: str, rate: float, seconds: float, max_new_tokens: int) -> None:
+    """Time from a request to the first byte of its stream, with an engine that takes no time.
 
-    Raises: click.ClickException when there is nothing to measure.
+    Prints a table, and the same figures as one line of JSON.
     """
     with contextlib.nullcontext(url) if url else _own_instance() as address:
-        figures = asyncio.run(_measure(address, rate, seconds, max_new_tokens))
+        figures = asyncio.run(measure(address, rate, seconds, max_new_tokens))
     _print(figures)
-    return figures
 
 
 # --- the system under test
@@ -122,7 +128,11 @@ def _address(process: subprocess.Popen[bytes], data_dir: Path) -> str:
 # --- the load
 
 
-async def _measure(url: str, rate: float, seconds: float, max_new_tokens: int) -> Figures:
+async def measure(url: str, rate: float, seconds: float, max_new_tokens: int) -> Figures:
+    """Send requests for ``seconds`` and wait for their answers.
+
+    Raises: click.ClickException when no request was answered.
+    """
     request = _request(url, max_new_tokens)
     for _ in range(_WARM_UP_REQUESTS):
         await _ask(url, request)
@@ -188,7 +198,9 @@ def summarise(rate: float, answers: Sequence[Answer | None]) -> Figures:
         first_byte_p99_ms=_percentile_ms(first, 99),
         first_byte_max_ms=_percentile_ms(first, 100),
         whole_answer_p50_ms=_percentile_ms(whole, 50),
+        whole_answer_p90_ms=_percentile_ms(whole, 90),
         whole_answer_p99_ms=_percentile_ms(whole, 99),
+        whole_answer_max_ms=_percentile_ms(whole, 100),
     )
 
 
@@ -212,9 +224,9 @@ def _print(figures: Figures) -> None:
     table.add_row(
         "request to end of answer",
         f"{figures.whole_answer_p50_ms:.1f}",
-        "",
+        f"{figures.whole_answer_p90_ms:.1f}",
         f"{figures.whole_answer_p99_ms:.1f}",
-        "",
+        f"{figures.whole_answer_max_ms:.1f}",
     )
     console = Console(highlight=False)
     console.print(table)

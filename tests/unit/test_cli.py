@@ -54,9 +54,12 @@ def test_every_option_is_explained_and_names_its_variable(name: str) -> None:
 
 def test_every_command_says_what_it_does() -> None:
     def walk(group: click.Group) -> list[click.Command]:
-        commands = list(group.commands.values())
-        inner = [walk(found) for found in commands if isinstance(found, click.Group)]
-        return [*commands, *(found for group in inner for found in group)]
+        context = click.Context(group)
+        commands = [group.get_command(context, name) for name in group.list_commands(context)]
+        found = [command for command in commands if command is not None]
+        assert len(found) == len(commands)
+        inner = [walk(command) for command in found if isinstance(command, click.Group)]
+        return [*found, *(command for commands in inner for command in commands)]
 
     assert all(found.help for found in walk(command.cli))
 
