@@ -76,10 +76,16 @@ class Heartbeat:
         Raises:
             EngineStalledError: the engine hangs; no beat was sent for it.
         """
+        was_stalled = False
         while True:
-            self._check_progress()
-            with suppress(Failure):  # the worker's loop says so, and beats when Redis is back
-                await self.beat()
+            # Twice: after a sleep of the whole process a step only looks old, and soon ends.
+            is_stalled = self._engine.is_stalled
+            if is_stalled and was_stalled:
+                raise self._stalled()
+            if not is_stalled:
+                with suppress(Failure):  # the worker's loop says so, and beats when it is back
+                    await self.beat()
+            was_stalled = is_stalled
             await asyncio.sleep(self._beat_s)
 
     @property
@@ -101,11 +107,10 @@ class Heartbeat:
         for generation_id in recovered:
             log.warning("claim.recovered", generation_id=generation_id, seen=seen)
 
-    def _check_progress(self) -> None:
-        if self._engine.is_stalled:
-            age_s = round(self._engine.last_step_age_s, 3)
-            log.error("engine.stalled", step_age_s=age_s, holding=self._ledger.holding())
-            raise EngineStalledError
+    def _stalled(self) -> EngineStalledError:
+        age_s = round(self._engine.last_step_age_s, 3)
+        log.error("engine.stalled", step_age_s=age_s, holding=self._ledger.holding())
+        return EngineStalledError()
 
     def _presence(self) -> WorkerPresence:
         return WorkerPresence(

@@ -143,7 +143,9 @@ class Intake:
                 await self._room_changed.wait()
                 continue
             try:
-                await self._bell.wait_for_bell(BELL_TIMEOUT_S)
+                rang = await self._bell.wait_for_bell(BELL_TIMEOUT_S)
+                if rang and not self.has_room():  # filled up while it listened
+                    await self._bell.pass_bell_on()
             except Failure:
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
             self._is_due = True

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import NoReturn
 
 import uvloop
@@ -115,6 +116,12 @@ class Worker:
             await self._hand_over(beside)
         await asyncio.to_thread(self._loop.stop)
 
+    async def close(self) -> None:
+        """Close the connections, however :meth:`run` ended."""
+        for broker in (self._ordered, self._beats, self._bell):
+            with suppress(Failure):
+                await broker.close()
+
     async def _serve(self) -> None:
         """The worker's loop. What the engine made goes out, and what it has room for comes in.
 
@@ -205,8 +212,8 @@ def run(settings: WorkerSettings, *, pretty: bool = False) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(_run(name, settings))
-        if code in (exit_codes.STALLED, exit_codes.ENGINE_FAILED):
-            _exit_now(code)  # the engine thread hangs or its device is gone: do not wait for it
+        if code != exit_codes.OK:
+            _exit_now(code)  # the engine thread may hang, or its device be gone: do not wait
     logs.flush()
     return code
 
@@ -223,7 +230,10 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         gc.freeze()  # what was loaded stays: collections need not walk through it
         worker = Worker(name, settings, engine)
         stop.drain = worker.drain
-        await worker.run()
+        try:
+            await worker.run()
+        finally:
+            await worker.close()
     except* EngineStalledError:
         code = exit_codes.STALLED
     except* EngineFailedError:

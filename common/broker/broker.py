@@ -39,6 +39,7 @@ MAX_PUBLICATIONS = 256
 """Longest publish call; a batch may not be larger."""
 MAX_CHOICES = 16
 GATEWAY_LEASE_MS = 15_000
+_BELL_TTL_MS = 60_000
 _LONGEST_READ_MS = 30 * 60_000
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -201,6 +202,13 @@ class Broker:
             )
         return rung is not None
 
+    async def pass_bell_on(self) -> None:
+        """Wake another worker: for who heard the bell and has no room for what it announced."""
+        bell = keys.bell(self._prefix)
+        with mapped_errors():
+            await self._redis.execute_command("LPUSH", bell, "1")
+            await self._redis.execute_command("PEXPIRE", bell, _BELL_TTL_MS)
+
     # Gateways ------------------------------------------------------------------------------------
 
     async def attach(
@@ -351,7 +359,7 @@ def _decoded_spec(body: bytes) -> GenerationSpec | None:
         return None
 
 
-def _publication_head(item: Publication) -> tuple[str, str, int, int, str, str, str, str]:
+def _publication_head(item: Publication) -> tuple[str, str, int, int, str, str, str, str, str]:
     record = item.record
     finish = record.finish
     return (
@@ -363,6 +371,7 @@ def _publication_head(item: Publication) -> tuple[str, str, int, int, str, str, 
         record.chain,
         finish.reason if finish else "",
         finish.code if finish else "",
+        finish.message if finish else "",
     )
 
 

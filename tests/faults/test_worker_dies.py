@@ -41,8 +41,9 @@ async def test_everything_is_continued_after_a_kill(pool: WorkerPool) -> None:
 
 
 async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerPool) -> None:
-    """Asleep for longer than its lease: what it still says is refused, then it serves again."""
-    zombie = await pool.worker(simulated_inter_token_ms=30)
+    """Asleep for longer than its lease, and than a step may take: what it still says is refused,
+    then it serves again."""
+    zombie = await pool.worker(simulated_inter_token_ms=30, step_timeout_s=1)
     generation = await pool.admit(120)
     await pool.reached(generation, 5)
     zombie.pause()

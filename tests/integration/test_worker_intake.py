@@ -91,6 +91,22 @@ async def test_the_bell_wakes_a_worker_with_room(parts: Parts) -> None:
     assert parts.intake.should_claim(waiting_tokens=0)
 
 
+async def test_a_bell_heard_without_room_is_passed_on(parts: Parts, redis_url: str) -> None:
+    """A worker that filled up while it listened must not keep the next one asleep."""
+    await parts.claim()
+    parts.spawn(parts.intake.listen())
+    async with asyncio.timeout(5):
+        await parts.wake.wait()  # it listens since at least one look
+    for _ in range(4):
+        await admit(parts.broker)
+    await parts.claim()
+    assert not parts.intake.has_room()
+    waiting = Broker(connect(redis_url, blocking=True), POOL)
+    await admit(parts.broker)
+    assert await waiting.wait_for_bell(3)
+    await waiting.close()
+
+
 async def test_room_is_kept_for_a_large_generation_that_has_waited(
     parts: Parts, redis_server: RedisServer
 ) -> None:

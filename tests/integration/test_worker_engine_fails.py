@@ -1,0 +1,73 @@
+"""An engine that raises ends its worker, with a code that says so and a log line that says why."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from common.broker import Broker, connect
+from common.settings import WorkerSettings
+from tests.support.generations import admit
+from tests.support.waiting import wait_until
+from tests.support.worker_parts import VERSION
+from tests.support.worker_pool import POOL
+from workers import exit_codes, worker
+from workers.engine.port import EngineLoad, EngineRequest, StepOutput
+
+
+class BrokenEngine:
+    """Loads, takes a generation, and has no device any more at its first step."""
+
+    model_version = VERSION
+    max_cost = 1000
+
+    def __init__(self) -> None:
+        self.requests: list[EngineRequest] = []
+
+    def submit(self, request: EngineRequest) -> None:
+        self.requests.append(request)
+
+    def cancel(self, id: str) -> None:
+        pass
+
+    def step(self) -> list[StepOutput]:
+        raise RuntimeError("device-side assert")
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(0, len(self.requests), free_tokens=1000, free_slots=4)
+
+
+async def is_alive(broker: Broker) -> bool:
+    return bool((await broker.state()).workers)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The worker takes SIGTERM and SIGINT; give them back to the test run."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+async def test_an_engine_that_raises_ends_the_worker(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it held is left to the lease: whatever broke the device counts as a death."""
+    monkeypatch.setattr(worker, "build_engine", lambda _: BrokenEngine())
+    settings = WorkerSettings(redis_url=redis_url, data_dir=tmp_path, model=POOL, lease_ms=1000)
+    broker = Broker(connect(redis_url), POOL)
+    with capture_logs() as lines:
+        run = asyncio.create_task(worker._run("w1", settings))
+        await wait_until(lambda: is_alive(broker), what="the first beat")
+        generation = await admit(broker)
+        assert await run == exit_codes.ENGINE_FAILED
+    assert [line["event"] for line in lines][-2:] == ["engine.failed", "worker.stopped"]
+    assert isinstance(lines[-2]["exc_info"], RuntimeError)
+    page = await broker.read(generation, 0)
+    assert page is not None
+    assert page.state == "R"
+    await broker.close()
