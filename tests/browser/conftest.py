@@ -91,6 +91,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         "model": "simulated",
         "simulated_first_token_ms": 5,
         "simulated_inter_token_ms": INTER_TOKEN_MS,
+        "lease_ms": 3000,  # a paused worker counts as alive until its visitor has asked
     }
     try:
         with processes(server.url, folder) as started:
