@@ -129,3 +129,27 @@ def test_nothing_needed_is_git_ignored() -> None:
             check=True,
         ).stdout.split()
         assert not [path for path in listed if Path(path).suffix not in (".pyc", "")]
+
+
+def test_the_race_table_names_tests_that_exist() -> None:
+    """Each row of ARCHITECTURE.md points to the test that holds its promise."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text[text.index("| race |") : text.index("Not in this version")]
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) >= 25
+    for row in rows:
+        named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for path, name in named:
+            source = (ROOT / "tests" / path).read_text()
+            assert re.search(rf"def {name}\(", source), f"{path}::{name}"
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    """Files that README, ARCHITECTURE and the others name are there."""
+    for document in ROOT.glob("*.md"):
+        paths = re.findall(
+            r"`((?:common|gateway|workers|ops|tests)/[\w/.]*\w)/?`", document.read_text()
+        )
+        for path in paths:
+            assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), f"{document}: {path}"
