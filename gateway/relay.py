@@ -214,9 +214,9 @@ class Relay:
     async def _join(self) -> str:
         """Make the inbox exist and every reader attached; returns where to read the inbox from.
 
-        The inbox's end is taken first: what is published from then on comes through the inbox, what
-        was published before comes with the attachment. An old place in the inbox is never trusted:
-        after a failover its ids may be lower, and XREAD would wait for ever.
+        The inbox exists before anything is attached, so that nothing falls between. It is read from
+        its beginning: what is known already is dropped by its position, and an old place in it is
+        never trusted, because after a failover its ids may be lower and a read would wait for ever.
         """
         beat = await self._commands.beat_gateway(self.name)
         if beat.recreated and self.joined.is_set():
@@ -232,7 +232,7 @@ class Relay:
             if generation_id not in self._readers:
                 await self._resubmit_unread(generation_id)
         self.joined.set()
-        return beat.last_id or "$"
+        return beat.last_id or "0"
 
     async def _attach_again(self, id: str) -> None:
         """Attach all readers of one generation anew, re-submitting it when Redis forgot it."""
