@@ -58,7 +58,9 @@ class Worker:
         self._ordered = Broker(connect(settings.redis_url, single=True), settings.model)
         self._beats = Broker(connect(settings.redis_url), settings.model)
         self._bell = Broker(connect(settings.redis_url, blocking=True), settings.model)
+        capacity = engine.load()
         self._wake = asyncio.Event()
+        self._wake.set()  # look once for what waited before this worker came
         self._drain_until_s: float | None = None
         self._tasks = asyncio.TaskGroup()
         self._ledger = Ledger()
@@ -78,7 +80,7 @@ class Worker:
             name,
             self._ledger,
             self._loop,
-            capacity=engine.load(),
+            capacity=capacity,
             model_version=engine.model_version,
             wake=self._wake.set,
             spawn=self._spawn,
@@ -89,7 +91,8 @@ class Worker:
             self._ledger,
             self._loop,
             model_version=engine.model_version,
-            max_cost=engine.max_cost,
+            # What never fits must not be admitted: room would be reserved for it for ever.
+            max_cost=min(engine.max_cost, capacity.free_tokens),
             beat_ms=settings.beat_ms,
             lease_ms=settings.lease_ms,
             free_tokens=lambda: self._intake.free()[1],

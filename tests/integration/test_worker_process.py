@@ -1,6 +1,9 @@
 """A worker as a process: it serves, says what it holds, drains, and ends with a telling code."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
+
+import pytest
 
 from common.failures import Failure
 from tests.support.generations import admit
@@ -128,6 +131,38 @@ async def test_a_stuck_step_ends_the_process(pool: WorkerPool) -> None:
     assert heir.events("generation.claimed")[0]["deaths"] == 1
 
 
+async def test_a_step_longer_than_the_lease_keeps_it(pool: WorkerPool) -> None:
+    """A long prefill publishes nothing; the beat is a task of its own, so nobody takes over."""
+    worker = await pool.worker(simulated_first_token_ms=2500, lease_ms=1000, beat_ms=300)
+    generation = await pool.admit(5)
+    await pool.worker()
+    timing = (await pool.end_of(generation))[-1].timing
+    assert timing is not None
+    assert (timing.attempts, timing.deaths, timing.worker) == (1, 0, worker.name)
+
+
+async def test_what_waited_before_it_came_is_taken_at_once(pool: WorkerPool) -> None:
+    """A worker that starts looks before it listens for a bell."""
+    former = await pool.worker()
+    former.terminate()
+    await former.ended()
+    generation = await pool.admit(5)
+    await pool.broker.wait_for_bell(1)  # somebody else heard it
+    worker = await pool.worker()
+    await pool.end_of(generation)
+    ready, claimed = worker.events("worker.ready")[0], worker.events("generation.claimed")[0]
+    waited_s = datetime.fromisoformat(claimed["ts"]) - datetime.fromisoformat(ready["ts"])
+    assert waited_s < timedelta(seconds=0.9)
+
+
+async def test_what_can_never_fit_is_refused_at_admission(pool: WorkerPool) -> None:
+    """The cache, not only the model, limits what a worker says it could take."""
+    await pool.worker(max_batch_total_tokens=100, max_total_tokens=4096)
+    with pytest.raises(Failure, match="CONTEXT_LENGTH_EXCEEDED"):
+        await pool.admit(97)
+    assert len(await pool.tokens_of(await pool.admit(96))) == 96
+
+
 async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:
     """At the start there is nothing to wait for: say it and end."""
     worker = started.worker(redis_url="redis://127.0.0.1:1/0")
@@ -176,9 +211,5 @@ async def test_a_full_lane_does_not_starve_behind_one_slot(pool: WorkerPool) -> 
 
 async def test_a_pool_without_workers_refuses(pool: WorkerPool) -> None:
     """Before the first beat there is nobody to admit for."""
-    refused = ""
-    try:
+    with pytest.raises(Failure, match="NO_WORKERS"):
         await pool.admit(5)
-    except Failure as failure:
-        refused = failure.code
-    assert refused == "NO_WORKERS"
