@@ -5,9 +5,11 @@ used: everything else about models works without them.
 """
 
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.failures import Failure
 from common.models.files import TOKENIZER_FILE, JsonObject, read_json, to_json
@@ -112,9 +114,18 @@ def _write_weights(gguf_file: Path, into: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32
-    )
+    with redirect_stderr(StringIO()):  # a progress bar that no setting of transformers reaches
+        loaded, report = cast("Any", AutoModelForCausalLM).from_pretrained(
+            str(gguf_file.parent),
+            gguf_file=gguf_file.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    # What is missing was filled with random numbers; transformers only warns of it.
+    if wrong := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        raise ValueError(
+            f"{len(wrong)} tensors are missing or of another shape, such as {wrong[0]}"
+        )
     config = loaded.config
     vars(config).pop("quantization_config", None)
     stored = getattr(torch, dtype)

@@ -57,6 +57,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     pre: str = "smollm",
     edit: Edit | None = None,
+    leave_out: str | None = None,
 ) -> Path:
     """The tiny Llama as llama.cpp would store it."""
     config = json.loads((original / "config.json").read_bytes())
@@ -78,6 +79,8 @@ def write_gguf(
         edit(writer)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
+        if name == leave_out:
+            continue
         add_tensor(writer, name, tensor.numpy(), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -205,6 +208,25 @@ def test_text_split_in_an_unknown_way_is_refused(tmp_path: Path, original: Path)
     with pytest.raises(Failure, match="from-the-future") as caught:
         ModelStore(tmp_path).add(str(path))
     assert caught.value.code == "MODEL_LOAD_FAILED"
+
+
+def test_a_file_without_some_of_its_weights_is_refused(tmp_path: Path, original: Path) -> None:
+    """transformers would fill the gap with random numbers."""
+    missing = "model.layers.1.mlp.up_proj.weight"
+    path = write_gguf(tmp_path / "tiny.gguf", original, leave_out=missing)
+    with pytest.raises(Failure, match=missing) as caught:
+        ModelStore(tmp_path).add(str(path))
+    assert caught.value.code == "MODEL_LOAD_FAILED"
+
+
+def test_converting_is_silent(
+    tmp_path: Path, original: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries' own progress bars would run through the one of the command line."""
+    path = write_gguf(tmp_path / "tiny.gguf", original)
+    capfd.readouterr()
+    ModelStore(tmp_path).add(str(path))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(40), b"not gguf at all" * 9])
