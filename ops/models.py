@@ -1,6 +1,8 @@
 """`headrace model`: the commands around the model store, with a progress bar."""
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -26,7 +28,9 @@ from common.models.simulated import SIMULATED_MODEL
 from common.models.store import DEFAULT_MODEL, ModelStore
 from common.settings import Settings
 from ops.processes import UpSettings
+from ops.supervisor import die_with
 
+_INTERRUPT_TIMEOUT_S = 5.0
 _BYTES_FROM = 100_000
 """A step of at least this size counts bytes, a smaller one counts parts."""
 
@@ -63,19 +67,32 @@ def _source_of(settings: UpSettings) -> str:
 
 
 async def _fetch(source: str, data_dir: Path) -> None:
-    """Run ``headrace model add`` as a child on this terminal; it dies with the task that waits."""
-    command = [sys.executable, "-P", "-m", "ops.cli", "model", "add", source]
+    """Run ``headrace model add`` as a child on this terminal; it ends with the task that waits."""
     process = await asyncio.create_subprocess_exec(
-        *command, "--data-dir", str(data_dir), stdin=asyncio.subprocess.DEVNULL
+        *(sys.executable, "-P", "-m", "ops.cli", "model", "add", source),
+        *("--data-dir", str(data_dir)),
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C comes from us alone, once
+        preexec_fn=die_with(os.getpid()),
     )
     try:
         code = await process.wait()
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await _interrupt(process)
     if code != 0:
         raise CouldNotFetch(f"the model {source} could not be fetched")
+
+
+async def _interrupt(process: asyncio.subprocess.Process) -> None:
+    """End a child as Ctrl-C would, which gives the terminal its cursor back; kill it if need be."""
+    if process.returncode is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        await asyncio.wait_for(process.wait(), _INTERRUPT_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 def add(source: str, name: str | None, settings: Settings, *, force: bool) -> None:
@@ -140,7 +157,8 @@ def _speed(task: Task) -> str:
 @contextmanager
 def _progress() -> Generator[Callable[[str, int, int], None]]:
     """One line for each step; a bar where its size is known, else it vanishes when it is over."""
-    columns = (SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"))
+    spinner = SpinnerColumn(finished_text="[green]✓[/]")
+    columns = (TextColumn(" "), spinner, TextColumn("{task.description}"))
     with Progress(*columns, _Amount(), console=_console()) as progress:
         current: tuple[str, TaskID] | None = None
 

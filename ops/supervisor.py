@@ -268,7 +268,7 @@ async def _spawn(spec: ProcessSpec) -> asyncio.subprocess.Process:
         limit=_MAX_LINE_BYTES,
         # Ctrl-C at the terminal reaches the supervisor alone, which then stops them in order.
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=die_with(os.getpid()),
     )
 
 
@@ -285,7 +285,7 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def die_with(parent: int) -> Callable[[], None] | None:
     """What a child runs between fork and exec so that the kernel kills it with its parent.
 
     Linux only; elsewhere a supervisor that is SIGKILLed leaves its children behind.

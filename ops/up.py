@@ -179,8 +179,9 @@ class _Run:
         """First: stop in order. Second: whoever is in a hurry gets an end without drain."""
         if not self._stop_asked.is_set():
             self._stop_asked.set()
-            words = "stopping: open streams may finish; Ctrl-C again to stop at once"
-            self._terminal.note("headrace", words)
+            if self._supervisor.slots:
+                words = "stopping: open streams may finish; Ctrl-C again to stop at once"
+                self._terminal.note("headrace", words)
             return
         for slot in self._supervisor.slots:
             if slot.spec.role != "server":
