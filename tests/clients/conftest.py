@@ -1,0 +1,38 @@
+"""A running system for real clients: one gateway, one worker with the simulated engine."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import simulated
+from tests.support.processes import Process, processes
+
+
+@dataclass(frozen=True)
+class System:
+    url: str
+    model_version: str
+    gateway: Process
+    worker: Process
+
+
+@pytest.fixture(scope="session")
+def simulated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data_dir = tmp_path_factory.mktemp("simulated-data")
+    simulated(data_dir)
+    return data_dir
+
+
+@pytest.fixture
+async def system(redis_url: str, tmp_path: Path, simulated_data_dir: Path) -> AsyncIterator[System]:
+    """The first token takes a second, filled with keep-alives: clients must bear that."""
+    common = {"data_dir": simulated_data_dir, "model": "simulated"}
+    with processes(redis_url, tmp_path) as started:
+        worker = started.worker(**common, simulated_first_token_ms=1000, simulated_inter_token_ms=2)
+        gateway = started.gateway(**common, keep_alive_s=0.2)
+        await worker.ready()
+        await gateway.ready()
+        version = str(worker.events("worker.ready")[0]["model_version"])
+        yield System(gateway.url, version, gateway, worker)

@@ -1,0 +1,143 @@
+"""The unmodified ``openai`` client works: whole answers, streams with silences, errors, models."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.clients.conftest import System
+
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        base_url=f"{system.url}/v1", api_key="unused", max_retries=0
+    ) as client:
+        yield client
+
+
+async def test_a_chat_completion(client: openai.AsyncOpenAI, system: System) -> None:
+    answer = await client.chat.completions.create(
+        model="any-name", messages=HELLO, max_tokens=8, seed=1
+    )
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 8
+    assert answer.system_fingerprint == system.model_version
+    assert answer._request_id
+
+
+async def test_a_chat_stream_with_usage(client: openai.AsyncOpenAI) -> None:
+    """The text of the stream is the text of the whole answer to the same seed."""
+    whole = await client.chat.completions.create(model="m", messages=HELLO, max_tokens=12, seed=7)
+    stream = await client.chat.completions.create(
+        model="m",
+        messages=HELLO,
+        max_tokens=12,
+        seed=7,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert len({chunk.id for chunk in chunks}) == 1
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    assert reasons[-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_the_synchronous_client_streams(system: System) -> None:
+    with openai.OpenAI(base_url=f"{system.url}/v1", api_key="unused") as client:
+        stream = client.chat.completions.create(
+            model="m",
+            messages=HELLO,
+            max_tokens=5,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens <= 5
+
+
+async def test_the_stream_helper_accumulates(client: openai.AsyncOpenAI) -> None:
+    async with client.chat.completions.stream(model="m", messages=HELLO, max_tokens=6) as stream:
+        pieces = [event.delta async for event in stream if event.type == "content.delta"]
+        with pytest.raises(openai.LengthFinishReasonError) as caught:
+            await stream.get_final_completion()
+    assert caught.value.completion.choices[0].message.content == "".join(pieces)
+
+
+async def test_a_completion_and_its_stream(client: openai.AsyncOpenAI) -> None:
+    whole = await client.completions.create(model="m", prompt="hello", max_tokens=9, seed=3)
+    stream = await client.completions.create(
+        model="m", prompt="hello", max_tokens=9, seed=3, stream=True
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+async def test_models(client: openai.AsyncOpenAI) -> None:
+    listed = [model.id async for model in client.models.list()]
+    assert listed == ["simulated"]
+    assert (await client.models.retrieve("simulated")).id == "simulated"
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("other")
+    assert caught.value.code == "model_not_found"
+
+
+async def test_errors_are_the_classes_that_programs_catch(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="m", messages=HELLO, n=2)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+    assert caught.value.request_id
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="m", prompt="hello", max_tokens=10**6)
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_a_cancelled_stream_ends_without_an_exception(
+    client: openai.AsyncOpenAI, system: System
+) -> None:
+    raw = await client.chat.completions.with_raw_response.create(
+        model="m", messages=HELLO, max_tokens=2000, stream=True
+    )
+    stream_id = raw.headers["x-headrace-stream-id"]
+    stream = raw.parse()
+    seen = 0
+    async for chunk in stream:
+        seen += 1
+        if seen == 3:
+            await client.delete(f"/streams/{stream_id}", cast_to=object)
+        last = chunk
+    assert last.choices[0].finish_reason == "stop"
+    assert last.model_extra is not None
+    assert last.model_extra["headrace"]["finish_reason"] == "cancelled"
+
+
+async def test_an_error_in_mid_stream_is_raised(client: openai.AsyncOpenAI, system: System) -> None:
+    """The gateway stops and its drain is over: never a stream that just ends."""
+    stream = await client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=2000, stream=True
+    )
+
+    async def read() -> None:
+        async for _ in stream:
+            if system.gateway.exit_code is None and not system.gateway.events("gateway.draining"):
+                system.gateway.terminate()
+                await system.gateway.saw("gateway.draining")
+                system.gateway.terminate()
+
+    with pytest.raises(openai.APIError) as caught:
+        await asyncio.wait_for(read(), 30)
+    assert caught.value.code == "draining"
