@@ -112,13 +112,14 @@ def _write_weights(gguf_file: Path, into: Path, dtype: str) -> None:
     that is built from the configuration. Tied embeddings are saved once.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     with redirect_stderr(StringIO()):  # a progress bar that no setting of transformers reaches
         loaded, report = cast("Any", AutoModelForCausalLM).from_pretrained(
             str(gguf_file.parent),
             gguf_file=gguf_file.name,
             dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
     # What is missing was filled with random numbers; transformers only warns of it.
