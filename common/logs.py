@@ -80,7 +80,7 @@ MEANINGS: dict[str, str] = {
     "redis.connected": "First contact with Redis.",
     "redis.disconnected": "Redis can not be reached.",
     "redis.reconnected": "Redis answers again.",
-    "relay.failed": "A gateway task that carries streams raised; it starts again.",
+    "relay.failed": "A task of a gateway's relay raised; it goes on after a second.",
     "request.failed": "A request raised inside the gateway; the caller got INTERNAL.",
     "request.finished": "Canonical line of a gateway: one HTTP request, with its timings.",
     "request.rejected": "A request was refused before any work was done.",
