@@ -45,6 +45,13 @@ def socket_path(data_dir: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="headrace-")) / "server.sock"
 
 
+def remove_socket(socket: Path, data_dir: Path) -> None:
+    """Remove what :func:`socket_path` made, after the server has ended."""
+    socket.unlink(missing_ok=True)
+    if socket.parent != run_dir(data_dir).resolve():
+        socket.parent.rmdir()
+
+
 def server_spec(binary: Path, data_dir: Path, socket: Path) -> ProcessSpec:
     """How to start the server; its data is under ``<data-dir>/server``."""
     home = data_dir / "server"

@@ -16,7 +16,7 @@ from rich.table import Table
 from common.broker import Broker, GatewayState, PoolState, WorkerState, connect
 from common.settings import Settings
 from ops import runfile
-from ops.probe import check_redis, without_password
+from ops.probe import Unreachable, check_redis, without_password
 
 _WIDE_COLUMNS = 200
 """Where no terminal sets a width: no line is broken."""
@@ -84,7 +84,13 @@ async def look(settings: Settings) -> Status:
     named = "redis_url" in settings.model_fields_set
     redis_url = run.redis_url if run and not named else settings.redis_url
     pool = run.model if run and "model" not in settings.model_fields_set else settings.model
-    await check_redis(redis_url, pool)
+    try:
+        await check_redis(redis_url, pool)
+    except Unreachable as error:
+        if run or named:
+            raise
+        hint = f"no `headrace up` runs on {settings.data_dir} (see --data-dir), and "
+        raise Unreachable(hint + error.message) from error
     broker = Broker(connect(redis_url), pool)
     try:
         state = await broker.state()

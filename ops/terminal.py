@@ -1,5 +1,7 @@
 """What `headrace up` shows a person: a heading, one readable line for each event that matters."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -30,23 +32,38 @@ _SHOWN_EVENTS = frozenset(
 """Shown whatever their level; warnings and errors always are. The rest is in the logs only."""
 
 
+class _Console(Console):
+    """rich would end the process when nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until this process ends
+
+
 class Terminal:
     """Writes to standard output; colours only where that is a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or _Console(highlight=False, soft_wrap=True)
+
+    def _print(self, text: Text | str = "") -> None:
+        """A terminal may go away while the rest still has to be stopped in order."""
+        try:
+            self._console.print(text)
+        except OSError:
+            self._console.quiet = True
 
     def heading(self, version: str, rows: Sequence[tuple[str, str]]) -> None:
         """The name of the product, and what is about to start."""
-        self._console.print(Text.assemble("\n  ", ("Headrace", "bold"), f" {version}\n"))
+        self._print(Text.assemble("\n  ", ("Headrace", "bold"), f" {version}\n"))
         for name, value in rows:
-            self._console.print(Text.assemble("  ", (f"{name:<11}", "dim"), value))
-        self._console.print()
+            self._print(Text.assemble("  ", (f"{name:<11}", "dim"), value))
+        self._print()
 
     def note(self, process: str, words: str, *, role: str = "", level: str = "info") -> None:
         """One line: the time, who, what."""
         mark, colour = _MARKS.get(level, (" ", ""))
-        self._console.print(
+        self._print(
             Text.assemble(
                 (datetime.now().astimezone().strftime("  %H:%M:%S "), "dim"),
                 (f"{mark} ", colour),
@@ -69,7 +86,7 @@ class Terminal:
         """Where the page is, and a command to try."""
         first, *others = addresses
         prompt = '{"inputs": "A river is", "parameters": {"max_new_tokens": 60}}'
-        self._console.print(
+        self._print(
             Text.assemble(
                 "\n  ",
                 ("Ready", "bold green"),

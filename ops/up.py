@@ -20,7 +20,7 @@ from common.failures import Failure
 from common.ids import new_process_name
 from common.logs import configure, flush, get_logger
 from ops import runfile
-from ops.embedded import answers, server_binary, server_spec, socket_path
+from ops.embedded import answers, remove_socket, server_binary, server_spec, socket_path
 from ops.models import ensure_model
 from ops.probe import Unreachable, check_redis, free_ports, http_status, without_password
 from ops.processes import Processes, UpSettings, reachable
@@ -53,8 +53,12 @@ def up(settings: UpSettings) -> None:
             log_dir=(settings.log_dir or data_dir / "log").resolve(),
             ports=free_ports(settings.host, settings.port, settings.gateways),
         )
-        asyncio.run(_Run(processes, socket).run())
-        flush()
+        try:
+            asyncio.run(_Run(processes, socket).run())
+        finally:
+            flush()
+            if socket is not None:
+                remove_socket(socket, data_dir)
 
 
 class _Run:
@@ -83,7 +87,8 @@ class _Run:
         configure("supervisor", new_process_name("supervisor"), log_dir=self._processes.log_dir)
         log.info("supervisor.started", data_dir=str(self._processes.data_dir))
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
         async with self._tasks:
             following = self._tasks.create_task(self._follow_logs())
             async with self._supervisor:

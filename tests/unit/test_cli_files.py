@@ -8,7 +8,7 @@ import pytest
 
 from ops import runfile
 from ops.bench.latency import Answer, summarise
-from ops.embedded import server_spec, socket_path
+from ops.embedded import remove_socket, server_spec, socket_path
 from ops.tail import LogTail
 
 
@@ -54,6 +54,8 @@ def test_a_long_data_directory_still_has_a_socket(tmp_path: Path) -> None:
     path = socket_path(deep)
     assert len(bytes(path)) < 100
     assert path.parent.stat().st_mode & 0o077 == 0
+    remove_socket(path, deep)
+    assert not path.parent.exists()
 
 
 def test_the_embedded_server_forgets_nothing_and_is_not_on_the_network(tmp_path: Path) -> None:
