@@ -19,6 +19,9 @@ from common.models.tokenizer import Tokenizer
 from tests.support.models import smollm2
 from tests.support.tiny_model import CHAT_TEMPLATE, build_tiny_model
 
+# The first test that needs the real model may have to download and convert it.
+pytestmark = pytest.mark.timeout(600)
+
 Edit = Callable[[gguf.GGUFWriter], None]
 
 GGUF_NAMES = {
