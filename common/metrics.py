@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from common.clock import wall_ms
-
 if TYPE_CHECKING:
     from common.broker import PoolState
 
@@ -144,10 +142,6 @@ class GatewayMetrics:
             ["model", "model_version"],
             registry=registry,
         )
-
-    def observe_relay_lag(self, inbox_id: str) -> None:
-        """Observe the age of the inbox record with this stream id (``<ms>-<n>``)."""
-        self.relay_lag_s.observe(max(0, wall_ms() - int(inbox_id.partition("-")[0])) / 1000)
 
     def show_pool(self, pool: "PoolState") -> None:
         """Set the numbers of the whole pool."""

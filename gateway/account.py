@@ -7,7 +7,7 @@ from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Finish, FinishReason, Timing
 from common.metrics import GatewayMetrics
-from gateway.stream import Batch
+from gateway.stream import Batch, Stream
 
 log = get_logger()
 
@@ -51,6 +51,12 @@ class Account:
             self._last_token_at = now
         if batch.finish is not None:
             self._finish, self.timing = batch.finish, batch.timing
+
+    def note_stream(self, stream: Stream) -> None:
+        """How the relay fared, where it was not smooth."""
+        self.fields |= {
+            name: count for name, count in (("heals", stream.heals), ("lags", stream.lags)) if count
+        }
 
     def note_failure(self, failure: Failure) -> None:
         self._failure = failure

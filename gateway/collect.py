@@ -71,13 +71,13 @@ def _message(text: str) -> dict[str, Any]:
 
 
 def _chunk_body(
-    subject: Subject, whole: Completion, object: str, said: dict[str, Any]
+    subject: Subject, whole: Completion, kind: str, said: dict[str, Any]
 ) -> dict[str, Any]:
     choice = {"index": 0, **said, "logprobs": None, "finish_reason": openai_reason(whole.finish)}
     version = whole.timing.model_version if whole.timing else subject.model_version
     body: dict[str, Any] = {
         "id": response_id(subject),
-        "object": object,
+        "object": kind,
         "created": subject.presentation.created,
         "model": subject.model,
         "system_fingerprint": version or None,

@@ -81,23 +81,18 @@ class PayloadLimit:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._max_bytes:
-            await failure_response(self._failure(), wire_of(scope["path"]))(scope, receive, send)
-            return
+        is_announced = length.isdigit() and int(length) > self._max_bytes
         taken = 0
 
         async def limited() -> Message:
             nonlocal taken
-            message = await receive()
+            message = {} if is_announced else await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max_bytes:
-                raise self._failure()
+            if is_announced or taken > self._max_bytes:
+                raise Failure("BODY_TOO_LARGE", f"The limit of a body is {self._max_bytes} bytes.")
             return message
 
         await self._app(scope, limited, send)
-
-    def _failure(self) -> Failure:
-        return Failure("BODY_TOO_LARGE", f"The body is larger than {self._max_bytes} bytes.")
 
 
 def arrival_of(request: Request) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from common.broker import Attachment, Broker, Look, Page
-from common.clock import monotonic_s
+from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
 from common.logs import get_logger
 from common.messages import LogEntry
@@ -80,6 +80,7 @@ class Relay:
         self._must_join = True
         self._heard_at = monotonic_s()
         self._is_away = False
+        self._joined_ms = 0
         self.joined = asyncio.Event()
         """Set once the inbox exists and is read."""
 
@@ -98,7 +99,7 @@ class Relay:
         """A mailbox for a generation. Open it before admit or attach, so that nothing is missed."""
         stream = Stream(id, tenant, self._read_log, cursor)
         self._readers.setdefault(id, []).append(stream)
-        self._metrics.streams.set(self.num_streams)
+        self._metrics.streams.inc()
         return stream
 
     async def attach(self, stream: Stream) -> Attachment | None:
@@ -120,7 +121,7 @@ class Relay:
         if stream not in readers:
             return
         readers.remove(stream)
-        self._metrics.streams.set(self.num_streams)
+        self._metrics.streams.dec()
         self._metrics.lags.inc(stream.lags)
         self._metrics.heals.inc(stream.heals)
         if not readers:
@@ -183,15 +184,19 @@ class Relay:
                 continue
             self._note_heard()
             if items:
-                self._metrics.observe_relay_lag(after)
+                written_ms = int(after.partition("-")[0])
+                is_live = written_ms >= self._joined_ms
+                if is_live:
+                    self._metrics.relay_lag_s.observe(max(0, wall_ms() - written_ms) / 1000)
                 for generation_id, entry in items:
-                    self._deliver(generation_id, entry)
+                    self._deliver(generation_id, entry, is_live=is_live)
 
-    def _deliver(self, id: str, entry: LogEntry) -> None:
+    def _deliver(self, id: str, entry: LogEntry, *, is_live: bool) -> None:
+        """Hand a record to its readers. ``is_live``: written since this gateway joined."""
         readers = self._readers.get(id)
         if readers is None:
-            if entry.record.finish is None:
-                self._detach_soon(id)
+            if is_live and entry.record.finish is None:
+                self._detach_soon(id)  # subscribed by mistake: a late attach, a lost detach
             return
         if entry.record.start == 0:
             self._recent.note_first_token(id)
@@ -222,6 +227,7 @@ class Relay:
         if beat.recreated and self.joined.is_set():
             log.warning("inbox.recreated", streams=self.num_streams)
         self._must_join = False
+        self._joined_ms = wall_ms()
         now = monotonic_s()
         for at, generation_id, tenant in list(self._cancelled):
             if now - at < CANCEL_MEMORY_S:

@@ -79,6 +79,7 @@ class EventStream(Response):
             self._account.note_disconnect()
         finally:
             self._on_close()
+            self._account.note_stream(self._stream)
             self._account.close(self.status_code)
 
     async def _write(self, send: Send) -> None:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from common.broker import Attachment
 from common.failures import Failure
 from common.ids import generation_id, is_request_id
+from common.logs import get_logger
 from gateway.account import Account
 from gateway.admission import TENANT
 from gateway.cursor import Cursor, parse_cursor
@@ -23,6 +24,8 @@ from gateway.middleware import arrival_of
 from gateway.services import Services, services_of
 from gateway.sse import EventStream
 from gateway.stream import Stream
+
+log = get_logger()
 
 
 async def read_stream(request: Request) -> Response:
@@ -99,6 +102,7 @@ async def cancel_stream(request: Request) -> Response:
     state = await services_of(request).relay.cancel(generation_id(request_id), TENANT)
     if state == "unknown":
         raise Failure("NOT_FOUND", "No such stream")
+    log.info("generation.cancelled", stream_id=request_id, state=state, cause="asked")
     return JSONResponse({"id": request_id, "object": "stream", "state": state})
 
 

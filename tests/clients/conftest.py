@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def simulated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def system(redis_url: str, tmp_path: Path, simulated_data_dir: Path) -> AsyncIterator[System]:
     """The first token takes a second, filled with keep-alives: clients must bear that."""
-    common = {"data_dir": simulated_data_dir, "model": "simulated"}
+    common: dict[str, Any] = {"data_dir": simulated_data_dir, "model": "simulated"}
     with processes(redis_url, tmp_path) as started:
         worker = started.worker(**common, simulated_first_token_ms=1000, simulated_inter_token_ms=2)
         gateway = started.gateway(**common, keep_alive_s=0.2)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from tests.clients.conftest import System
 
@@ -114,12 +114,12 @@ async def test_a_cancelled_stream_ends_without_an_exception(
     )
     stream_id = raw.headers["x-headrace-stream-id"]
     stream = raw.parse()
-    seen = 0
+    chunks: list[ChatCompletionChunk] = []
     async for chunk in stream:
-        seen += 1
-        if seen == 3:
+        chunks.append(chunk)
+        if len(chunks) == 3:
             await client.delete(f"/streams/{stream_id}", cast_to=object)
-        last = chunk
+    last = chunks[-1]
     assert last.choices[0].finish_reason == "stop"
     assert last.model_extra is not None
     assert last.model_extra["headrace"]["finish_reason"] == "cancelled"

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -216,7 +217,7 @@ async def test_bad_bodies_are_refused_in_json(
 async def test_a_body_without_a_length_is_limited_as_it_comes(stand: Stand) -> None:
     gateway = await stand.gateway(payload_limit=2000)
 
-    async def pieces() -> Any:
+    async def pieces() -> AsyncIterator[bytes]:
         for _ in range(10):
             yield b"a" * 1000
 

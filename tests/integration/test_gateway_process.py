@@ -30,7 +30,8 @@ async def worker(redis_url: str, simulated_data_dir: Path) -> AsyncIterator[Scri
 
 
 def start(started: Processes, data_dir: Path, **settings: Any) -> Process:
-    return started.gateway(**{"data_dir": data_dir, "model": "simulated"} | settings)
+    defaults: dict[str, Any] = {"data_dir": data_dir, "model": "simulated"}
+    return started.gateway(**defaults | settings)
 
 
 async def open_stream(

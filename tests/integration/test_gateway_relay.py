@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class Scene:
 @asynccontextmanager
 async def streaming(
     stand: Stand, gateway: RunningGateway, headers: dict[str, str] | None = None
-) -> AsyncIterator[Scene]:
+) -> AsyncGenerator[Scene]:
     worker = await stand.worker()
     async with gateway.client.stream(
         "POST", "/generate_stream", json=BODY, headers=headers
@@ -131,6 +131,23 @@ async def test_a_broken_connection_costs_a_pause(stand: Stand, redis_url: str) -
             await proxy.cut()
             await scene.turn.say("b")
             await proxy.heal()
+            assert await scene.next_text() == "b"
+            await scene.turn.say("c", finish="length")
+            assert (await scene.rest())[-1].json["generated_text"] == "abc"
+
+
+async def test_a_connection_that_hangs_is_given_up(
+    stand: Stand, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is closed and nothing comes: as when a machine in between has gone."""
+    monkeypatch.setattr(relay_module, "READ_LIMIT_S", 1.2)
+    async with fault_proxy(redis_url) as proxy:
+        gateway = await stand.gateway(redis_url=proxy.url)
+        async with streaming(stand, gateway) as scene:
+            proxy.stall("to_client")
+            await scene.turn.say("b")
+            await wait_until(lambda: gateway.services.relay._is_away)
+            proxy.flow()
             assert await scene.next_text() == "b"
             await scene.turn.say("c", finish="length")
             assert (await scene.rest())[-1].json["generated_text"] == "abc"

@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _served(app: Callable[..., Any]) -> AsyncIterator[str]:
+async def _served(app: Callable[..., Any]) -> AsyncGenerator[str]:
     listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(
         app, http="httptools", ws="none", log_config=None, timeout_graceful_shutdown=2
