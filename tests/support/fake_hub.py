@@ -76,7 +76,7 @@ def fake_hub(files: dict[str, bytes]) -> Generator[FakeHub]:
             if with_body:
                 self.wfile.write(body)
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
             """Silent: a test looks at ``requests``."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
