@@ -24,6 +24,7 @@ class Account:
         self.fields = fields
         self.timing: Timing | None = None
         self._metrics = metrics
+        self._inter_token_s = metrics.inter_token_s.labels(api)
         self._num_tokens = 0
         self._first_token_at: float | None = None
         self._last_token_at = 0.0
@@ -47,7 +48,7 @@ class Account:
                     self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
             else:
                 per_token = (now - self._last_token_at) / len(batch.tokens)
-                self._metrics.inter_token_s.labels(self.api).observe(per_token)
+                self._inter_token_s.observe(per_token)
             self._last_token_at = now
         if batch.finish is not None:
             self._finish, self.timing = batch.finish, batch.timing

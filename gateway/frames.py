@@ -210,10 +210,11 @@ class _ChunkFrames(Frames):
         self._head = _json(head)[:-1]
         self._choice = self._head + b',"choices":[{"index":0,'
         self._usage = b',"usage":null' if subject.has(INCLUDE_USAGE) else b""
+        self._before = self._choice + self.open
+        self._behind = self.close + b',"logprobs":null,"finish_reason":null}]%b}\n\n' % self._usage
 
     def tokens(self, batch: Batch) -> list[bytes]:
-        before = self._choice + self.open
-        behind = self.close + b',"logprobs":null,"finish_reason":null}]%b}\n\n' % self._usage
+        before, behind = self._before, self._behind
         frames = [
             b"id: %d-%08x\ndata: %b%b%b" % (position, chain, before, piece, behind)
             for position, (piece, chain) in enumerate(

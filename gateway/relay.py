@@ -234,9 +234,7 @@ class Relay:
                 self.cancel_soon(generation_id, tenant)
         for generation_id in list(self._readers):
             await self._attach_again(generation_id)
-        for generation_id in self._recent.ids():
-            if generation_id not in self._readers:
-                await self._resubmit_unread(generation_id)
+        await self._resubmit_unread()
         self.joined.set()
         return beat.last_id or "0"
 
@@ -256,11 +254,12 @@ class Relay:
         for stream in readers:
             stream.offer_page(_page_of(attachment))
 
-    async def _resubmit_unread(self, id: str) -> None:
+    async def _resubmit_unread(self) -> None:
         """What Redis forgot is queued again also for a client that left: it may come back."""
-        known = await self._commands.look(self.name, [id])
-        if not known[0].state:
-            await self._recent.resubmit(id, gateway="")
+        unread = [known for known in self._recent.ids() if known not in self._readers]
+        for look in await self._look_at(unread):
+            if not look.state:
+                await self._recent.resubmit(look.id, gateway="")
 
     def _note_lost(self, id: str) -> None:
         since = self._lost_since.setdefault(id, monotonic_s())
@@ -293,15 +292,20 @@ class Relay:
                 if not stream.is_over and now - stream.heard_at >= _patience_s(stream):
                     quiet[stream.id] = None
             if quiet and not self._must_join:
-                await self._look(list(quiet))
+                await self._check_tails(list(quiet))
 
-    async def _look(self, ids: list[str]) -> None:
+    async def _check_tails(self, ids: list[str]) -> None:
         try:
-            for start in range(0, len(ids), MAX_LOOKS):
-                for look in await self._commands.look(self.name, ids[start : start + MAX_LOOKS]):
-                    await self._heal(look)
+            for look in await self._look_at(ids):
+                await self._heal(look)
         except Failure:
             return  # Redis is away: the inbox reader notices and joins again
+
+    async def _look_at(self, ids: list[str]) -> list[Look]:
+        looks: list[Look] = []
+        for start in range(0, len(ids), MAX_LOOKS):
+            looks += await self._commands.look(self.name, ids[start : start + MAX_LOOKS])
+        return looks
 
     async def _heal(self, look: Look) -> None:
         for stream in self._readers.get(look.id, []):

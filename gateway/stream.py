@@ -180,20 +180,22 @@ class Stream:
 
     def _accept(self, entry: LogEntry) -> bool:
         """Append ``entry`` when it touches the tail. A hole is noted, a repeat is dropped."""
-        record = entry.record
-        if self.is_over or (record.end < self._tail and record.finish is None):
+        record, end = entry.record, entry.record.end
+        if self.is_over or (end < self._tail and record.finish is None):
             return False
         if record.start > self._tail:
             self.heals += not self._must_read
             self._must_read = True
             return False
-        if record.end == self._tail and record.finish is None:
+        if end == self._tail and record.finish is None:
             self._check_cursor(entry)
             return False
         self._ahead.append(entry)
-        self._num_ahead += max(0, record.end - self._tail)
-        self._tail = max(self._tail, record.end)
-        self._has_end = record.finish is not None
+        self._num_ahead += max(0, end - self._tail)
+        self._tail = max(self._tail, end)
+        if record.finish is not None:
+            self._has_end = True
+            self.state = "T"
         return True
 
     def _check_cursor(self, entry: LogEntry) -> None:
@@ -239,8 +241,8 @@ class Stream:
         """Add to ``batch`` what ``entry`` holds behind the cursor; False when the chain differs."""
         record = entry.record
         known = self.position - record.start
-        tokens = record.tokens[known:]
-        if record.end < self.position:
+        tokens = record.tokens[known:] if known else record.tokens
+        if known > len(record.tokens):
             return False  # the log ended before what this client was shown
         end = int(record.chain, 16) if record.chain else None
         if self.chain is None and end is not None:
@@ -249,11 +251,11 @@ class Stream:
         if end is not None and (chains[-1] if chains else self.chain) != end:
             return False
         batch.tokens += tokens
-        batch.pieces += record.pieces[known:]
+        batch.pieces += record.pieces[known:] if known else record.pieces
         batch.logprobs += record.logprobs[known:] if record.logprobs else [None] * len(tokens)
         batch.chains += chains
         batch.finish, batch.timing = record.finish, entry.timing
         if chains:
             self.chain = chains[-1]
-        self.position = record.end
+        self.position += len(tokens)
         return True

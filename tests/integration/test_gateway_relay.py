@@ -246,6 +246,28 @@ async def test_what_redis_forgot_is_queued_again(stand: Stand, raw: RawRedis) ->
     assert events[-1].json["generated_text"] == "a"
 
 
+async def test_what_redis_forgot_is_queued_again_for_a_client_that_left(
+    stand: Stand, raw: RawRedis
+) -> None:
+    """It may come back within its grace time; without it the generation is then cancelled."""
+    gateway = await stand.gateway()
+    worker = await stand.worker()
+    headers = {"x-headrace-disconnect": "30"}
+    async with gateway.client.stream(
+        "POST", "/generate_stream", json=BODY, headers=headers
+    ) as response:
+        stream_id = response.headers["x-headrace-stream-id"]
+    await wait_until(lambda: gateway.services.relay.num_streams == 0)
+    await raw.flushall()
+    await stand.broker.load()
+    await worker.beat()
+    turn = await worker.take()
+    assert turn.id == f"{stream_id}.0"
+    await turn.say("a", finish="length")
+    resumed = await gateway.client.get(f"/v1/streams/{stream_id}")
+    assert '"generated_text":"a"' in resumed.text
+
+
 async def test_a_generation_that_redis_lost_for_good_is_said_to_be_gone(
     stand: Stand, raw: RawRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
