@@ -55,6 +55,10 @@ def main() -> None:
         code = _refuse(message, _EXIT_WRONG_USE)
     except Failure as failure:
         code = _refuse(f"{failure.message} ({failure.code})", _EXIT_REFUSED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}", _EXIT_REFUSED)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES_OF_EXTRAS:

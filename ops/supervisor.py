@@ -35,6 +35,7 @@ _MAX_FAILED_STARTS = 3
 _EXIT_BAD_SETTINGS = 2
 """A process that says its settings are wrong will say so again: given up at once."""
 _MAX_REMEMBERED_LINES = 20
+_MAX_REASON_CHARS = 400
 _MAX_LINE_BYTES = 64 * 1024
 
 
@@ -196,10 +197,15 @@ class Slot:
         if code != _EXIT_BAD_SETTINGS and self._failed_starts < _MAX_FAILED_STARTS:
             return False
         self.state = State.FAILED
-        words = f": {self._last_words[-1]}" if self._last_words else ""
-        self.came_up.set_exception(NeverCameUp(f"{self.spec.name} {outcome}{words}"))
+        self.came_up.set_exception(NeverCameUp(f"{self.spec.name} {outcome}{self._reason()}"))
         self._on_change(self, f"{outcome}: given up")
         return True
+
+    def _reason(self) -> str:
+        """What it said of its end: its own one clear line, or else whatever came last."""
+        clear = [line for line in self._last_words if line.startswith("headrace ")]
+        words = clear or list(self._last_words)
+        return f": {words[-1][:_MAX_REASON_CHARS]}" if words else ""
 
     async def _wait_to_restart(self, outcome: str, *, lived_s: float) -> None:
         if self._was_ready and lived_s >= _RAN_WELL_S:

@@ -35,6 +35,15 @@ async def test_one_that_never_comes_up_is_given_up_with_its_last_words() -> None
     assert slot.restarts == 2
 
 
+async def test_the_reason_is_the_line_meant_for_people() -> None:
+    """What libraries print around it is left out."""
+    code = "import sys; sys.exit('loading\\nheadrace worker: no such model\\nsee the manual')"
+    async with Supervisor(ignore) as supervisor:
+        slot = supervisor.start(script(code))
+        with pytest.raises(NeverCameUp, match=r"code 1: headrace worker: no such model$"):
+            await slot.came_up
+
+
 async def test_wrong_settings_are_not_tried_again() -> None:
     """Exit code 2 says that the next start would end alike."""
     async with Supervisor(ignore) as supervisor:

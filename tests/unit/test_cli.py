@@ -112,6 +112,17 @@ def test_a_wrong_variable_is_named(
     assert "HEADRACE_MAX_BATCH_SIZE" in capsys.readouterr().err
 
 
+def test_a_data_directory_that_cannot_be_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    data_dir = str(tmp_path / "file" / "data")
+    assert headrace(monkeypatch, "up", "--engine", "simulated", "--data-dir", data_dir) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert data_dir in error
+
+
 def test_up_refuses_a_wrong_setting_of_its_processes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
