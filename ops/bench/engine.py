@@ -103,7 +103,11 @@ def main(
         {"data_dir": data_dir, "model": model, "dtype": dtype, "max_batch_size": max(counts)}
     )
     engine = build_engine(settings)
-    shape: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "sampled": sampled}
+    shape: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "sampled": sampled,
+    }
     # Prepares kernels and touches every slot once: a cache never written reads from one page.
     measure(engine, max(counts), prompt_tokens=prompt_tokens, new_tokens=4, sampled=sampled)
     rows = [measure(engine, count, **shape) for count in counts]

@@ -61,7 +61,7 @@ class Scheduler:
         self._slots: dict[str, int] = {}
         """Of the running ones, by id."""
         self._admits = True
-        self._step = 0
+        self._num_served = 0
 
     @property
     def num_running(self) -> int:
@@ -97,7 +97,6 @@ class Scheduler:
         """
         self._make_room()
         self._admit()
-        self._step += 1
         budget = self.limits.step_tokens
         chunks: list[Chunk] = []
         for sequence in sorted(self._running, key=self._turn):
@@ -105,7 +104,8 @@ class Scheduler:
                 break
             count = min(sequence.num_pending, budget)
             budget -= count
-            sequence.served_at = self._step
+            self._num_served += 1
+            sequence.served_at = self._num_served
             slot = self._slots[sequence.id]
             chunks.append(Chunk(sequence, slot, sequence.num_computed, count))
         return chunks

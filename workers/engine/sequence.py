@@ -33,7 +33,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
         self.served_at = 0
-        """Number of the last step that computed something here; the scheduler's own."""
+        """When the scheduler last let it compute: a count of such turns."""
         self.finish: FinishReason | None = None
         self.seen_ids: array[int] | None = None
         """Distinct ids so far, for the repetition penalty; None when there is none."""

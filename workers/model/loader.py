@@ -7,9 +7,11 @@ without an error and wrongly.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from common.failures import Failure
 from workers.model.attention import ATTENTION, LayerProbe, Stretch, running
@@ -54,19 +56,26 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     """The model in ``path``, from safetensors only and without any code of its own.
 
     Raises:
-        Failure: MODEL_LOAD_FAILED, if transformers cannot build it.
+        Failure: MODEL_LOAD_FAILED, if transformers cannot build it or weights are missing.
     """
+    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise Failure("MODEL_LOAD_FAILED", f"{path.name}: {error}") from error
+    # A pair, which the annotations of transformers do not know.
+    model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    # transformers would go on with random numbers in their place.
+    if absent := sorted(report["missing_keys"]):
+        raise Failure("MODEL_LOAD_FAILED", f"{path.name} lacks {len(absent)} tensors: {absent[0]}")
     model.eval().requires_grad_(requires_grad=False)
     return model.to(device)  # pyright: ignore[reportArgumentType] - transformers' wrapper hides it
 

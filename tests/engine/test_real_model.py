@@ -1,0 +1,111 @@
+"""The default model in float32: greedy answers are those of transformers' own ``generate``."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.models.chat_template import ChatTemplate
+from common.models.store import StoredModel
+from common.models.tokenizer import Tokenizer
+from common.settings import WorkerSettings
+from tests.support.engines import request, run_all, run_one
+from tests.support.models import smollm2, smollm2_data_dir
+from workers.engine.factory import build_engine
+from workers.engine.port import Engine
+
+NUM_TOKENS = 24
+
+QUESTIONS = (
+    "What is a headrace?",
+    "Name three rivers in Europe.",
+    "Write a haiku about water wheels.",
+    "How many legs has a spider?",
+    "Explain queues to a child, please.",
+    "Translate 'good morning' into French.",
+    "What is 17 plus 25?",
+    "Why is the sky blue? Answer in one sentence.",
+    "List the first five prime numbers.",
+    "Who wrote Don Quixote?",
+)
+
+
+@pytest.fixture(scope="module")
+def stored() -> StoredModel:
+    return smollm2()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stored: StoredModel) -> Tokenizer:
+    return Tokenizer.load(stored.path)
+
+
+@pytest.fixture(scope="module")
+def prompts(stored: StoredModel, tokenizer: Tokenizer) -> list[list[int]]:
+    template = ChatTemplate.load(stored.path)
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.encode(template.render(one), add_special_tokens=False) for one in messages]
+
+
+@pytest.fixture(scope="module")
+def generated(stored: StoredModel, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers answers to each prompt alone."""
+    model = AutoModelForCausalLM.from_pretrained(stored.path, dtype=torch.float32).eval()
+    answers: list[list[int]] = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(  # pyright: ignore[reportAttributeAccessIssue] - wrongly annotated
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engine(stored: StoredModel) -> Engine:
+    return build_engine(
+        WorkerSettings(
+            data_dir=smollm2_data_dir(), dtype="float32", max_batch_size=12, max_step_tokens=100
+        )
+    )
+
+
+@pytest.mark.timeout(600)
+def test_ten_prompts_alone(
+    engine: Engine, prompts: list[list[int]], generated: list[list[int]], tokenizer: Tokenizer
+) -> None:
+    for prompt, expected in zip(prompts, generated, strict=True):
+        got = run_one(engine, request("g", prompt, max_new_tokens=NUM_TOKENS))
+        assert got.tokens == expected
+        assert got.text == tokenizer.decode(expected)
+
+
+@pytest.mark.timeout(600)
+def test_ten_prompts_in_one_batch(
+    engine: Engine, prompts: list[list[int]], generated: list[list[int]]
+) -> None:
+    """Their prompts are cut into chunks of a budget that none of them fits beside the others."""
+    requests = [
+        request(str(i), prompt, max_new_tokens=NUM_TOKENS) for i, prompt in enumerate(prompts)
+    ]
+    got = run_all(engine, requests)
+    assert [got[str(i)].tokens for i in range(len(prompts))] == generated
+
+
+@pytest.mark.timeout(600)
+def test_a_sampled_answer_survives_a_handover(engine: Engine, prompts: list[list[int]]) -> None:
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 11}
+    whole = run_one(engine, request("g", prompts[0], max_new_tokens=NUM_TOKENS, **sampling))
+    for cut in (1, 9, 20):
+        rest = run_one(
+            engine,
+            request(
+                "g",
+                prompts[0],
+                logged=whole.tokens[:cut],
+                max_new_tokens=NUM_TOKENS,
+                **sampling,
+            ),
+        )
+        assert (rest.tokens, rest.pieces) == (whole.tokens[cut:], whole.pieces[cut:])

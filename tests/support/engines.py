@@ -1,0 +1,132 @@
+"""Engines for tests: the tiny model behind the real engine, and what came out of it."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
+
+from common.messages import Finish, Sampling, unescape_pieces
+from common.models.tokenizer import Tokenizer
+from tests.support.tiny_model import EOS_TOKEN_IDS
+from workers.engine.batching import BatchingEngine, Runner
+from workers.engine.port import Engine, EngineRequest, StepOutput
+from workers.engine.scheduler import Limits
+from workers.engine.sequence import TextRules
+from workers.model.kv_cache import SlotCache
+from workers.model.loader import check_attention, inspect_layers, load_model, vocabulary_size
+from workers.model.runner import ModelRunner
+
+CPU = torch.device("cpu")
+
+ROOMY = Limits(max_sequences=8, cache_tokens=4096, step_tokens=256)
+MAX_COST = 256
+
+
+@dataclass
+class Transcript:
+    """All that one generation got out of an engine."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    pieces: list[bytes] = field(default_factory=list[bytes])
+    logprobs: list[float] = field(default_factory=list[float])
+    finish: Finish | None = None
+
+    @property
+    def text(self) -> str:
+        return unescape_pieces(self.pieces)
+
+
+def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
+    """The model in ``path`` in float32, checked and with a cache for ``limits``."""
+    model = load_model(path, dtype=torch.float32, device=CPU)
+    layers = inspect_layers(model)
+    check_attention(model, layers)
+    assert vocabulary_size(model) == Tokenizer.load(path).vocab_size
+    cache = SlotCache(
+        layers,
+        num_slots=limits.max_sequences,
+        max_tokens=MAX_COST,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    return ModelRunner(model, cache)
+
+
+def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) -> BatchingEngine:
+    return BatchingEngine(
+        runner,
+        TextRules(tokenizer, frozenset(EOS_TOKEN_IDS)),
+        limits,
+        model_version="tiny@1",
+        max_cost=MAX_COST,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def tiny_engine(path: Path, limits: Limits = ROOMY) -> BatchingEngine:
+    return engine_around(tiny_runner(path, limits), Tokenizer.load(path), limits)
+
+
+def is_busy(engine: Engine) -> bool:
+    load = engine.load()
+    return load.running + load.waiting > 0
+
+
+def collect(transcripts: dict[str, Transcript], outputs: list[StepOutput]) -> None:
+    """Append one step's outputs, checking that each generation is dense and ends once."""
+    for output in outputs:
+        transcript = transcripts.setdefault(output.id, Transcript())
+        assert transcript.finish is None, f"{output.id} goes on after its end"
+        assert len(output.tokens) == len(output.pieces) == len(output.logprobs)
+        transcript.tokens += output.tokens
+        transcript.pieces += output.pieces
+        transcript.logprobs += output.logprobs
+        transcript.finish = output.finish
+
+
+def run_all(engine: Engine, requests: list[EngineRequest]) -> dict[str, Transcript]:
+    """Submit all, step until idle; every request must have ended."""
+    transcripts: dict[str, Transcript] = {}
+    for request in requests:
+        engine.submit(request)
+    collect(transcripts, engine.step())
+    while is_busy(engine):
+        collect(transcripts, engine.step())
+    assert {request.id for request in requests} == transcripts.keys()
+    assert all(transcript.finish is not None for transcript in transcripts.values())
+    return transcripts
+
+
+def run_one(engine: Engine, request: EngineRequest) -> Transcript:
+    return run_all(engine, [request])[request.id]
+
+
+def request(
+    id: str, prompt: list[int], *, logged: list[int] | None = None, **sampling: Any
+) -> EngineRequest:
+    """A request; what ``sampling`` does not name is greedy, 16 tokens, seed 0."""
+    values: dict[str, Any] = {"max_new_tokens": 16, "seed": 0} | sampling
+    return EngineRequest(id, prompt, Sampling(**values), logged or [])
+
+
+@lru_cache
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As of the Llama 2 family: words with a leading ``▁``, and 256 tokens of one byte each."""
+    pieces = ["▁", "a", "▁a", "é", "▁the", "\ufffd", "ok", "👍"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    backend = Backend(
+        models.BPE(
+            vocab={token: id for id, token in enumerate(tokens)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>")])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})

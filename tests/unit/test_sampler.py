@@ -1,0 +1,214 @@
+"""Choosing tokens: the same sets as transformers' processors, the right distribution, any batch."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from common.messages import Sampling
+from workers.model.sampler import SamplingRow, exponential_noise, noise_key, sample
+
+VOCAB = 1000
+
+
+def row(
+    position: int = 0,
+    seen: Sequence[int] = (),
+    *,
+    seed: int = 0,
+    greedy: bool = False,
+    **rest: Any,
+) -> SamplingRow:
+    sampling = Sampling(max_new_tokens=1, seed=seed, do_sample=not greedy, **rest)
+    return SamplingRow(sampling, position, array("q", seen) if seen else None)
+
+
+def random_logits(num_rows: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, VOCAB, generator=generator) * spread
+
+
+def warped(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of one row as transformers computes them."""
+    steps = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature != 1.0:
+        steps.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    ids = cast("torch.LongTensor", torch.tensor([list(seen)]))
+    return steps(ids, cast("torch.FloatTensor", logits[None].clone()))[0].log_softmax(-1)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "cold": {"temperature": 0.3},
+    "top_k 1": {"top_k": 1},
+    "top_k 50": {"top_k": 50},
+    "top_k beyond the blocks": {"top_k": 600},
+    "top_k beyond the vocabulary": {"top_k": 5000},
+    "top_p narrow": {"top_p": 0.2},
+    "top_p wide": {"top_p": 0.99},
+    "top_p wide and hot": {"top_p": 0.999, "temperature": 3.0},
+    "top_k and top_p": {"top_k": 40, "top_p": 0.7},
+    "penalty": {"repetition_penalty": 1.4},
+    "reward": {"repetition_penalty": 0.7},
+    "all": {"repetition_penalty": 1.2, "temperature": 0.8, "top_k": 60, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_kept_tokens_and_logprobs_are_those_of_transformers(case: dict[str, Any]) -> None:
+    """Drawn often enough: the tokens that the warpers keep, each with its log-probability."""
+    logits = random_logits(1)[0]
+    seen = [1, 5, 999, int(logits.argmax())]
+    expected = warped(logits, row(**case).sampling, seen)
+    num_draws = 400
+    rows = [row(position, seen, **case) for position in range(num_draws)]
+    got = sample(logits.repeat(num_draws, 1), rows)
+    assert all(got.finite)
+    assert set(got.tokens) <= set(expected.isfinite().nonzero()[:, 0].tolist())
+    torch.testing.assert_close(
+        torch.tensor(got.logprobs), expected[got.tokens], atol=2e-5, rtol=1e-5
+    )
+    if (kept := int(expected.isfinite().sum())) <= 5:
+        assert len(set(got.tokens)) == kept
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    """Chi-square over 60 tokens in two blocks of the vocabulary, 40,000 draws."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.full((VOCAB,), float("-inf"))
+    ids = torch.cat([torch.arange(100, 130), torch.arange(700, 730)])
+    logits[ids] = torch.randn(60, generator=generator)
+    num_draws = 40_000
+    counts = torch.zeros(VOCAB)
+    for start in range(0, num_draws, 4000):
+        rows = [row(position, seed=12) for position in range(start, start + 4000)]
+        counts += torch.bincount(
+            torch.tensor(sample(logits.repeat(4000, 1), rows).tokens), minlength=VOCAB
+        )
+    expected = logits.softmax(-1)[ids] * num_draws
+    statistic = float(((counts[ids] - expected) ** 2 / expected).sum())
+    assert counts.sum() == counts[ids].sum() == num_draws
+    assert statistic < 104.0, "the 99.97th percentile of chi-square with 59 degrees of freedom"
+
+
+def test_seeds_and_positions_draw_independently() -> None:
+    """Each alone, uniform over 16 tokens: no seed or position favours one."""
+    logits = torch.full((VOCAB,), float("-inf"))
+    logits[::64] = 0.0
+    for rows in (
+        [row(0, seed=seed) for seed in range(4000)],
+        [row(position, seed=7) for position in range(4000)],
+        [row(5, seed=seed << 32) for seed in range(4000)],
+    ):
+        counts = torch.bincount(torch.tensor(sample(logits.repeat(4000, 1), rows).tokens))
+        counts = counts[counts > 0].float()
+        assert len(counts) == 16
+        assert float(((counts - 250) ** 2 / 250).sum()) < 45.0, "99.99 % of chi-square with 15"
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """Alone, in a batch, in another order: the same token and, to the last bit, log-probability."""
+    mixed = [row(3, [1, 2], seed=i, **case) for i, case in enumerate(CASES.values())]
+    mixed += [row(3, greedy=True), row(3, [4, 5], greedy=True, repetition_penalty=1.3)]
+    logits = random_logits(len(mixed))
+    together = sample(logits.clone(), mixed)
+    for i, alone in enumerate(mixed):
+        one = sample(logits[i : i + 1].clone(), [alone])
+        assert one.tokens == [together.tokens[i]]
+        assert one.logprobs == pytest.approx([together.logprobs[i]], abs=1e-6)
+    backwards = sample(logits.flip(0), mixed[::-1])
+    assert backwards.tokens[::-1] == together.tokens
+
+
+def test_greedy_takes_the_first_of_the_best_and_ignores_warpers() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [300, 301, 950]] = 2.0
+    plain = sample(logits.clone(), [row(greedy=True)])
+    warm = sample(logits.clone(), [row(greedy=True, temperature=0.1, top_k=3, top_p=0.1)])
+    assert plain.tokens == warm.tokens == [300]
+    assert plain.logprobs == warm.logprobs
+    assert plain.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[0, 300]), abs=1e-5)
+
+
+def test_greedy_sees_the_penalty() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 8] = 2.0, 1.9
+    assert sample(logits, [row(seen=[7], greedy=True, repetition_penalty=1.5)]).tokens == [8]
+
+
+def test_tokens_as_good_as_the_last_one_kept_stay() -> None:
+    """bfloat16 has ties; which of them stay must not depend on a sort."""
+    logits = torch.full((VOCAB,), -9.0)
+    logits[[10, 200, 500]] = 1.0
+    rows = [row(position, top_k=2) for position in range(200)]
+    assert set(sample(logits.repeat(200, 1), rows).tokens) == {10, 200, 500}
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
+def test_extreme_temperatures_stay_finite(temperature: float) -> None:
+    logits = random_logits(1)
+    best = int(logits.argmax())
+    got = sample(logits, [row(temperature=temperature)])
+    assert got.finite == [True]
+    assert (got.tokens == [best]) or temperature > 1
+
+
+def test_top_p_zero_is_the_best_token() -> None:
+    logits = random_logits(1)
+    best = int(logits.argmax())
+    assert {sample(logits.clone(), [row(p, top_p=0.0)]).tokens[0] for p in range(20)} == {best}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_spoil_their_own_row_only(poison: float) -> None:
+    logits = random_logits(3)
+    expected = sample(logits.clone(), [row(1), row(1), row(1)])
+    logits[1, 17] = poison
+    got = sample(logits, [row(1), row(1), row(1)])
+    assert got.finite == [True, False, True]
+    assert (got.tokens[0], got.tokens[2]) == (expected.tokens[0], expected.tokens[2])
+
+
+def test_a_row_of_nothing_is_not_finite() -> None:
+    assert sample(torch.full((1, VOCAB), float("-inf")), [row()]).finite == [False]
+
+
+def test_bfloat16_logits_are_taken_as_they_are() -> None:
+    logits = random_logits(2).bfloat16()
+    rows = [row(greedy=True), row(4, top_k=10)]
+    assert sample(logits.float(), rows) == sample(logits.clone(), rows)
+
+
+def test_noise_is_a_fixed_function() -> None:
+    """Written down, so that a change that would break every running generation is seen.
+
+    The first number is the published test value of SplitMix64 for the state 0, scaled.
+    """
+    noise = exponential_noise(torch.tensor([[0]]), torch.arange(2))
+    uniform = ((0xE220A8397B1DCDAF >> 11) + 0.5) * 2.0**-53
+    assert noise[0, 0].item() == pytest.approx(-math.log(uniform), rel=1e-12)
+    assert noise_key(0, 0) != noise_key(0, 1) != noise_key(1, 0)
+    assert -(2**63) <= noise_key(2**64 - 1, 2**31) < 2**63
+    logits = torch.arange(VOCAB).float()[None] / 250
+    tokens = [sample(logits.clone(), [row(p, seed=42)]).tokens[0] for p in range(5)]
+    assert tokens == NOISE_42
+
+
+NOISE_42 = [983, 978, 705, 711, 930]

@@ -1,0 +1,123 @@
+"""Who computes what in a step."""
+
+from collections.abc import Sequence as Rows
+
+from common.models.tokenizer import Tokenizer
+from tests.support.engines import request
+from tests.support.tiny_model import build_tokenizer
+from workers.engine.scheduler import Chunk, Limits, Scheduler
+from workers.engine.sequence import Sequence, TextRules
+
+RULES = TextRules(Tokenizer(build_tokenizer(), {}), frozenset())
+ROOMY = Limits(max_sequences=4, cache_tokens=1000, step_tokens=100)
+LETTER = 70
+
+
+def sequence(id: str, num_prompt: int, max_new_tokens: int = 50) -> Sequence:
+    return Sequence(request(id, [LETTER] * num_prompt, max_new_tokens=max_new_tokens), RULES)
+
+
+def step(scheduler: Scheduler) -> list[Chunk]:
+    """Plan a step and let it happen: every closed gap brings a token."""
+    chunks = scheduler.plan()
+    closed = [chunk.sequence for chunk in chunks if chunk.samples]
+    scheduler.complete(chunks)
+    for seq in closed:
+        seq.append(LETTER)
+    return chunks
+
+
+def shape(chunks: Rows[Chunk]) -> list[tuple[str, int, int]]:
+    return [(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks]
+
+
+def test_a_prompt_longer_than_the_budget_is_cut_into_chunks() -> None:
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=4))
+    scheduler.add(sequence("a", 10))
+    got = [shape(step(scheduler)) for _ in range(4)]
+    assert got == [[("a", 0, 4)], [("a", 4, 4)], [("a", 8, 2)], [("a", 10, 1)]]
+
+
+def test_decode_rows_come_before_chunks_of_prompts() -> None:
+    """A long prompt never makes those wait that are answering already."""
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=4))
+    scheduler.add(sequence("a", 2))
+    step(scheduler)
+    scheduler.add(sequence("b", 9))
+    assert shape(step(scheduler)) == [("a", 2, 1), ("b", 0, 3)]
+    assert shape(step(scheduler)) == [("a", 3, 1), ("b", 3, 3)]
+
+
+def test_one_prompt_is_finished_before_the_next_begins() -> None:
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=4))
+    scheduler.add(sequence("a", 6))
+    scheduler.add(sequence("b", 6))
+    assert shape(step(scheduler)) == [("a", 0, 4)]
+    assert shape(step(scheduler)) == [("a", 4, 2), ("b", 0, 2)]
+
+
+def test_a_budget_below_the_number_of_rows_is_shared_in_turn() -> None:
+    scheduler = Scheduler(Limits(max_sequences=3, cache_tokens=1000, step_tokens=2))
+    for id in "abc":
+        scheduler.add(sequence(id, 1))
+    served = [chunk.sequence.id for _ in range(3) for chunk in step(scheduler)]
+    assert sorted(served) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_who_finds_no_slot_waits_and_gets_the_next_free_one() -> None:
+    scheduler = Scheduler(Limits(max_sequences=1, cache_tokens=1000, step_tokens=100))
+    first, second = sequence("a", 2), sequence("b", 2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert shape(step(scheduler)) == [("a", 0, 2)]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    scheduler.remove(first)
+    assert shape(step(scheduler)) == [("b", 0, 2)]
+
+
+def test_a_large_one_at_the_head_is_not_overtaken() -> None:
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=20, step_tokens=100))
+    first = sequence("a", 10)
+    for seq in (first, sequence("large", 15), sequence("small", 2)):
+        scheduler.add(seq)
+    assert shape(step(scheduler)) == [("a", 0, 10)]
+    scheduler.remove(first)
+    assert shape(step(scheduler)) == [("large", 0, 15), ("small", 0, 2)]
+
+
+def test_the_youngest_gives_way_when_the_cache_is_full() -> None:
+    """It returns with its tokens, from the beginning, once another one has ended."""
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=12, step_tokens=100))
+    first, second = sequence("a", 5), sequence("b", 5)
+    scheduler.add(first)
+    scheduler.add(second)
+    step(scheduler)
+    assert shape(step(scheduler)) == [("a", 5, 1), ("b", 5, 1)]
+    assert shape(step(scheduler)) == [("a", 6, 1)]
+    assert (second.num_computed, second.num_generated, scheduler.num_waiting) == (0, 2, 1)
+    assert shape(step(scheduler)) == [("a", 7, 1)], "not back while nothing has ended"
+    scheduler.remove(first)
+    assert shape(step(scheduler)) == [("b", 0, 7)]
+
+
+def test_the_promise_counts_what_waits_and_what_runs() -> None:
+    scheduler = Scheduler(Limits(max_sequences=1, cache_tokens=1000, step_tokens=100))
+    first = sequence("a", 10, max_new_tokens=20)
+    scheduler.add(first)
+    scheduler.add(sequence("b", 1, max_new_tokens=5))
+    step(scheduler)
+    assert scheduler.promised_tokens == 36
+    scheduler.remove(first)
+    assert scheduler.promised_tokens == 6
+
+
+def test_freed_slots_are_used_again_lowest_first() -> None:
+    """That memory has been touched already."""
+    scheduler = Scheduler(ROOMY)
+    first, second = sequence("a", 1), sequence("b", 1)
+    scheduler.add(first)
+    scheduler.add(second)
+    step(scheduler)
+    scheduler.remove(first)
+    scheduler.add(sequence("c", 1))
+    assert {chunk.sequence.id: chunk.slot for chunk in step(scheduler)} == {"b": 1, "c": 0}

@@ -1,0 +1,90 @@
+"""One generation in the engine: how it ends, and that replaying its log restores it."""
+
+import pytest
+
+from common.messages import FinishReason
+from common.models.tokenizer import Tokenizer
+from tests.support.engines import request
+from tests.support.tiny_model import EOS_TOKEN_IDS, build_tokenizer
+from workers.engine.sequence import Sequence, TextRules
+
+TOKENIZER = Tokenizer(build_tokenizer(), {})
+RULES = TextRules(TOKENIZER, frozenset(EOS_TOKEN_IDS))
+PROMPT = TOKENIZER.encode("Say: ")
+
+
+def sequence(logged: str = "", **sampling: object) -> Sequence:
+    log = TOKENIZER.encode(logged)
+    return Sequence(request("g", PROMPT, logged=log, **sampling), RULES)
+
+
+def write(seq: Sequence, text: str) -> list[str]:
+    return [seq.append(id) for id in TOKENIZER.encode(text)]
+
+
+def test_it_ends_exactly_at_its_limit() -> None:
+    seq = sequence(max_new_tokens=3)
+    assert write(seq, "xyz") == ["x", "y", "z"]
+    assert seq.finish == FinishReason.LENGTH
+    assert seq.num_generated == 3
+
+
+@pytest.mark.parametrize("eos", EOS_TOKEN_IDS)
+def test_any_of_several_end_tokens_ends_it(eos: int) -> None:
+    seq = sequence()
+    assert [*write(seq, "x"), seq.append(eos)] == ["x", ""]
+    assert seq.finish == FinishReason.EOS
+
+
+def test_an_end_token_on_the_last_position_is_an_end_not_a_cut() -> None:
+    seq = sequence(max_new_tokens=2)
+    write(seq, "x")
+    seq.append(EOS_TOKEN_IDS[0])
+    assert seq.finish == FinishReason.EOS
+
+
+def test_a_stop_string_on_the_last_position_counts_first() -> None:
+    seq = sequence(max_new_tokens=2, stop=("y",))
+    assert write(seq, "xy") == ["x", ""]
+    assert seq.finish == FinishReason.STOP
+
+
+def test_the_last_piece_carries_what_was_held_back() -> None:
+    """Half a stop string and half a character come out with the end token."""
+    seq = sequence(stop=("END",))
+    assert write(seq, "EN") == ["", ""]
+    assert seq.append(TOKENIZER.encode("👍")[0]) == ""
+    assert seq.append(EOS_TOKEN_IDS[0]) == "EN\ufffd"
+    assert seq.finish == FinishReason.EOS
+
+
+def test_a_stop_string_that_half_a_character_completes_counts() -> None:
+    seq = sequence(max_new_tokens=2, stop=("x\ufffd",))
+    write(seq, "x")
+    assert seq.append(TOKENIZER.encode("👍")[0]) == ""
+    assert seq.finish == FinishReason.STOP
+
+
+def test_replay_restores_held_text() -> None:
+    """Another worker takes over in the middle of a possible stop string and of a character."""
+    text = "a👍 EN👍D ENb"
+    whole = write(sequence(stop=("END",)), text)
+    for cut in range(len(whole)):
+        ids = TOKENIZER.encode(text)
+        seq = Sequence(request("g", PROMPT, logged=ids[:cut], stop=("END",)), RULES)
+        assert seq.num_generated == cut
+        assert [seq.append(id) for id in ids[cut:]] == whole[cut:]
+
+
+def test_a_log_that_is_complete_already_is_finished() -> None:
+    assert sequence("x", max_new_tokens=1).finish == FinishReason.LENGTH
+    assert sequence("a stop", stop=("st",)).finish == FinishReason.STOP
+    assert sequence(max_new_tokens=0).finish == FinishReason.LENGTH
+
+
+def test_seen_ids_are_those_of_prompt_and_answer_once_each() -> None:
+    seq = sequence("xyx", repetition_penalty=1.5)
+    write(seq, "zx")
+    assert seq.seen_ids is not None
+    assert sorted(seq.seen_ids) == sorted(set(PROMPT) | set(TOKENIZER.encode("xyz")))
+    assert sequence("xyx").seen_ids is None
