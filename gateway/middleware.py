@@ -63,6 +63,7 @@ class RequestContext:
     def _stamp(self, headers: MutableHeaders, request_id: str) -> None:
         headers["x-request-id"] = request_id
         headers.setdefault("x-model-version", self._model_version)
+        headers.setdefault("cache-control", "no-cache")
         headers["x-content-type-options"] = "nosniff"
         headers["referrer-policy"] = "no-referrer"
         if headers.get("content-type", "").startswith("text/html"):

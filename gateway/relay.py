@@ -226,6 +226,7 @@ class Relay:
         beat = await self._commands.beat_gateway(self.name)
         if beat.recreated and self.joined.is_set():
             log.warning("inbox.recreated", streams=self.num_streams)
+        self._note_heard()
         self._must_join = False
         self._joined_ms = wall_ms()
         now = monotonic_s()
@@ -253,6 +254,8 @@ class Relay:
         self._lost_since.pop(id, None)
         for stream in readers:
             stream.offer_page(_page_of(attachment))
+        if not readers:
+            self._detach_soon(id)  # the last one left while Redis was asked
 
     async def _resubmit_unread(self) -> None:
         """What Redis forgot is queued again also for a client that left: it may come back."""
@@ -273,7 +276,14 @@ class Relay:
             return await self._ordered.attach(self.name, id, tenant, cursor)
 
     async def _read_log(self, id: str, cursor: int) -> Page | None:
-        return await self._commands.read(id, cursor)
+        """Read for a stream, waiting for a Redis that is away as long as live streams do."""
+        while True:
+            try:
+                return await self._commands.read(id, cursor)
+            except Failure as failure:
+                if failure.code != "BROKER_UNAVAILABLE" or self.silent_s > AWAY_LIMIT_S:
+                    raise
+            await asyncio.sleep(random.uniform(0.1, 0.4))
 
     # Watching quiet streams ----------------------------------------------------------------------
 

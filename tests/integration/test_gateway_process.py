@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from common.broker import Broker, connect
 from ops.bench.sse_client import read_events
 from tests.support.models import simulated
-from tests.support.processes import Process, Processes, free_port
+from tests.support.processes import ROOT, Process, Processes, free_port
 from tests.support.scripted_worker import ScriptedWorker, Turn
 
 BODY = {"inputs": "a secret canary", "parameters": {"details": True}}
@@ -172,3 +174,15 @@ async def test_a_port_in_use_is_one_clear_line(
         gateway = start(started, simulated_data_dir, port=port)
         assert await gateway.ended(60) == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in gateway.errors()
+
+
+def test_a_gateway_needs_no_tensors() -> None:
+    """It starts in a second and in 100 MB because of what it does not import."""
+    script = (
+        "import sys, gateway.__main__; "
+        "print([name for name in ('torch', 'arq', 'safetensors', 'numpy') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, timeout=60
+    )
+    assert run.stdout.decode().strip() == "[]"

@@ -136,6 +136,18 @@ async def test_a_broken_connection_costs_a_pause(stand: Stand, redis_url: str) -
             assert (await scene.rest())[-1].json["generated_text"] == "abc"
 
 
+async def test_a_reader_of_the_log_waits_for_redis_too(stand: Stand, redis_url: str) -> None:
+    async with fault_proxy(redis_url) as proxy:
+        gateway = await stand.gateway(redis_url=proxy.url)
+        async with streaming(stand, gateway) as scene:
+            await proxy.cut()
+            _only_stream(gateway).read_on()
+            await scene.turn.say("b")
+            await wait_until(lambda: gateway.services.relay._is_away)
+            await proxy.heal()
+            assert await scene.next_text() == "b"
+
+
 async def test_a_connection_that_hangs_is_given_up(
     stand: Stand, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +335,7 @@ async def test_a_slow_client_costs_little_and_misses_nothing(stand: Stand) -> No
         await long.say(finish="length")
         await short.say("quick", finish="length")
         assert "quick" in (await quick.aread()).decode()
-    await wait_until(lambda: _slow_stream(gateway).lags > 0, what="a bounded buffer to overflow")
+    await wait_until(lambda: _only_stream(gateway).lags > 0, what="a bounded buffer to overflow")
     raw = await asyncio.wait_for(reader.read(), 30)
     writer.close()
     seen = re.findall(rb'"index":(\d+),"token":\{"id":\d+,"text":"(\d{6})x', raw)
@@ -388,6 +400,6 @@ async def _post_slowly(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     return reader, writer
 
 
-def _slow_stream(gateway: RunningGateway) -> Stream:
+def _only_stream(gateway: RunningGateway) -> Stream:
     [stream] = gateway.services.relay._all_streams()
     return stream
