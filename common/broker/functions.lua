@@ -54,7 +54,8 @@ local INBOX_RECORDS = 2048
 local MINUTE_MS, DAY_MS = 60000, 86400000
 local RETRYABLE = { QUEUE_TIMEOUT = true, ENGINE_ERROR = true }
 
-local function number(x) return string.format('%.0f', x) end   -- tostring keeps only 14 digits
+-- tostring keeps only 14 digits; HINCRBY refuses "-0", and -0 + 0 is 0.
+local function number(x) return string.format('%.0f', x + 0) end
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -146,13 +147,17 @@ end
 
 -- R -> Q. What has shown tokens may only be continued by its own model version; what has killed two
 -- workers stays out of the lane, so that it never blocks its head.
-local function hand_back(P, id, g)
+local function hand_back(P, id, g, now)
   redis.call('ZREM', P .. 'held:' .. g.own, id)
   if g.next == 0 and g.deaths < 2 then
     enqueue(P, id, g, 'lane:' .. g.lane, g.tag)
   else
     local score = RANK[g.lane] * RANK_WIDTH + g.t0
     enqueue(P, id, g, g.next > 0 and ('again:' .. g.ver) or 'again:any', score)
+    if g.next > 0 then   -- a version that was forgotten already is noted once more, or nobody would end this
+      redis.call('ZADD', P .. 'versions', 'NX', number(now - NO_WORKER_GRACE_MS), g.ver)
+      keep(P .. 'versions')
+    end
   end
   g.st = 'Q'
 end
@@ -218,7 +223,8 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
     'subs', '', 'end', code ~= '' and code or reason, 't3', number(now))
   redis.call('PEXPIRE', gen, g.retention)
   local spec = P .. 'spec:' .. request_of(id)
-  if redis.call('EXISTS', spec) == 1 and redis.call('HINCRBY', spec, 'left', -1) <= 0 then redis.call('UNLINK', spec) end
+  local is_last = redis.call('EXISTS', spec) == 0 or redis.call('HINCRBY', spec, 'left', -1) <= 0
+  if is_last then redis.call('UNLINK', spec) end
   redis.call('ZREM', P .. 'due', id)
   refund_tag(P, g)
   post(outbox, g.subs, id, record, timing)
@@ -226,7 +232,7 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
     'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '')
   keep(P .. 'ended')
-  if g.idem ~= '' then
+  if g.idem ~= '' and is_last then   -- until then the other choices live under the key
     local idem = P .. 'idem:' .. g.tenant .. ':' .. g.idem
     if RETRYABLE[code] and g.next == 0 then redis.call('DEL', idem) else redis.call('PEXPIRE', idem, g.retention) end
   end
@@ -254,8 +260,15 @@ local function rebase(key, now, lease)
   end
 end
 
+local function shift(key, by)
+  for _, member in ipairs(redis.call('ZRANGE', key, 0, MAX_LEASES - 1)) do
+    redis.call('ZINCRBY', key, number(by), member)
+  end
+end
+
 -- Nobody has died of a restart of Redis, a clock that was set, or a machine that slept: in these
--- cases every lease starts again. (Settling after a rollback will hook in here as well.)
+-- cases every lease starts again, and what was heard of a model version keeps its age. (Settling
+-- after a rollback will hook in here as well.)
 local function guard(P, now)
   local key = P .. 'clock'
   local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
@@ -264,6 +277,7 @@ local function guard(P, now)
   if stored[1] ~= run or not seen or now < seen - 1000 or now - seen > SLEPT_MS then
     rebase(P .. 'leases', now, WORKER_LEASE_MS)
     rebase(P .. 'gateways', now, GATEWAY_LEASE_MS)
+    if seen then shift(P .. 'versions', now - seen) end
   end
   redis.call('HSET', key, 'run', run, 'seen', number(now))
   keep(key)
@@ -414,7 +428,11 @@ local function take(P, id, g, picker)
   redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(g.epoch), 'fence', fence, 'own', picker.worker,
     'ver', ver, 't1', number(g.t1))
   redis.call('ZADD', P .. 'held:' .. picker.worker, number(picker.turn), id)
-  if not is_unread(g) then redis.call('ZADD', P .. 'due', number(limit_of(g)), id) end
+  if is_unread(g) then   -- its grace time goes on, but not beyond the run limit
+    redis.call('ZADD', P .. 'due', 'LT', number(limit_of(g)), id)
+  else
+    redis.call('ZADD', P .. 'due', number(limit_of(g)), id)
+  end
   picker.budget = picker.budget - g.cost
   picker.taken = picker.taken + g.cost
   local spec = P .. 'spec:' .. request_of(id)
@@ -508,7 +526,12 @@ local function claim(keys, args)
   picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.budget
   for _, prefix in ipairs(a[7]) do picker.prefixes[prefix] = true end
   if pick_starved(P, picker) then pick_by_rank(P, picker) end
-  if #picker.found > 0 then keep(P .. 'held:' .. picker.worker) end
+  if #picker.found > 0 then
+    keep(P .. 'held:' .. picker.worker)
+    -- A claim that comes after its worker was reaped: without a lease nobody would notice its death.
+    redis.call('ZADD', P .. 'leases', 'NX', number(now + WORKER_LEASE_MS), picker.worker)
+    keep(P .. 'leases')
+  end
   measure_drain(P, now, picker.taken)
   deliver(P, picker.outbox)
   return { picker.reserve, picker.found }
@@ -518,7 +541,7 @@ end
 
 -- One item of a publish call: nil when accepted, else the refusal {id, kind, next, chain}.
 local function append(P, now, outbox, item, record)
-  local id, fence, start, n, prev, chain, reason, code = item[1], item[2], item[3], item[4], item[5], item[6], item[7], item[8]
+  local id, fence, start, n, prev, chain, reason, code, message = unpack(item)
   local gen, log = P .. 'gen:' .. id, P .. 'log:' .. id
   local h = redis.call('HMGET', gen, 'st', 'fence', 'next', 'chain', 'subs', 't2', 'run_limit', 'retention')
   local st, at = h[1], tonumber(h[3])
@@ -539,7 +562,7 @@ local function append(P, now, outbox, item, record)
     local g = load(P, id)
     g.next, g.chain = start + n > at and start + n or at, chain
     if g.t2 == 0 and g.next > 0 then g.t2 = now end
-    close(P, id, g, now, outbox, reason, code, '', record)
+    close(P, id, g, now, outbox, reason, code, message, record)
     return nil
   end
   if start == 0 then
@@ -559,7 +582,7 @@ local function append(P, now, outbox, item, record)
   return nil
 end
 
--- ARGV: [worker, lease, [[id, fence, start, n, prev chain, chain, reason, code]…]], record…
+-- ARGV: [worker, lease, [[id, fence, start, n, prev chain, chain, reason, code, message]…]], record…
 local function publish(keys, args)
   local P, now = prefix_of(keys), now_ms()
   local a = cmsgpack.unpack(args[1])
@@ -575,12 +598,12 @@ end
 
 -- ARGV: [worker, [[id, fence]…]]
 local function release(keys, args)
-  local P = prefix_of(keys)
+  local P, now = prefix_of(keys), now_ms()
   local released = 0
   for _, item in ipairs(cmsgpack.unpack(args[1])[2]) do
     local g = load(P, item[1])
     if g and g.st == 'R' and g.fence == item[2] then
-      hand_back(P, item[1], g)
+      hand_back(P, item[1], g, now)
       released = released + 1
     end
   end
@@ -616,7 +639,7 @@ local function page(P, id, cursor)
   for _, entry in ipairs(redis.call('XRANGE', P .. 'log:' .. id, from, '+', 'COUNT', PAGE_ENTRIES)) do
     local fields = entry[2]
     bytes = bytes + #fields[2]
-    if bytes > PAGE_BYTES and #entries > 0 then break end
+    if bytes > PAGE_BYTES and #entries > 1 then break end   -- the first may end at the cursor
     entries[#entries + 1] = { fields[2], fields[4] or '' }
   end
   return entries
@@ -706,7 +729,7 @@ local function beat_worker(keys, args)
     if not holding[id] then
       local g = load(P, id)
       if g and g.st == 'R' and g.own == worker then
-        hand_back(P, id, g)
+        hand_back(P, id, g, now)
         back[#back + 1] = id
       else
         redis.call('ZREM', held, id)
@@ -718,11 +741,11 @@ end
 
 -- ARGV: [worker]
 local function leave_worker(keys, args)
-  local P = prefix_of(keys)
+  local P, now = prefix_of(keys), now_ms()
   local worker = cmsgpack.unpack(args[1])[1]
   for _, id in ipairs(redis.call('ZRANGE', P .. 'held:' .. worker, 0, MAX_LEASES - 1)) do
     local g = load(P, id)
-    if g and g.st == 'R' and g.own == worker then hand_back(P, id, g) end
+    if g and g.st == 'R' and g.own == worker then hand_back(P, id, g, now) end
   end
   redis.call('DEL', P .. 'held:' .. worker, P .. 'worker:' .. worker)
   redis.call('ZREM', P .. 'leases', worker)
@@ -801,7 +824,7 @@ local function reap_workers(P, now, outbox, moved)
           quarantine(P, id, g, worker, now, outbox)
           moved[#moved + 1] = { id, 'closed', worker, 'POISON_REQUEST' }
         else
-          hand_back(P, id, g)
+          hand_back(P, id, g, now)
           moved[#moved + 1] = { id, 'requeued', worker, '' }
         end
       else
@@ -861,6 +884,26 @@ local function forget_idle_tenants(P)
   end
 end
 
+local function is_empty(P, lane)
+  if redis.call('EXISTS', P .. 'lane:' .. lane) == 1 then return false end
+  local from, to = number(RANK[lane] * RANK_WIDTH), '(' .. number((RANK[lane] + 1) * RANK_WIDTH)
+  if redis.call('ZCOUNT', P .. 'again:any', from, to) > 0 then return false end
+  for _, version in ipairs(redis.call('ZRANGE', P .. 'versions', 0, MAX_CANDIDATES - 1)) do
+    if redis.call('ZCOUNT', P .. 'again:' .. version, from, to) > 0 then return false end
+  end
+  return true
+end
+
+-- What expired while no process was alive left its queue without being counted out: an empty lane
+-- weighs nothing, or the pool would refuse for ever what it has room for.
+local function forget_expired_backlog(P)
+  local key = P .. 'backlog'
+  for _, lane in ipairs(LANES) do
+    local tokens = redis.call('HGET', key, lane .. '.tokens')
+    if tokens and tokens ~= '0' and is_empty(P, lane) then redis.call('HDEL', key, lane .. '.tokens', lane .. '.bytes') end
+  end
+end
+
 local function reap(keys)
   local P, now, outbox, moved = prefix_of(keys), now_ms(), {}, {}
   guard(P, now)
@@ -869,6 +912,7 @@ local function reap(keys)
   reap_due(P, now, outbox, moved)
   reap_versions(P, now, outbox, moved)
   forget_idle_tenants(P)
+  forget_expired_backlog(P)
   deliver(P, outbox)
   return moved
 end

@@ -1,0 +1,355 @@
+"""A partition on a real server with its actors, where every step is compared with the reference.
+
+A test says who does what, in whichever order; each call here is executed by the server, predicted by
+the reference, and followed by a look at every key (:meth:`Stage.settle`). So a test of an
+interleaving needs no assertions of its own.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from redis import Redis
+
+from common.broker import Admission, Broker, Presentation, Publication, connect
+from common.failures import Failure
+from common.ids import generation_id as name_of
+from common.messages import Finish, GenerationSpec, Sampling, chain_next, chain_start, chain_text
+from tests.support.broker_actors import LEASE_MS, Gateway, Reader, Worker
+from tests.support.broker_invariants import check_invariants, check_step
+from tests.support.broker_reference import Expected, Reference
+from tests.support.broker_view import PartitionView, Snapshot
+
+T = TypeVar("T")
+
+POOL = "test"
+HOUR_MS = 3_600_000
+BIG = 1_000_000
+"""A budget that never limits a claim."""
+
+
+class Stage:
+    """Empties the server behind ``url``; close it at the end."""
+
+    def __init__(self, url: str) -> None:
+        self.broker = Broker(connect(url), POOL)
+        self.reference = Reference()
+        self.seen = Snapshot(0)
+        self.requests: list[Admission] = []
+        self.workers: list[Worker] = []
+        self.gateways: list[Gateway] = []
+        self.sent: list[tuple[str, Publication]] = []
+        self.beats: list[tuple[Worker, int, list[str]]] = []
+        self.is_sound = True
+        self._runner = asyncio.Runner()
+        self._redis = Redis.from_url(url)
+        self._redis.flushdb()
+        self.view = PartitionView(self._redis, POOL)
+        self._num_incarnations = 0
+        self._clock_seen_s = 0.0
+
+    def close(self) -> None:
+        self._runner.run(self.broker.close())
+        self._runner.close()
+        self._redis.close()
+
+    def do(self, call: Coroutine[Any, Any, T]) -> T:
+        """Execute a step; no time has passed since the one before, however slow this machine is."""
+        self.is_sound = False
+        if time.monotonic() - self._clock_seen_s > 1:
+            self.view.look_at_the_clock()
+            self._clock_seen_s = time.monotonic()
+        return self._runner.run(call)
+
+    def settle(self) -> None:
+        """Look at every key. Raises: AssertionError: something does not hold."""
+        self.is_sound = False
+        after = self.view.look()
+        check_step(self.seen, after)
+        check_invariants(after)
+        self.reference.check(after)
+        for gateway in self.gateways:
+            for reader in gateway.readers:
+                self.reference.check_reader(reader)
+        self.seen = after
+        self.is_sound = True
+
+    def living(self) -> list[Expected]:
+        return self.reference.of_state("Q", "R")
+
+    # Requests ------------------------------------------------------------------------------------
+
+    def admission(
+        self,
+        *,
+        prompt_tokens: int = 4,
+        room: int = 4,
+        gateway: Gateway | None = None,
+        **options: Any,
+    ) -> Admission:
+        """A new request that waits and runs as long as it likes, unless ``options`` say otherwise."""
+        request = f"request-{len(self.requests)}"
+        admission = Admission(
+            request_id=request,
+            spec=GenerationSpec(b"\0" * 4 * prompt_tokens, Sampling(room, seed=1), request),
+            cost=prompt_tokens + room,
+            presentation=Presentation("tgi", 0, 0, prompt_tokens),
+            gateway=gateway.name if gateway else "",
+            **{"queue_limit_ms": 2 * HOUR_MS, "run_limit_ms": HOUR_MS} | options,
+        )
+        self.requests.append(admission)
+        return admission
+
+    def admit(self, admission: Admission) -> None:
+        expected = self.reference.admit(admission, self.seen)
+        answer = self.do(_or_code(self.broker.admit(admission)))
+        if isinstance(answer, str):
+            assert (answer, "") == expected
+        else:
+            kind = "existing" if answer.existing else "accepted"
+            assert (kind, answer.request_id) == expected
+            if not answer.existing:
+                self._open_readers(admission)
+        self.settle()
+
+    def _open_readers(self, admission: Admission) -> None:
+        for gateway in self.gateways:
+            if gateway.name == admission.gateway:
+                gateway.readers += [
+                    Reader(name_of(admission.request_id, choice), admission.tenant)
+                    for choice in range(admission.num_choices)
+                ]
+
+    def cancel(self, generation_id: str, tenant: str) -> None:
+        expected = self.reference.cancel(generation_id, tenant)
+        assert self.do(self.broker.cancel(generation_id, tenant)) == expected
+        self.settle()
+
+    # Workers -------------------------------------------------------------------------------------
+
+    def new_worker(self, version: str = "m@1", max_cost: int = 10_000) -> Worker:
+        """Another incarnation, which has beaten once."""
+        worker = Worker(self.broker, self._new_name("w"), version, max_cost)
+        self.workers.append(worker)
+        self.do(worker.beat())
+        self.settle()
+        return worker
+
+    def claim(
+        self,
+        worker: Worker,
+        *,
+        budget: int = BIG,
+        max_generations: int = 32,
+        loses_answer: bool = False,
+    ) -> None:
+        nonce = worker.next_nonce()
+        answer = self.do(
+            worker.claim(budget=budget, max_generations=max_generations, loses_answer=loses_answer)
+        )
+        for row in answer.generations:
+            self.reference.claimed(worker.name, nonce, worker.turn, worker.version, row)
+            budget -= self.reference.generations[row.id].admission.cost
+        assert budget >= 0
+        assert len(answer.generations) <= max_generations
+        if len(answer.generations) < max_generations and not answer.reserve:
+            assert not self.reference.could_take(worker.version, budget), "passed over"
+        self.settle()
+
+    def step(
+        self,
+        worker: Worker,
+        counts: Sequence[int],
+        finishes: Sequence[Finish | None] = (None,),
+        way: str = "sent",
+    ) -> None:
+        """One engine step of the whole batch, and what became of its publish call.
+
+        The i-th generation makes ``counts[i]`` tokens and ends with ``finishes[i]``, both taken in
+        turn; one whose room is used up ends by its length.
+        """
+        for i, attempt in enumerate(worker.attempts.values()):
+            if any(item.record.finish for item in attempt.unacknowledged):
+                continue
+            count, finish = counts[i % len(counts)], finishes[i % len(finishes)]
+            attempt.make(count, Finish("length") if count >= attempt.room else finish)
+        items = worker.unacknowledged()
+        if not items or way == "call lost":
+            return
+        self.sent += [(worker.name, item) for item in items]
+        if way == "twice":
+            items = [*items, *items]
+        elif way == "backwards":
+            items = items[::-1]
+        self.publish(worker, items, loses_answer=way == "answer lost")
+
+    def publish(
+        self, worker: Worker, items: Sequence[Publication], *, loses_answer: bool = False
+    ) -> None:
+        expected = self.reference.publish(items)
+        if loses_answer:
+            answer = self.do(self.broker.publish(worker.name, items, lease_ms=LEASE_MS))
+        else:
+            answer = self.do(worker.publish(items))
+        assert [(it.id, it.kind, it.next, it.chain) for it in answer.refusals] == expected
+        waiting = sum(it.admission.cost for it in self.reference.of_state("Q"))
+        assert answer.waiting_tokens == waiting
+        self.settle()
+
+    def publish_raw(self, name: str, item: Publication, *, must_be_refused: bool = False) -> None:
+        """A copy that comes late, or a forgery: nobody waits for the answer."""
+        expected = self.reference.publish([item])
+        assert expected or not must_be_refused
+        answer = self.do(self.broker.publish(name, [item], lease_ms=LEASE_MS))
+        assert [(it.id, it.kind, it.next, it.chain) for it in answer.refusals] == expected
+        self.settle()
+
+    def release(self, worker: Worker, keep: int = 0) -> None:
+        """All but the first ``keep`` go back."""
+        held = [(it.id, it.fence) for it in list(worker.attempts.values())[keep:]]
+        for generation_id, _ in held:
+            del worker.attempts[generation_id]
+        self.reference.release(held)
+        self.do(self.broker.release(worker.name, held))
+        self.settle()
+
+    def beat(self, worker: Worker) -> None:
+        self.beats.append((worker, worker.turn, list(worker.attempts)))
+        expected = self.reference.beat(worker.name, worker.turn, worker.attempts)
+        assert set(self.do(worker.beat())) == expected
+        self.settle()
+
+    def beat_late(self, worker: Worker, turn: int, holding: list[str]) -> None:
+        """An old beat judges only turns that it knew: nothing that its worker holds goes back."""
+        held = {it.id for it in self.living() if worker.holds(it.id, it.fence)}
+        expected = self.reference.beat(worker.name, turn, holding)
+        assert worker not in self.workers or not expected & held
+        call = self.broker.beat_worker(
+            worker.name, worker.presence, seen=turn, holding=holding, lease_ms=LEASE_MS
+        )
+        assert set(self.do(call)) == expected
+        self.settle()
+
+    def leave_worker(self, worker: Worker) -> None:
+        self.reference.leave_worker(worker.name)
+        self.do(self.broker.leave_worker(worker.name))
+        self.settle()
+
+    # Readers -------------------------------------------------------------------------------------
+
+    def new_gateway(self) -> Gateway:
+        gateway = Gateway(self.broker, self._new_name("g"))
+        self.gateways.append(gateway)
+        self.do(gateway.beat())
+        self.settle()
+        return gateway
+
+    def reader(self, target: Expected, *, position: int = 0, tenant: str = "") -> Reader:
+        """A client that has seen the first tokens already, as many as ``position`` says."""
+        chain = chain_start(target.id, target.version)
+        seen = target.tokens[:position]
+        for token in seen:
+            chain = chain_next(chain, token)
+        return Reader(
+            target.id,
+            tenant or target.admission.tenant,
+            len(seen),
+            chain_text(chain) if seen else "",
+        )
+
+    def attach(self, gateway: Gateway, reader: Reader) -> None:
+        expected = self.reference.attach(gateway.name, reader.id, reader.tenant)
+        assert self.do(gateway.attach(reader)) == expected
+        self.settle()
+
+    def detach(self, gateway: Gateway, generation_id: str) -> None:
+        self.reference.detach(gateway.name, generation_id)
+        self.do(gateway.detach(generation_id))
+        self.settle()
+
+    def poll(self, gateway: Gateway) -> None:
+        self.do(gateway.poll())
+        self.settle()
+
+    def check_tails(self, gateway: Gateway) -> None:
+        self._expect_joins(gateway)
+        self.do(gateway.check_tails())
+        self.settle()
+
+    def beat_gateway(self, gateway: Gateway) -> None:
+        is_known = gateway.name in self.seen.zset("gateways")
+        if not is_known or f"inbox:{gateway.name}" not in self.seen.streams:
+            self._expect_joins(gateway)
+        self.do(gateway.beat())
+        self.settle()
+
+    def leave_gateway(self, gateway: Gateway) -> None:
+        self.reference.leave_gateway(gateway.name)
+        self.do(self.broker.leave_gateway(gateway.name))
+        self.settle()
+
+    def check_answers(self, gateway: Gateway) -> None:
+        """What quiet streams, people and ``/ready`` are told."""
+        ids = [*self.reference.generations, "request-unknown.0"]
+        for look in self.do(self.broker.look(gateway.name, ids)):
+            target = self.reference.generations.get(look.id)
+            shown = (look.state, look.next, look.subscribed)
+            if target is None:
+                assert shown == ("", 0, False)
+                continue
+            assert shown == (target.state, target.next, gateway.name in target.readers)
+            assert (look.rank >= 0) == (look.state == "Q")
+        state = self.do(self.broker.state())
+        held = {generation_id for worker in state.workers for generation_id in worker.held}
+        assert held == {it.id for it in self.reference.of_state("R")}
+        num_waiting = len(self.reference.of_state("Q"))
+        assert sum(state.waiting.values()) + state.handed_back == num_waiting
+        self.settle()
+
+    def _expect_joins(self, gateway: Gateway) -> None:
+        for reader in gateway.readers:
+            if reader.finish is None:
+                self.reference.attach(gateway.name, reader.id, reader.tenant)
+
+    # Time ----------------------------------------------------------------------------------------
+
+    def reap(self) -> None:
+        """One reap, after whatever ``view`` has let pass."""
+        self.reference.reap(self.view.look())
+        self.do(self.broker.reap())
+        self.settle()
+
+    def let_leases_end(self, processes: Iterable[str]) -> None:
+        """Reap until nothing is left of these: one reap moves a bounded part."""
+        gone = set(processes)
+        for _ in range(1 + len(gone)):
+            self.view.pass_lease(*gone)
+            self.reap()
+            if gone.isdisjoint(self.seen.zset("leases").keys() | self.seen.zset("gateways").keys()):
+                return
+        raise AssertionError(f"{gone} cannot be reaped")
+
+    def sleep(self, *, restarted: bool = False) -> None:
+        """The machine slept, or the server started anew: nobody has died of that."""
+        if restarted:
+            self.view.restart()
+        else:
+            self.view.sleep(10 * 60_000)
+        self.is_sound = False
+        moved = self._runner.run(self.broker.reap())
+        assert not moved
+        self.view.pass_lease()
+        self.settle()
+
+    def _new_name(self, role: str) -> str:
+        self._num_incarnations += 1
+        return f"{role}{self._num_incarnations:011d}"
+
+
+async def _or_code(call: Coroutine[Any, Any, T]) -> T | str:
+    """The answer, or the code of the failure."""
+    try:
+        return await call
+    except Failure as refusal:
+        return refusal.code
