@@ -42,6 +42,8 @@ class Attempt:
         self._claimed_s = now_s
         self._first_token_s: float | None = None
         self._finished_s: float | None = None
+        self.heard_s = now_s
+        """When Redis last confirmed or refused it."""
         self.ended_s = 0.0
 
     @property
@@ -226,6 +228,11 @@ class Ledger:
     def unpublished(self) -> list[Attempt]:
         known = (*self._running.values(), *self._ended.values())
         return [attempt for attempt in known if attempt.is_unpublished]
+
+    def silent_since(self, time_s: float) -> list[Attempt]:
+        """What runs, has nothing to publish, and was not heard of since ``time_s``."""
+        running = self._running.values()
+        return [kept for kept in running if kept.heard_s < time_s and not kept.is_unpublished]
 
     def most_unacknowledged(self) -> int:
         return max((attempt.num_unacknowledged for attempt in self._running.values()), default=0)

@@ -23,6 +23,9 @@ MAX_UNACKNOWLEDGED_TOKENS = 256
 """Per generation: what may be computed ahead of Redis and die with this process (protocol 5)."""
 MAX_BEHIND_S = 10.0
 """The same limit in time."""
+CHECK_SILENT_S = 0.25
+"""A generation that waits in the engine, or whose prompt takes many steps, publishes nothing. So
+often it sends a publication without tokens all the same, to learn that it was cancelled."""
 KEEP_ENDED_S = 3.0
 """Connected time after which an end counts as durable: an AOF everysec may forget two seconds."""
 
@@ -83,10 +86,10 @@ class Publisher:
             Failure: Redis did not answer; nothing is lost, call again.
         """
         waiting_tokens = 0
-        unpublished = self._ledger.unpublished()
         began_s = self._clock()
-        for i in range(0, len(unpublished), MAX_BATCH):
-            sent = [(it, it.publication()) for it in unpublished[i : i + MAX_BATCH]]
+        to_send = self._ledger.unpublished() + self._ledger.silent_since(began_s - CHECK_SILENT_S)
+        for i in range(0, len(to_send), MAX_BATCH):
+            sent = [(it, it.publication()) for it in to_send[i : i + MAX_BATCH]]
             answer = await self._broker.publish(
                 self._worker, [publication for _, publication in sent], lease_ms=self._lease_ms
             )
@@ -131,6 +134,7 @@ class Publisher:
     ) -> None:
         refused = {refusal.id: refusal for refusal in refusals}
         for attempt, publication in sent:
+            attempt.heard_s = self._clock()
             refusal = refused.get(attempt.id)
             if refusal is not None:
                 await self._handle(attempt, refusal)

@@ -1,6 +1,7 @@
 """``/ui/``: the page. ``GET /``: the page for a browser, TGI's health for everybody else."""
 
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -16,7 +17,19 @@ async def root(request: Request) -> Response:
     return Response(headers={"vary": "accept"})
 
 
+class Page(StaticFiles):
+    """Files that a browser asks for again each time: after an upgrade none may mix old with new.
+
+    An unchanged one costs a 304 by its ETag.
+    """
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 routes = [
     Route("/", root, methods=["GET"]),
-    Mount("/ui", StaticFiles(directory=STATIC, html=True, check_dir=False)),
+    Mount("/ui", Page(directory=STATIC, html=True, check_dir=False)),
 ]

@@ -6,6 +6,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from common.broker import Broker, Publication, connect
+from common.clock import monotonic_s
 from common.failures import Failure
 from common.messages import TokenRecord, chain_next, chain_start, chain_text
 from tests.conftest import POOL
@@ -62,6 +63,24 @@ async def test_the_answer_says_how_much_waits_in_the_pool(parts: Parts) -> None:
     await admit(parts.broker, prompt_tokens=10, max_new_tokens=20)
     parts.step(attempt, 2)
     assert await parts.publisher.publish() == 30
+
+
+async def test_a_generation_that_shows_nothing_yet_can_be_cancelled(
+    broker: Broker, blocking_broker: Broker
+) -> None:
+    """A prompt of many steps publishes nothing; Redis is asked about it all the same."""
+    now_s = monotonic_s()
+    parts = Parts(broker, blocking_broker, clock=lambda: now_s)
+    await parts.beat()
+    attempt = await claimed_one(parts)
+    await parts.publisher.publish()
+    assert parts.ledger.running() == [attempt]
+    await parts.broker.cancel(attempt.id, "public")
+    now_s += 1.0
+    await parts.publisher.publish()
+    assert parts.ledger.running() == []
+    assert parts.engine.cancelled == [attempt.engine_id]
+    await parts.close()
 
 
 async def test_a_cancelled_generation_leaves_the_engine(parts: Parts) -> None:
