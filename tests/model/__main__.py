@@ -1,7 +1,7 @@
 """Search the model of the protocol by hand.
 
 python -m tests.model              the deep search: all that the tests check, then any three
-                                   faults and three tokens; about five minutes and 2 GB
+                                   faults, events and tokens; about eight minutes, half a GB
 python -m tests.model RULE…        the shortest way into trouble without each of these rules
 python -m tests.model rules        the same for every rule
 """
