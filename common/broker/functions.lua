@@ -514,7 +514,7 @@ local function pick_by_rank(P, picker)
   end
 end
 
--- ARGV: [worker, nonce, turn, budget, max, version, max cost, [prefix…]]
+-- ARGV: [worker, nonce, turn, budget, max, version, [prefix…]]
 local function claim(keys, args)
   local P, now = prefix_of(keys), now_ms()
   guard(P, now)
@@ -528,8 +528,12 @@ local function claim(keys, args)
   if pick_starved(P, picker) then pick_by_rank(P, picker) end
   if #picker.found > 0 then
     keep(P .. 'held:' .. picker.worker)
-    -- A claim that comes after its worker was reaped: without a lease nobody would notice its death.
-    redis.call('ZADD', P .. 'leases', 'NX', number(now + WORKER_LEASE_MS), picker.worker)
+    -- A claim may come when the worker's lease has ended: without one nobody would notice its death,
+    -- and under an old one the next reap would take these back from the living.
+    local lease = tonumber(redis.call('ZSCORE', P .. 'leases', picker.worker))
+    if not lease or lease <= now then
+      redis.call('ZADD', P .. 'leases', number(now + WORKER_LEASE_MS), picker.worker)
+    end
     keep(P .. 'leases')
   end
   measure_drain(P, now, picker.taken)

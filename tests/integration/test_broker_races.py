@@ -66,6 +66,22 @@ async def test_a_lost_claim_answer_is_handed_back_by_the_next_beat(
     assert [attempt.id for attempt in await worker.claim()] == [generation]
 
 
+@pytest.mark.parametrize("is_reaped", [False, True])
+async def test_a_claim_under_an_ended_lease_starts_a_new_one(
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis, is_reaped: bool
+) -> None:
+    """Else its death would go unnoticed, or the next reap would count the living as dead."""
+    await expire(raw, "leases", "w1")
+    if is_reaped:
+        await broker.reap()
+    generation = await admit(broker)
+    await worker.claim_one()
+    assert await broker.reap() == []
+    await expire(raw, "leases", "w1")
+    [moved] = await broker.reap()
+    assert (moved.id, moved.move) == (generation, "requeued")
+
+
 async def test_a_zombie_cannot_publish(
     broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
