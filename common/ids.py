@@ -1,8 +1,8 @@
 """Identifiers: who names what, and what a valid name looks like.
 
-A request has one id; its choices are generations named ``<request>.<choice>``. A process incarnation
-(a worker, a gateway) draws a new name at every start: a restarted process is a stranger to the leases
-of its predecessor.
+A request has one id; its choices are generations named ``<request>.<choice>``. A process
+incarnation (a worker, a gateway) draws a new name at every start: a restarted process is a stranger
+to the leases of its predecessor.
 """
 
 import re

@@ -1,7 +1,7 @@
 """What crosses a process boundary: typed, versioned, msgpack.
 
-Unknown fields are ignored by the decoder; an unknown :data:`PROTOCOL` is refused by the functions in
-Redis. Structs that are stored per token are arrays, those stored per request are maps.
+Unknown fields are ignored by the decoder; an unknown :data:`PROTOCOL` is refused by the functions
+in Redis. Structs that are stored per token are arrays, those stored per request are maps.
 """
 
 import json
@@ -62,7 +62,7 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """The end of a generation: a reason, and for ``failed`` the code and a message without content."""
+    """The end of a generation: a reason, and for ``failed`` a code and a message without content."""
 
     reason: str
     code: str = ""
