@@ -199,7 +199,7 @@ local function end_record(g, reason, code, message)
 end
 
 local function refund_tag(P, g)
-  local unused = g.room - g.next
+  local unused = (g.t1 == 0 and g.cost or g.room) - g.next   -- a prompt that no worker read cost nothing either
   if unused <= 0 then return end
   local field = 't.' .. g.lane .. '.' .. g.tenant
   local tags = redis.call('HMGET', P .. 'tenants', field, 'v.' .. g.lane)
@@ -416,8 +416,9 @@ end
 
 -- One claim call: what it may still take, and what it took.
 local function take(P, id, g, picker)
-  if g.q == 'lane:' .. g.lane then
-    redis.call('HSET', P .. 'tenants', 'v.' .. g.lane, number(g.tag))
+  if g.q == 'lane:' .. g.lane then   -- what was handed back, or passed over, has an old tag: time never goes back
+    local v = redis.call('HGET', P .. 'tenants', 'v.' .. g.lane)
+    redis.call('HSET', P .. 'tenants', 'v.' .. g.lane, number(math.max(g.tag, tonumber(v) or 0)))
     keep(P .. 'tenants')
   end
   dequeue(P, id, g)

@@ -6,6 +6,7 @@ with the reference and every key with the others, so most of these tests only sa
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -58,7 +59,7 @@ def test_a_failure_keeps_its_message_when_its_tokens_are_known_already(stage: St
 def test_an_idempotency_key_lives_until_the_last_choice_has_ended(stage: Stage) -> None:
     """The end of one choice neither frees the key nor shortens its life under the others."""
     worker = stage.new_worker()
-    options = {"attached": False, "num_choices": 2, "idempotency_key": "k", "fingerprint": "x"}
+    options: dict[str, Any] = {"attached": False, "num_choices": 2, "idempotency_key": "k"}
     stage.admit(stage.admission(retention_ms=1_000, **options))
     stage.claim(worker)
     stage.step(worker, [0], [Finish("failed", "ENGINE_ERROR"), None])
@@ -117,3 +118,42 @@ def test_generations_that_expired_unseen_leave_no_backlog(stage: Stage) -> None:
     left = stage.view.look()
     assert [left.backlog(lane) for lane in ("default", "flex")] == [(0, 0), (0, 0)]
     assert not left.zset("lane:default")
+
+
+def test_a_suspect_never_blocks_the_head_of_its_lane(stage: Stage) -> None:
+    """Two workers died with it: it waits outside the lane, and the third death ends it."""
+    workers = [stage.new_worker() for _ in range(3)]
+    stage.admit(stage.admission(attached=False))
+    for worker in workers:
+        stage.claim(worker)
+        stage.let_leases_end([worker.name])
+    assert [it.code for it in stage.reference.of_state("T")] == ["POISON_REQUEST"]
+
+
+def test_a_worker_with_much_is_reaped_in_parts(stage: Stage) -> None:
+    """What one reap leaves of a dead worker, the next finds again."""
+    worker, heir = stage.new_worker(), stage.new_worker()
+    for _ in range(40):
+        stage.admit(stage.admission(attached=False, lane_cap_tokens=1_000))
+    stage.do(worker.claim(max_generations=20))
+    stage.do(worker.claim(max_generations=20))
+    stage.view.pass_lease(worker.name)
+    moved = [len(stage.do(stage.broker.reap())) for _ in range(4)]
+    assert moved == [16, 16, 8, 0]
+    assert len(stage.do(heir.claim(max_generations=32)).generations) == 32
+
+
+@pytest.mark.parametrize("by_claim", [False, True])
+def test_nothing_starts_after_its_queue_deadline(stage: Stage, *, by_claim: bool) -> None:
+    """Whoever looks first ends it: the reaper, or a worker that could have taken it."""
+    worker = stage.new_worker()
+    for _ in range(2):
+        stage.admit(stage.admission(attached=False))
+    late, punctual = stage.reference.generations.values()
+    stage.view.pass_queue_deadline(late.id)
+    if by_claim:
+        stage.reference.time_out(late)
+    else:
+        stage.reap()
+    stage.claim(worker)
+    assert (late.code, punctual.state) == ("QUEUE_TIMEOUT", "R")

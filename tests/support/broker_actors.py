@@ -1,12 +1,12 @@
 """Who speaks the protocol, in miniature: workers without an engine and gateways without clients.
 
 They follow the rules of protocol.md, section 5, and nothing more, so that a test can let them lose
-an answer, forget, come late or die. Every attempt makes tokens of its own: two attempts never agree,
-the worst that an inexact engine can do.
+an answer, forget, come late or die. Every attempt makes tokens of its own: two attempts never
+agree, the worst that an inexact engine can do.
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.broker import (
@@ -175,6 +175,8 @@ class Reader:
         Raises: AssertionError: the entry contradicts what was shown.
         """
         record = entry.record
+        if record.end == self.cursor and self.chain:
+            assert record.chain == self.chain, f"{self.id} diverged at {self.cursor}"
         if self.finish is not None or (record.end <= self.cursor and record.finish is None):
             return True
         if record.start > self.cursor:
@@ -200,6 +202,8 @@ class Gateway:
     def __init__(self, broker: Broker, name: str) -> None:
         self.name = name
         self.readers: list[Reader] = []
+        self.is_whole = True
+        """Nothing was lost since every stream was last looked at."""
         self._broker = broker
         self._after = "0"
         self._finals: dict[str, int] = {}
@@ -244,6 +248,7 @@ class Gateway:
                     await self._join(reader)
                 elif look.state == "T" or look.next > reader.cursor:
                     await self._read_on(reader)
+        self.is_whole = True
 
     async def _join(self, reader: Reader) -> bool:
         attachment = await self._broker.attach(self.name, reader.id, reader.tenant, reader.cursor)
@@ -263,7 +268,10 @@ class Gateway:
             if reader.cursor == before:
                 return
 
-    def _take_page(self, reader: Reader, entries: Iterable[LogEntry]) -> None:
+    def _take_page(self, reader: Reader, entries: Sequence[LogEntry]) -> None:
+        if reader.cursor:
+            assert entries, f"a page of {reader.id} does not reach back to {reader.cursor}"
+            assert entries[0].record.start < reader.cursor, "it must tell the chain at the cursor"
         for entry in entries:
             assert reader.take(entry), f"a page of {reader.id} has a gap at {reader.cursor}"
 

@@ -38,6 +38,9 @@ def check_step(before: Snapshot, after: Snapshot) -> None:
         assert int(now["deaths"]) >= int(was["deaths"]), f"a death of {generation_id} was undone"
         if was["st"] == _ENDED:
             assert now == was, f"{generation_id} changed after its end"
+        elif was["subs"] and not now["subs"] and now["mode"] == "attached" and now["st"] != _ENDED:
+            grace_ends = after.now_ms + int(now["grace"])
+            assert after.zset("due")[generation_id] <= grace_ends, "its last reader left"
         log = before.logs.get(generation_id, [])
         assert after.logs.get(generation_id, [])[: len(log)] == log, (
             f"the log of {generation_id} was rewritten"
@@ -91,7 +94,7 @@ def _score(generation: Fields) -> float:
 
 
 def _check_strays(snapshot: Snapshot) -> None:
-    """What stands in a queue, with a worker, with a gateway or in ``due`` is a living generation."""
+    """What stands in a queue, with a worker or in ``due`` is a living generation."""
     living = _living(snapshot)
     for key, members in snapshot.zsets.items():
         if key == "due" or key.startswith(("lane:", "again:", "held:")):

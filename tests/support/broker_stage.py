@@ -1,7 +1,7 @@
 """A partition on a real server with its actors, where every step is compared with the reference.
 
-A test says who does what, in whichever order; each call here is executed by the server, predicted by
-the reference, and followed by a look at every key (:meth:`Stage.settle`). So a test of an
+A test says who does what, in whichever order; each call here is executed by the server, predicted
+by the reference, and followed by a look at every key (:meth:`Stage.settle`). So a test of an
 interleaving needs no assertions of its own.
 """
 
@@ -19,7 +19,7 @@ from common.messages import Finish, GenerationSpec, Sampling, chain_next, chain_
 from tests.support.broker_actors import LEASE_MS, Gateway, Reader, Worker
 from tests.support.broker_invariants import check_invariants, check_step
 from tests.support.broker_reference import Expected, Reference
-from tests.support.broker_view import PartitionView, Snapshot
+from tests.support.broker_view import PartitionView
 
 T = TypeVar("T")
 
@@ -35,10 +35,10 @@ class Stage:
     def __init__(self, url: str) -> None:
         self.broker = Broker(connect(url), POOL)
         self.reference = Reference()
-        self.seen = Snapshot(0)
         self.requests: list[Admission] = []
         self.workers: list[Worker] = []
         self.gateways: list[Gateway] = []
+        self.claims: list[tuple[Worker, tuple[str, str]]] = []
         self.sent: list[tuple[str, Publication]] = []
         self.beats: list[tuple[Worker, int, list[str]]] = []
         self.is_sound = True
@@ -46,6 +46,7 @@ class Stage:
         self._redis = Redis.from_url(url)
         self._redis.flushdb()
         self.view = PartitionView(self._redis, POOL)
+        self.seen = self.view.look()
         self._num_incarnations = 0
         self._clock_seen_s = 0.0
 
@@ -88,15 +89,16 @@ class Stage:
         gateway: Gateway | None = None,
         **options: Any,
     ) -> Admission:
-        """A new request that waits and runs as long as it likes, unless ``options`` say otherwise."""
+        """A new request; it waits and runs as long as it likes unless ``options`` say otherwise."""
         request = f"request-{len(self.requests)}"
+        limits: dict[str, Any] = {"queue_limit_ms": 2 * HOUR_MS, "run_limit_ms": HOUR_MS}
         admission = Admission(
             request_id=request,
             spec=GenerationSpec(b"\0" * 4 * prompt_tokens, Sampling(room, seed=1), request),
             cost=prompt_tokens + room,
             presentation=Presentation("tgi", 0, 0, prompt_tokens),
             gateway=gateway.name if gateway else "",
-            **{"queue_limit_ms": 2 * HOUR_MS, "run_limit_ms": HOUR_MS} | options,
+            **limits | options,
         )
         self.requests.append(admission)
         return admission
@@ -132,8 +134,7 @@ class Stage:
         """Another incarnation, which has beaten once."""
         worker = Worker(self.broker, self._new_name("w"), version, max_cost)
         self.workers.append(worker)
-        self.do(worker.beat())
-        self.settle()
+        self.beat(worker)
         return worker
 
     def claim(
@@ -150,6 +151,7 @@ class Stage:
         )
         for row in answer.generations:
             self.reference.claimed(worker.name, nonce, worker.turn, worker.version, row)
+            self.claims.append((worker, (row.id, row.fence)))
             budget -= self.reference.generations[row.id].admission.cost
         assert budget >= 0
         assert len(answer.generations) <= max_generations
@@ -210,6 +212,10 @@ class Stage:
         held = [(it.id, it.fence) for it in list(worker.attempts.values())[keep:]]
         for generation_id, _ in held:
             del worker.attempts[generation_id]
+        self.release_raw(worker, held)
+
+    def release_raw(self, worker: Worker, held: Sequence[tuple[str, str]]) -> None:
+        """A release that perhaps comes late."""
         self.reference.release(held)
         self.do(self.broker.release(worker.name, held))
         self.settle()
@@ -269,19 +275,40 @@ class Stage:
         self.settle()
 
     def poll(self, gateway: Gateway) -> None:
+        """Where nothing was lost, the inbox alone brings everything."""
+        is_whole = gateway.is_whole and f"inbox:{gateway.name}" in self.seen.streams
         self.do(gateway.poll())
         self.settle()
+        for reader in gateway.readers if is_whole else ():
+            self._check_up_to_date(reader)
 
     def check_tails(self, gateway: Gateway) -> None:
+        """With a look at each stream nothing can stay lost."""
         self._expect_joins(gateway)
         self.do(gateway.check_tails())
         self.settle()
+        for reader in gateway.readers:
+            self._check_up_to_date(reader)
+
+    def _check_up_to_date(self, reader: Reader) -> None:
+        target = self.reference.generations[reader.id]
+        shown = (reader.cursor, reader.finish is not None)
+        assert shown == (target.next, target.state == "T"), reader
 
     def beat_gateway(self, gateway: Gateway) -> None:
         is_known = gateway.name in self.seen.zset("gateways")
         if not is_known or f"inbox:{gateway.name}" not in self.seen.streams:
             self._expect_joins(gateway)
         self.do(gateway.beat())
+        self.settle()
+
+    def lose_inbox(self, gateway: Gateway, *, whole: bool) -> None:
+        """It expired, or only what it held was trimmed before anybody read it."""
+        gateway.is_whole = False
+        if whole:
+            self.view.lose_inbox(gateway.name)
+        else:
+            self.view.lose_inbox_records(gateway.name)
         self.settle()
 
     def leave_gateway(self, gateway: Gateway) -> None:
@@ -323,6 +350,9 @@ class Stage:
     def let_leases_end(self, processes: Iterable[str]) -> None:
         """Reap until nothing is left of these: one reap moves a bounded part."""
         gone = set(processes)
+        for gateway in self.gateways:
+            if gateway.name in gone:
+                gateway.is_whole = False
         for _ in range(1 + len(gone)):
             self.view.pass_lease(*gone)
             self.reap()

@@ -1,11 +1,11 @@
 """How long property tests search: briefly by default, long with ``HYPOTHESIS_PROFILE=deep``.
 
-In CI (``CI`` is set) Hypothesis derives its examples from the test itself, so a run repeats exactly.
+In CI (``CI`` is set) Hypothesis derives its examples from the test itself: a run repeats exactly.
 """
 
 import os
 
-from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis import HealthCheck, settings
 
 _DEEP_FACTOR = 25
 
@@ -18,7 +18,9 @@ def searched(max_examples: int, steps: int = 50) -> settings:
         stateful_step_count=steps,
         deadline=None,  # a step takes as long as the server and the machine under it take
         derandomize=bool(os.environ.get("CI")),
-        database=None if os.environ.get("CI") else settings.default.database,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.normal,
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.filter_too_much,
+            HealthCheck.function_scoped_fixture,  # a server fixture; each example empties it
+        ],
     )
