@@ -157,3 +157,14 @@ def test_nothing_starts_after_its_queue_deadline(stage: Stage, *, by_claim: bool
         stage.reap()
     stage.claim(worker)
     assert (late.code, punctual.state) == ("QUEUE_TIMEOUT", "R")
+
+
+def test_a_late_release_does_not_take_it_from_its_next_owner(stage: Stage) -> None:
+    """A zombie hands back what another worker has claimed meanwhile: the fence tells them apart."""
+    zombie, heir = stage.new_worker(), stage.new_worker()
+    stage.admit(stage.admission(attached=False))
+    stage.claim(zombie)
+    stage.let_leases_end([zombie.name])
+    stage.claim(heir)
+    stage.release(zombie)
+    assert [it.owner for it in stage.reference.of_state("R")] == [heir.name]
