@@ -62,7 +62,7 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """The end of a generation: a reason, and for ``failed`` a code and a message without content."""
+    """The end of a generation: a reason; for ``failed`` also a code and a message."""
 
     reason: str
     code: str = ""
