@@ -1,10 +1,12 @@
 """Connections to Redis: how they are opened, and what its errors mean to us."""
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
@@ -48,11 +50,34 @@ def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> 
     if redis_url.startswith("unix:"):
         del options["socket_connect_timeout"], options["socket_keepalive"]
     if blocking or single:
-        return Redis.from_url(redis_url, single_connection_client=True, **options)
-    pool = BlockingConnectionPool.from_url(
-        redis_url, max_connections=_MAX_CONNECTIONS, timeout=_POOL_WAIT_S, **options
-    )
-    return Redis.from_pool(pool)  # the client owns it: closing one closes the other
+        client = Redis.from_url(redis_url, single_connection_client=True, **options)
+    else:
+        pool = BlockingConnectionPool.from_url(
+            redis_url, max_connections=_MAX_CONNECTIONS, timeout=_POOL_WAIT_S, **options
+        )
+        client = Redis.from_pool(pool)  # the client owns it: closing one closes the other
+    _heed_cancellation(client.connection_pool)
+    return client
+
+
+class _HeedsCancellation(AbstractConnection):
+    """A connection whose sends may be cancelled at any moment.
+
+    redis-py sends through ``asyncio.wait_for``, which on Python 3.11 swallows a cancellation that
+    meets the end of the send: a task told to stop would go on for ever.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        num_before = task.cancelling()
+        await super().send_packed_command(command, check_health)
+        if task.cancelling() > num_before:
+            await self.disconnect(nowait=True)  # the answer will come, and belongs to nobody
+            raise asyncio.CancelledError
+
+
+def _heed_cancellation(pool: Any) -> None:
+    pool.connection_class = type("Connection", (_HeedsCancellation, pool.connection_class), {})
 
 
 def failure_from(error: RedisError | OSError) -> Failure:
