@@ -65,8 +65,8 @@ def measure(
 
 
 def _request(number: int, prompt_tokens: int, new_tokens: int, sampled: bool) -> EngineRequest:
-    """A prompt of made-up words; no two alike, so that nothing can be shared."""
-    prompt = [1000 + (number * 7919 + place * 104_729) % 40_000 for place in range(prompt_tokens)]
+    """A prompt that means nothing, in ids that any vocabulary has; no two begin alike."""
+    prompt = [3 + (number * 7919 + place * 104_729) % 250 for place in range(prompt_tokens)]
     sampling = Sampling(
         max_new_tokens=new_tokens,
         seed=number,

@@ -26,8 +26,8 @@ POISON = "Z"
 
 @pytest.fixture
 def poisoned(tiny_model: Path, tokenizer: Tokenizer) -> BatchingEngine:
-    """A model that computes NaN for every sequence with the letter Z in it; one slot in all."""
-    limits = Limits(max_sequences=1, cache_tokens=1024, step_tokens=8)
+    """A model that computes NaN for every sequence with the letter Z in it; two slots in all."""
+    limits = Limits(max_sequences=2, cache_tokens=1024, step_tokens=80)
     runner = tiny_runner(tiny_model, limits)
     embedding = runner._model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
@@ -35,8 +35,16 @@ def poisoned(tiny_model: Path, tokenizer: Tokenizer) -> BatchingEngine:
     return engine_around(runner, tokenizer, limits)
 
 
+@pytest.fixture
+def neighbour(poisoned: BatchingEngine, tokenizer: Tokenizer) -> None:
+    """A long generation in the first slot. Attention reads the second slot to the same length, so
+    what was left there behind the end of its owner lies in front of everybody's eyes."""
+    poisoned.submit(request("neighbour", tokenizer.encode("a" * 70), max_new_tokens=100))
+    poisoned.step()
+
+
 def test_numbers_that_are_not_finite_end_their_generation(
-    poisoned: BatchingEngine, tiny_model: Path, tokenizer: Tokenizer
+    poisoned: BatchingEngine, neighbour: None, tiny_model: Path, tokenizer: Tokenizer
 ) -> None:
     """Also its successor in the same slot is untouched by what it left in the cache."""
     innocent = request("good", tokenizer.encode("a"), max_new_tokens=40)
@@ -49,12 +57,12 @@ def test_numbers_that_are_not_finite_end_their_generation(
 
 
 def test_a_cancelled_prompt_leaves_nothing_behind(
-    poisoned: BatchingEngine, tiny_model: Path, tokenizer: Tokenizer
+    poisoned: BatchingEngine, neighbour: None, tiny_model: Path, tokenizer: Tokenizer
 ) -> None:
     """Cancelled between two chunks, before anybody could see that its numbers are not finite."""
     innocent = request("good", tokenizer.encode("a"), max_new_tokens=40)
-    poisoned.submit(request("bad", tokenizer.encode("ZZZZ and so on, twice the budget of a step")))
-    assert poisoned.step() == []
+    poisoned.submit(request("bad", tokenizer.encode("Z" + "more than fits a step. " * 8)))
+    assert [output.id for output in poisoned.step()] == ["neighbour"]
     poisoned.cancel("bad")
     expected = run_one(tiny_engine(tiny_model), innocent)
     assert run_one(poisoned, innocent).tokens == expected.tokens

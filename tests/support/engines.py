@@ -96,7 +96,7 @@ def run_all(engine: Engine, requests: list[EngineRequest]) -> dict[str, Transcri
     collect(transcripts, engine.step())
     while is_busy(engine):
         collect(transcripts, engine.step())
-    assert {request.id for request in requests} == transcripts.keys()
+    assert {request.id for request in requests} <= transcripts.keys()
     assert all(transcript.finish is not None for transcript in transcripts.values())
     return transcripts
 

@@ -48,8 +48,8 @@ class Scheduler:
 
     Admission is first come, first served, while a slot is free and the tokens fit the cache. When
     growing sequences no longer fit, the youngest goes back to the head of the queue and loses its
-    cache; it returns only after another one has ended, so two never push each other out in turn.
-    The oldest is never pushed out: everything submitted ends.
+    cache. Since the others only grow, it fits again only after one of them has ended: two never
+    push each other out in turn. The oldest is never pushed out, so everything submitted ends.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -60,7 +60,6 @@ class Scheduler:
         self._free_slots = list(range(limits.max_sequences))
         self._slots: dict[str, int] = {}
         """Of the running ones, by id."""
-        self._admits = True
         self._num_served = 0
 
     @property
@@ -87,7 +86,6 @@ class Scheduler:
             return
         self._running.remove(sequence)
         self._vacate(sequence)
-        self._admits = True
 
     def plan(self) -> list[Chunk]:
         """Choose the chunks of the next step: at most one per sequence, ``step_tokens`` in all.
@@ -133,11 +131,10 @@ class Scheduler:
             used -= youngest.num_tokens
             self._vacate(youngest)
             self._waiting.appendleft(youngest)
-            self._admits = False
 
     def _admit(self) -> None:
         used = self._used_tokens()
-        while self._waiting and self._free_slots and (self._admits or not self._running):
+        while self._waiting and self._free_slots:
             used += self._waiting[0].num_tokens
             if used > self.limits.cache_tokens and self._running:
                 return

@@ -67,9 +67,8 @@ class SimulatedRunner:
         sampled = [chunk for chunk in chunks if chunk.samples]
         if sampled:
             is_prefill = any(chunk.count > 1 or chunk.start == 0 for chunk in sampled)
-            duration_s = self._first_token_s if is_prefill else self._inter_token_s
-            if duration_s > 0:
-                time.sleep(duration_s)
+            # Zero, too: like a real device's work, it lets the event loop have the interpreter.
+            time.sleep(self._first_token_s if is_prefill else self._inter_token_s)
         return [self._choose(chunk.sequence) for chunk in sampled]
 
     def _choose(self, sequence: Sequence) -> Choice:

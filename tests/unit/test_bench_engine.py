@@ -1,0 +1,26 @@
+"""The engine's benchmark counts what it claims to count."""
+
+from pathlib import Path
+
+from common.settings import WorkerSettings
+from ops.bench.engine import measure
+from workers.engine.factory import build_engine
+
+
+def test_figures_are_those_of_the_run(tmp_path: Path) -> None:
+    """With 2 ms a step, three generations make at most three tokens each 2 ms."""
+    engine = build_engine(
+        WorkerSettings(
+            data_dir=tmp_path,
+            engine="simulated",
+            model="simulated",
+            simulated_first_token_ms=5,
+            simulated_inter_token_ms=2,
+        )
+    )
+    figures = measure(engine, 3, prompt_tokens=8, new_tokens=20, sampled=True)
+    assert figures.concurrency == 3
+    assert 0 < figures.tokens_per_second <= 3 * 20 / (0.005 + 19 * 0.002)
+    assert figures.time_to_first_token_p50 >= 5
+    assert figures.time_to_first_token_max >= figures.time_to_first_token_p50
+    assert 2 <= figures.step_p50 <= figures.step_max
