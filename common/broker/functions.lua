@@ -166,10 +166,16 @@ end
 
 -- An outbox gathers, per gateway, what one call has to tell it; it becomes one inbox record each.
 local function post(outbox, subscribers, id, record, timing)
-  for _, gateway in ipairs(names(subscribers)) do
-    local items = outbox[gateway] or {}
-    outbox[gateway] = items
-    items[#items + 1] = '\147' .. cmsgpack.pack(id) .. record .. (timing or '\192')   -- [id, record, timing or nil]
+  if subscribers == '' then return end
+  -- [id, record, timing or nil]; the id as a msgpack str 8, packed by hand: this runs per token.
+  local item = '\147\217' .. string.char(#id) .. id .. record .. (timing or '\192')
+  for gateway in string.gmatch(subscribers, '%S+') do
+    local items = outbox[gateway]
+    if not items then
+      items = {}
+      outbox[gateway] = items
+    end
+    items[#items + 1] = item
   end
 end
 
@@ -370,11 +376,12 @@ local function admit(keys, args)
     local id = request .. '.' .. choice
     local gen = P .. 'gen:' .. id
     local g = { lane = lane, cost = cost, bytes = math.floor(#body / choices) }
-    redis.call('HSET', gen, 'v', PROTOCOL, 'epoch', 0, 'next', 0, 'chain', '', 'deaths', 0, 'lane', lane,
-      'tenant', tenant, 'weight', weight, 'cost', number(cost), 'room', number(room), 'bytes', g.bytes,
-      'tag', number(tag), 'ver', '', 'prefix', a[18], 'subs', gateway, 'mode', a[8] and 'attached' or 'detached',
-      'grace', number(a[9]), 't0', number(now), 't1', 0, 't2', 0, 'deadline', number(now + a[10]),
-      'run_limit', number(a[11]), 'retention', number(a[12]), 'out', out, 'idem', idem)
+    -- What publish reads stands first: a small hash is a list that is searched from its front.
+    redis.call('HSET', gen, 'st', 'Q', 'fence', '', 'next', 0, 'chain', '', 'subs', gateway, 'v', PROTOCOL,
+      'epoch', 0, 'deaths', 0, 'lane', lane, 'tenant', tenant, 'weight', weight, 'cost', number(cost),
+      'room', number(room), 'bytes', g.bytes, 'tag', number(tag), 'ver', '', 'prefix', a[18],
+      'mode', a[8] and 'attached' or 'detached', 'grace', number(a[9]), 't0', number(now), 't1', 0, 't2', 0,
+      'deadline', number(now + a[10]), 'run_limit', number(a[11]), 'retention', number(a[12]), 'out', out, 'idem', idem)
     redis.call('PEXPIRE', gen, ttl)
     enqueue(P, id, g, 'lane:' .. lane, tag)
     -- After a rollback a client may have left already: then only its grace time is granted.
@@ -548,7 +555,7 @@ end
 local function append(P, now, outbox, item, record)
   local id, fence, start, n, prev, chain, reason, code, message = unpack(item)
   local gen, log = P .. 'gen:' .. id, P .. 'log:' .. id
-  local h = redis.call('HMGET', gen, 'st', 'fence', 'next', 'chain', 'subs', 't2', 'run_limit', 'retention')
+  local h = redis.call('HMGET', gen, 'st', 'fence', 'next', 'chain', 'subs')
   local st, at = h[1], tonumber(h[3])
   if not st then return { id, 'unknown', 0, '' } end
   if st == 'T' then
@@ -573,7 +580,8 @@ local function append(P, now, outbox, item, record)
   if start == 0 then
     local added = redis.pcall('XADD', log, number(n) .. '-0', 'r', record)
     if added.err then return { id, 'realign', at, h[4] } end
-    redis.call('PEXPIRE', log, number(tonumber(h[7]) + tonumber(h[8])))
+    local limits = redis.call('HMGET', gen, 'run_limit', 'retention')
+    redis.call('PEXPIRE', log, number(tonumber(limits[1]) + tonumber(limits[2])))
     redis.call('HSET', gen, 'next', number(n), 'chain', chain, 't2', number(now))
   else
     local added = redis.pcall('XADD', log, 'NOMKSTREAM', number(start + n) .. '-0', 'r', record)

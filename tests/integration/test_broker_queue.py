@@ -13,7 +13,7 @@ from common.broker.keys import prefix
 from common.failures import Failure
 from tests.conftest import POOL
 from tests.support.generations import ScriptedClaims, admission, admit
-from tests.support.redis_server import RawRedis, RedisServer
+from tests.support.redis_server import RawRedis, RedisServer, free_port
 from tests.support.waiting import wait_until
 
 KEY = prefix(POOL)
@@ -254,7 +254,8 @@ async def test_idle_tenants_are_forgotten(
 def cluster_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server in Cluster mode: it refuses a script that leaves its slot."""
     directory = tmp_path_factory.mktemp("cluster")
-    server = RedisServer("valkey", directory, ("--cluster-enabled", "yes"))
+    bus = ("--cluster-port", str(free_port()))  # by default its port + 10,000: perhaps too high
+    server = RedisServer("valkey", directory, ("--cluster-enabled", "yes", *bus))
     server.start()
     yield server
     server.kill()
