@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from common.clock import monotonic_s
 from common.messages import Sampling
-from common.models.store import DEFAULT_MODEL
+from common.models.store import DEFAULT_MODEL, ModelStore, StoredModel
 from common.settings import WorkerSettings
-from workers.engine.factory import build_engine
+from workers.engine.factory import build_torch
 from workers.engine.port import Engine, EngineRequest
 
 
@@ -102,7 +103,7 @@ def main(
     settings = WorkerSettings.model_validate(
         {"data_dir": data_dir, "model": model, "dtype": dtype, "max_batch_size": max(counts)}
     )
-    engine = build_engine(settings)
+    engine = build_torch(settings, _endless(ModelStore(data_dir).get(model)))
     shape: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -115,6 +116,11 @@ def main(
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
     else:
         _show(rows, f"{engine.model_version}, {dtype}, {json.dumps(shape)}")
+
+
+def _endless(stored: StoredModel) -> StoredModel:
+    """The same model without an end-of-sequence token: each generation has its full length."""
+    return StoredModel(stored.path, msgspec.structs.replace(stored.manifest, eos_token_ids=[]))
 
 
 def _show(rows: list[Figures], title: str) -> None:

@@ -25,6 +25,10 @@ _BLOCK = 128
 _NUCLEUS_GUESS = 64
 """Candidates among which the end of a nucleus is looked for before the whole row is sorted."""
 
+_FAINTEST = -80.0
+"""Scores below this weigh as much as this, 1e-35 of the best: nothing. Numbers too small for a
+float32 would make ``exp`` ten times slower."""
+
 _WORD = (1 << 64) - 1
 
 
@@ -65,8 +69,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
     scores.sub_(row_max)
     block_max.sub_(row_max)
     _heat(scores, block_max, rows)
-    _cut(scores, block_max, rows)
-    weights = blocks.exp()
+    weights = blocks.clamp(min=_FAINTEST).exp_()
+    _cut(scores, block_max, weights.view_as(scores), rows)
     block_mass = weights.sum(-1)
     total = block_mass.sum(-1)
     tokens = _choose(blocks, block_max, weights, block_mass, rows)
@@ -107,16 +111,16 @@ def _heat(scores: torch.Tensor, block_max: torch.Tensor, rows: Sequence[Sampling
         block_max.div_(divisor)
 
 
-def _cut(scores: torch.Tensor, block_max: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Put -inf where top-k or top-p exclude a token; tokens equal to the last one kept stay."""
-    cut = [i for i, row in enumerate(rows) if _has_cut(row.sampling, scores.shape[1])]
-    if not cut:
-        return
-    floor = torch.full((len(rows), 1), float("-inf"), device=scores.device)
-    index = torch.tensor(cut, device=scores.device)
-    samplings = [rows[i].sampling for i in cut]
-    floor[index, 0] = _floors(scores[index], block_max[index], samplings)
-    scores.masked_fill_(scores < floor, float("-inf"))
+def _cut(
+    scores: torch.Tensor,
+    block_max: torch.Tensor,
+    weights: torch.Tensor,
+    rows: Sequence[SamplingRow],
+) -> None:
+    """Take the weight of what top-k or top-p exclude; equals of the last token kept stay."""
+    samplings = [row.sampling for row in rows]
+    if any(_has_cut(sampling, scores.shape[1]) for sampling in samplings):
+        weights.mul_(scores >= _floors(scores, block_max, weights, samplings))
 
 
 def _has_cut(sampling: Sampling, vocab_size: int) -> bool:
@@ -124,36 +128,52 @@ def _has_cut(sampling: Sampling, vocab_size: int) -> bool:
 
 
 def _floors(
-    scores: torch.Tensor, block_max: torch.Tensor, samplings: Sequence[Sampling]
+    scores: torch.Tensor,
+    block_max: torch.Tensor,
+    weights: torch.Tensor,
+    samplings: Sequence[Sampling],
 ) -> torch.Tensor:
-    """The lowest score that each row keeps, ``[rows]``.
+    """The lowest score that each row keeps, ``[rows, 1]``.
 
-    The end of the nucleus is sought among the best few. Where they do not hold enough mass, and
-    only there, the whole row is sorted.
+    The end of the nucleus is sought among the best few, and in the row only if they do not hold
+    enough of its mass.
     """
-    vocab_size = scores.shape[1]
-    limits = [s.top_k if 0 < s.top_k < vocab_size else 0 for s in samplings]
+    vocab_size, device = scores.shape[1], scores.device
+    is_cut = [_has_cut(sampling, vocab_size) for sampling in samplings]
+    limits = [
+        s.top_k if c and 0 < s.top_k < vocab_size else 0
+        for s, c in zip(samplings, is_cut, strict=True)
+    ]
+    shares = [s.top_p if c else 1.0 for s, c in zip(samplings, is_cut, strict=True)]
     count = max(*limits, min(_NUCLEUS_GUESS, vocab_size))
     best = _best(scores, block_max, count)
-    mass = best.exp().cumsum(-1)
-    last = torch.tensor([(limit or count) - 1 for limit in limits], device=scores.device)[:, None]
-    is_limited = torch.tensor([limit > 0 for limit in limits], device=scores.device)[:, None]
-    top_p = torch.tensor([s.top_p for s in samplings], device=scores.device)[:, None]
-    total = torch.where(is_limited, mass.gather(1, last), scores.exp().sum(-1, keepdim=True))
-    goal = torch.where(top_p < 1.0, top_p * total, float("inf"))
-    end = (mass < goal).sum(-1, keepdim=True).minimum(last)
-    floors = best.gather(1, end)
-    is_open = ~is_limited & (top_p < 1.0) & (mass[:, -1:] < goal)
-    for i in is_open[:, 0].nonzero()[:, 0].tolist():
-        floors[i] = _nucleus_floor(scores[i], goal[i])
-    return floors[:, 0]
+    mass = best.clamp(min=_FAINTEST).exp().cumsum(-1)
+    last = torch.tensor([(limit or count) - 1 for limit in limits], device=device)[:, None]
+    is_limited = torch.tensor([limit > 0 for limit in limits], device=device)[:, None]
+    share = torch.tensor(shares, device=device)[:, None]
+    total = torch.where(is_limited, mass.gather(1, last), weights.sum(-1, keepdim=True))
+    goal = torch.where(share < 1.0, share * total, float("inf"))
+    floors = best.gather(1, (mass < goal).sum(-1, keepdim=True).minimum(last))
+    is_open = ~is_limited & (mass[:, -1:] < goal)
+    floors.masked_fill_(is_open, float("-inf"))
+    for i in (is_open & (share < 1.0))[:, 0].nonzero()[:, 0].tolist():
+        floors[i] = _nucleus_floor(scores[i], weights[i], goal[i], total[i])
+    return floors
 
 
-def _nucleus_floor(scores: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """The lowest score of the smallest set whose mass reaches ``goal``, by sorting one row."""
-    descending = scores.sort(descending=True).values
-    end = (descending.exp().cumsum(-1) < goal).sum()
-    return descending[end.clamp(max=len(scores) - 1)]
+def _nucleus_floor(
+    scores: torch.Tensor, weights: torch.Tensor, goal: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """The lowest score of the smallest set whose mass reaches ``goal``.
+
+    Tokens that weigh less than an even share of the rest, ``total - goal``, cannot fill that rest
+    together, so the nucleus lies among the others, and only those are sorted.
+    """
+    candidates = scores[weights * len(scores) >= total - goal]
+    descending = candidates.sort(descending=True).values
+    mass = descending.clamp(min=_FAINTEST).exp().cumsum(-1)
+    end = (mass < goal).sum()
+    return descending[end.clamp(max=len(descending) - 1)]
 
 
 def _best(scores: torch.Tensor, block_max: torch.Tensor, count: int) -> torch.Tensor:
