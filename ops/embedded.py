@@ -7,6 +7,7 @@ file, so that queued prompts and token logs survive a restart.
 import asyncio
 import contextlib
 import importlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def server_spec(binary: Path, data_dir: Path, socket: Path) -> ProcessSpec:
     argv = [str(binary)]
     for name, value in settings.items():
         argv += [f"--{name}", value]
-    return ProcessSpec("server", "server", argv, {}, _STOP_TIMEOUT_S)
+    return ProcessSpec("server", "server", argv, dict(os.environ), _STOP_TIMEOUT_S)
 
 
 async def answers(socket: Path) -> bool:

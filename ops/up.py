@@ -86,9 +86,7 @@ class _Run:
         """
         configure("supervisor", new_process_name("supervisor"), log_dir=self._processes.log_dir)
         log.info("supervisor.started", data_dir=str(self._processes.data_dir))
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
+        self._handle_signals()
         async with self._tasks:
             following = self._tasks.create_task(self._follow_logs())
             async with self._supervisor:
@@ -103,6 +101,13 @@ class _Run:
         if refusal is not None:
             raise refusal
         self._terminal.note("headrace", "everything has stopped")
+
+    def _handle_signals(self) -> None:
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it ignored
+            signals.append(signal.SIGHUP)
+        for signum in signals:
+            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
 
     # --- start
 
