@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from common.broker import Broker, connect
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_process_name
@@ -36,6 +37,8 @@ _LOOK_SERVER_S = 0.02
 _SERVER_START_TIMEOUT_S = 120.0
 """A large append-only file takes a while to load."""
 _STILL_STARTING_S = 30.0
+_BURY_TIMEOUT_S = 3.0
+"""Within the lease, or there is no point in it."""
 
 
 def up(settings: UpSettings) -> None:
@@ -202,8 +205,22 @@ class _Run:
             level = "warning" if slot.state in (State.WAITING, State.FAILED) else "info"
             self._terminal.note(slot.spec.name, words, role=slot.spec.role, level=level)
         self._write_state()
+        if slot.spec.role == "worker" and slot.state is State.WAITING and slot.instance:
+            self._tasks.create_task(self._bury(slot.instance))
         if slot.spec.role == "server" and slot.state is State.STARTING:
             self._tasks.create_task(self._watch_server(slot, slot.pid))
+
+    async def _bury(self, worker: str) -> None:
+        """We saw it die: others go on with its work now, not when its lease ends."""
+        broker = Broker(connect(self._processes.redis_url), self._settings.model)
+        try:
+            async with asyncio.timeout(_BURY_TIMEOUT_S):
+                await broker.bury_worker(worker)
+                await broker.reap()
+        except (Failure, TimeoutError) as error:  # then the lease ends it
+            log.warning("redis.disconnected", error=str(error))
+        finally:
+            await broker.close()
 
     def _write_state(self) -> None:
         processes = [

@@ -194,6 +194,13 @@ class Broker:
         """End the lease at once; what is still held goes back."""
         await self._call("leave_worker", _pack((worker,)))
 
+    async def bury_worker(self, worker: str) -> None:
+        """End the lease of a worker that somebody saw die; the next reap hands back what it held.
+
+        Only for who knows: a supervisor that has its exit status. It counts as a death.
+        """
+        await self._call("bury", _pack((worker,)))
+
     async def wait_for_bell(self, timeout_s: float) -> bool:
         """Wait until something may have been queued; False after ``timeout_s``."""
         with mapped_errors():

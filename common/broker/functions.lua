@@ -38,7 +38,9 @@ local GATEWAY_LEASE_MS = 15000
 local SLEPT_MS = 5000              -- nobody looked at the clock for so long: the machine slept
 local RESERVE_AFTER_MS = 2000      -- a large head that waits longer gets a worker emptied for it
 local PREFIX_PATIENCE_MS = 250     -- a cached prefix may overtake a head no older than this
-local POISON_DEATHS = 3            -- until suspects run on probation, the third death quarantines
+local POISON_DEATHS = 3            -- in a row without progress, until suspects run on probation
+local PROGRESS_TOKENS = 8          -- who came so much further was hardly the cause of the next death
+local MAX_DEATHS = 10              -- however far it came
 local VERSION_SILENCE_MS = 60000   -- after this without a beat a model version counts as gone
 local NO_WORKER_GRACE_MS = 30000   -- a pool whose worker just restarts still accepts
 local TOMBSTONE_MS = 60000
@@ -92,7 +94,7 @@ local function load(P, id)
   local g = {}
   for i = 1, #flat, 2 do g[flat[i]] = flat[i + 1] end
   if tonumber(g.v) > PROTOCOL then error({ err = 'PROTOCOL_TOO_NEW generation ' .. id .. ' has version ' .. g.v }) end
-  for _, field in ipairs({ 'epoch', 'next', 'deaths', 'cost', 'room', 'bytes', 'tag', 'grace', 't0', 't1', 't2',
+  for _, field in ipairs({ 'epoch', 'next', 'deaths', 'died_at', 'fruitless', 'cost', 'room', 'bytes', 'tag', 'grace', 't0', 't1', 't2',
                            'deadline', 'run_limit', 'retention', 'weight' }) do
     g[field] = tonumber(g[field]) or 0
   end
@@ -765,6 +767,12 @@ local function leave_worker(keys, args)
   return 'OK'
 end
 
+-- ARGV: [worker]
+local function bury(keys, args)
+  local P = prefix_of(keys)
+  return redis.call('ZADD', P .. 'leases', 'XX', 'CH', 0, cmsgpack.unpack(args[1])[1])
+end
+
 -- ARGV: [gateway, lease, [[id, prolong ms]…]]
 local function beat_gateway(keys, args)
   local P, now = prefix_of(keys), now_ms()
@@ -825,15 +833,25 @@ local function quarantine(P, id, g, worker, now, outbox)
   close(P, id, g, now, outbox, 'failed', 'POISON_REQUEST')
 end
 
+-- Counts a death of the generation's worker; true when it must not kill another one. Innocents die
+-- with their neighbours too, but they come further each time: only deaths in a row without progress
+-- make a suspect.
+local function count_death(P, id, g)
+  local has_come_on = g.deaths > 0 and g.next >= g.died_at + PROGRESS_TOKENS
+  g.deaths = g.deaths + 1
+  g.fruitless = has_come_on and 1 or g.fruitless + 1
+  redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next),
+    'fruitless', number(g.fruitless))
+  return g.fruitless >= POISON_DEATHS or g.deaths >= MAX_DEATHS
+end
+
 local function reap_workers(P, now, outbox, moved)
   for _, worker in ipairs(redis.call('ZRANGE', P .. 'leases', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, 4)) do
     local held = P .. 'held:' .. worker
     for _, id in ipairs(redis.call('ZRANGE', held, 0, MAX_MOVES / 4 - 1)) do
       local g = load(P, id)
       if g and g.st == 'R' and g.own == worker then
-        g.deaths = g.deaths + 1
-        redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next))
-        if g.deaths >= POISON_DEATHS then
+        if count_death(P, id, g) then
           quarantine(P, id, g, worker, now, outbox)
           moved[#moved + 1] = { id, 'closed', worker, 'POISON_REQUEST' }
         else
@@ -971,6 +989,7 @@ register('detach', detach, { 'allow-oom' })
 register('beat_worker', beat_worker, { 'allow-oom' })
 register('beat_gateway', beat_gateway, { 'allow-oom' })
 register('leave_worker', leave_worker, { 'allow-oom' })
+register('bury', bury, { 'allow-oom' })
 register('leave_gateway', leave_gateway, { 'allow-oom' })
 register('reap', reap, { 'allow-oom' })
 register('read', read, { 'no-writes' })

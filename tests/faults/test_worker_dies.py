@@ -65,13 +65,13 @@ async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerP
 
 
 async def test_a_request_that_kills_three_workers_is_quarantined(pool: WorkerPool) -> None:
-    """Each death is counted by the lease; the third ends it with an error, not a fourth try."""
-    worker = await pool.worker(simulated_inter_token_ms=100)
+    """The third death without a token ends it with an error, not a fourth try."""
+    worker = await pool.worker(simulated_first_token_ms=10_000)
     generation = await pool.admit(200)
     for _ in range(3):
         await worker.saw("generation.claimed", generation_id=generation)
         worker.kill()
-        worker = await pool.worker(simulated_inter_token_ms=100)
+        worker = await pool.worker(simulated_first_token_ms=10_000)
     entries = await pool.end_of(generation)
     finish, timing = entries[-1].record.finish, entries[-1].timing
     assert finish is not None

@@ -377,11 +377,7 @@ async def test_the_third_death_quarantines_with_evidence(
 ) -> None:
     generation = await admit(broker)
     for _ in range(3):
-        await worker.beat()
-        await worker.claim_one()
-        worker.holding.clear()
-        await expire(raw, "leases", "w1")
-        await broker.reap()
+        await die_after(broker, worker, raw, 0)
     page = await broker.read(generation, 0)
     assert page is not None
     finish = page.entries[-1].record.finish
@@ -389,6 +385,50 @@ async def test_the_third_death_quarantines_with_evidence(
     assert (finish.reason, finish.code) == ("failed", "POISON_REQUEST")
     [(_, evidence)] = await raw.xrange(f"{KEY}dead")
     assert (evidence["id"], evidence["deaths"]) == (generation, "3")
+
+
+async def die_after(broker: Broker, worker: ScriptedClaims, raw: RawRedis, num_tokens: int) -> None:
+    """One claim that shows some tokens; then its worker dies."""
+    await worker.beat()
+    attempt = await worker.claim_one()
+    for _ in range(num_tokens):
+        await worker.publish(attempt.next(1))
+    worker.holding.clear()
+    await expire(raw, "leases", "w1")
+    await broker.reap()
+
+
+async def test_who_comes_further_each_time_is_not_to_blame(
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
+) -> None:
+    """Workers die around it by chance, three times and more; the limit is far."""
+    generation = await admit(broker, max_new_tokens=200)
+    for _ in range(9):
+        await die_after(broker, worker, raw, 8)
+        assert await raw.hget(f"{KEY}gen:{generation}", "st") == "Q"
+    await die_after(broker, worker, raw, 8)
+    assert await raw.hget(f"{KEY}gen:{generation}", "end") == "POISON_REQUEST"
+
+
+async def test_who_kills_at_the_same_token_again_and_again_is_to_blame(
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
+) -> None:
+    generation = await admit(broker, max_new_tokens=200)
+    for num_tokens in (20, 7, 7):
+        await die_after(broker, worker, raw, num_tokens)
+    assert await raw.hget(f"{KEY}gen:{generation}", "end") == "POISON_REQUEST"
+
+
+async def test_a_worker_that_was_seen_to_die_is_not_waited_for(
+    broker: Broker, worker: ScriptedClaims
+) -> None:
+    """Its supervisor ends the lease; without one it would have ended by itself."""
+    generation = await admit(broker)
+    await worker.claim_one()
+    await broker.bury_worker("w1")
+    await broker.bury_worker("never-heard-of")
+    [moved] = await broker.reap()
+    assert (moved.id, moved.move) == (generation, "requeued")
 
 
 async def test_a_large_generation_at_the_head_gets_a_worker_emptied(

@@ -16,6 +16,8 @@ from tests.support.broker_invariants import is_tombstone, limit_of
 from tests.support.broker_view import Snapshot
 
 POISON_DEATHS = 3
+PROGRESS_TOKENS = 8
+MAX_DEATHS = 10
 _LEASES_AT_ONCE = 4
 _NO_WORKER_GRACE_MS = 30_000
 _VERSION_SILENCE_MS = 60_000
@@ -37,6 +39,8 @@ class Expected:
     tokens: list[int] = field(default_factory=list[int])
     chain: str = ""
     deaths: int = 0
+    died_at: int = 0
+    fruitless: int = 0
     readers: set[str] = field(default_factory=set[str])
     reason: str = ""
     code: str = ""
@@ -231,8 +235,13 @@ class Reference:
     def _die(self, worker: str) -> None:
         for expected in self.of_state("R"):
             if expected.owner == worker:
+                came_on = (
+                    expected.deaths > 0 and expected.next >= expected.died_at + PROGRESS_TOKENS
+                )
+                expected.fruitless = 1 if came_on else expected.fruitless + 1
                 expected.deaths += 1
-                if expected.deaths >= POISON_DEATHS:
+                expected.died_at = expected.next
+                if expected.fruitless >= POISON_DEATHS or expected.deaths >= MAX_DEATHS:
                     self.end(expected, "failed", "POISON_REQUEST")
                 else:
                     self.hand_back(expected)
