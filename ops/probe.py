@@ -1,10 +1,11 @@
-"""Asks whether something answers: a gateway over HTTP, a port, a Redis."""
+"""Asks what is there: a gateway over HTTP, a port, a Redis, the kernel's count of OOM kills."""
 
 import asyncio
 import contextlib
 import re
 import socket
 from http import HTTPStatus
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
@@ -107,6 +108,16 @@ async def check_redis(redis_url: str, pool: str) -> None:
         raise Unreachable(f"{_complaint(failure)} (Redis at {shown})") from failure
     finally:
         await broker.close()
+
+
+def count_oom_kills() -> int | None:
+    """Processes that the kernel has killed for want of memory; None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    counts = [int(line.split()[1]) for line in lines if line.startswith("oom_kill ")]
+    return counts[0] if counts else None
 
 
 def without_password(redis_url: str) -> str:

@@ -77,6 +77,8 @@ class Slot:
         self.state = State.STARTING
         self.pid = 0
         self.instance = ""
+        self.exit_code = 0
+        """Of the last process that ended here; negative: the signal that ended it."""
         self.restarts = 0
         self.started = ""
         self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -162,7 +164,7 @@ class Slot:
             exit_code=code,
             outcome=outcome,
         )
-        self._process, self.pid = None, 0
+        self._process, self.pid, self.exit_code = None, 0, code
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         """Keep what a process says outside its log: the reason when it can not start."""

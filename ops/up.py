@@ -23,7 +23,14 @@ from common.logs import configure, flush, get_logger
 from ops import runfile
 from ops.embedded import answers, remove_socket, server_binary, server_spec, socket_path
 from ops.models import ensure_model
-from ops.probe import Unreachable, check_redis, free_ports, http_status, without_password
+from ops.probe import (
+    Unreachable,
+    check_redis,
+    count_oom_kills,
+    free_ports,
+    http_status,
+    without_password,
+)
 from ops.processes import Processes, UpSettings, reachable
 from ops.supervisor import Slot, State, Supervisor
 from ops.tail import LogTail
@@ -81,6 +88,7 @@ class _Run:
         self._stop_asked = asyncio.Event()
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
         self._began_s = monotonic_s()
+        self._num_oom_kills = count_oom_kills()
 
     async def run(self) -> None:
         """Start everything, wait for the signal, stop everything.
@@ -206,17 +214,27 @@ class _Run:
             self._terminal.note(slot.spec.name, words, role=slot.spec.role, level=level)
         self._write_state()
         if slot.spec.role == "worker" and slot.state is State.WAITING and slot.instance:
-            self._tasks.create_task(self._bury(slot.instance))
+            self._tasks.create_task(self._bury(slot.instance, slot.exit_code))
         if slot.spec.role == "server" and slot.state is State.STARTING:
             self._tasks.create_task(self._watch_server(slot, slot.pid))
 
-    async def _bury(self, worker: str) -> None:
-        """We saw it die: others go on with its work now, not when its lease ends."""
+    async def _bury(self, worker: str, exit_code: int) -> None:
+        """We saw it die: others go on with its work now, not when its lease ends.
+
+        SIGKILL that was not the kernel's, for want of memory, came from a person: then what the
+        worker ran bears no blame.
+        """
+        before, self._num_oom_kills = self._num_oom_kills, count_oom_kills()
+        was_oom_killed = before is None or before != self._num_oom_kills
+        was_shot = exit_code == -signal.SIGKILL and not was_oom_killed
         broker = Broker(connect(self._processes.redis_url), self._settings.model)
         try:
             async with asyncio.timeout(_BURY_TIMEOUT_S):
-                await broker.bury_worker(worker)
-                await broker.reap()
+                if was_shot:
+                    await broker.leave_worker(worker)
+                else:
+                    await broker.bury_worker(worker)
+                    await broker.reap()
         except (Failure, TimeoutError) as error:  # then the lease ends it
             log.warning("redis.disconnected", error=str(error))
         finally:

@@ -1,5 +1,6 @@
 """`headrace up` as its user meets it: a command on a terminal, with the simulated engine."""
 
+import asyncio
 import json
 import os
 import signal
@@ -111,7 +112,7 @@ def start(tmp_path: Path) -> Generator[Start]:
 
 async def generate(url: str, **parameters: object) -> httpx.Response:
     body = {"inputs": "A river", "parameters": {"max_new_tokens": 4, **parameters}}
-    async with httpx.AsyncClient(timeout=30.0) as client:
+    async with httpx.AsyncClient(timeout=60.0) as client:
         return await client.post(f"{url}/generate", json=body)
 
 
@@ -155,6 +156,28 @@ async def test_it_serves_and_stops_in_order(start: Start, signum: signal.Signals
     assert runfile.read_state(instance.data_dir) is None
 
 
+async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
+    """Four workers are shot before the first token: the fifth answers; no lease is waited for."""
+    instance = await start(simulated_first_token_ms=4000, lease_ms=60_000).ready()
+    answer = asyncio.create_task(generate(instance.url))
+    worker_log = instance.data_dir / "log" / "worker.jsonl"
+    for num_claims in range(1, 5):
+        await wait_until(
+            lambda n=num_claims: (
+                instance.process("worker 1").state == "ready"
+                and worker_log.read_text().count('"generation.claimed"') >= n
+            ),
+            timeout_s=_START_S,
+            what=f"claim {num_claims}",
+        )
+        os.kill(instance.process("worker 1").pid, signal.SIGKILL)
+    response = await answer
+    assert response.status_code == 200, response.text
+    lines = map(json.loads, worker_log.read_text().splitlines())
+    [end] = [line for line in lines if line["event"] == "generation.finished"]
+    assert (end["attempt"], end["deaths"]) == (5, 0)
+
+
 async def test_what_dies_is_started_again(start: Start) -> None:
     """SIGKILL of any process, the server included, is a pause: then requests are answered again."""
     instance = await start().ready()
@@ -192,7 +215,7 @@ async def test_nothing_survives_its_supervisor(start: Start) -> None:
 
     await none_is_left(pids)
     second = await start().ready()
-    async with httpx.AsyncClient(timeout=30.0) as client:
+    async with httpx.AsyncClient(timeout=60.0) as client:
         stream = f"{second.url}/v1/streams/{answer.headers['x-headrace-stream-id']}"
         replayed = await client.get(stream)
     assert replayed.status_code == 200
@@ -231,7 +254,7 @@ async def test_status_says_who_holds_what(start: Start) -> None:
     data_dir = str(instance.data_dir)
     body = {"inputs": "A river", "parameters": {"max_new_tokens": 200}}
     async with (
-        httpx.AsyncClient(timeout=30.0) as client,
+        httpx.AsyncClient(timeout=60.0) as client,
         client.stream("POST", f"{instance.url}/generate_stream", json=body) as answer,
     ):
         await anext(answer.aiter_lines())
