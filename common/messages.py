@@ -34,7 +34,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``seed`` is always set (the gateway draws one if the request names none): with the position it
     keys all randomness, so any worker continues with the same tokens. ``keep_stop`` says whether
-    the text that matched a stop string stays in the output (TGI keeps it, OpenAI does not).
+    the text that matched a stop string stays in the output (TGI keeps it, OpenAI does not);
+    ``ignore_eos`` lets a generation run on behind an end-of-sequence token, to its length.
     """
 
     max_new_tokens: int
@@ -46,6 +47,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
+    ignore_eos: bool = False
 
 
 class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):

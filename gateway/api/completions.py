@@ -9,58 +9,20 @@ from starlette.routing import Route
 
 from common.failures import Failure
 from gateway.answer import answer
-from gateway.api.chat import StreamOptions
-from gateway.bodies import lane_of, openai_sampling, read_body, refuse_unsupported, unsupported
-from gateway.order import INCLUDE_USAGE, SHOW_TIER, Order
+from gateway.api.openai import OpenAiBody, check_supported, order
+from gateway.bodies import read_body, unsupported
+from gateway.order import Order
 from gateway.services import Services, services_of
 
 
-class CompletionBody(msgspec.Struct):
-    """Every optional field may be null."""
-
+class CompletionBody(OpenAiBody, kw_only=True):
     prompt: str | list[Any]
-    model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    service_tier: str | None = None
     # Known, and supported only with a value that changes nothing:
-    best_of: Any = None
     echo: Any = None
-    frequency_penalty: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    ignore_eos: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-    min_p: Any = None
-    n: Any = None
-    presence_penalty: Any = None
     suffix: Any = None
-    typical_p: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "logit_bias": ({}, []),
-    "logprobs": (),
-    "min_p": (0,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "suffix": ("",),
-    "typical_p": (1,),
-}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"echo": (False,), "logprobs": (), "suffix": ("",)}
 
 _decoder = msgspec.json.Decoder(CompletionBody)
 
@@ -72,29 +34,9 @@ async def completions(request: Request) -> Response:
 
 async def _order(services: Services, body: CompletionBody) -> Order:
     """Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, CONTEXT_LENGTH_EXCEEDED."""
-    refuse_unsupported(body, _NEUTRAL)
-    lane = lane_of(body.service_tier)
+    check_supported(body, _NEUTRAL)
     prompt = await _prompt(services, body.prompt)
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Order(
-        api="completion",
-        prompt=prompt,
-        sampling=openai_sampling(
-            services.model,
-            len(prompt),
-            max_tokens=body.max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            repetition_penalty=body.repetition_penalty,
-            seed=body.seed,
-            stop=body.stop,
-            max_stop_sequences=services.settings.max_stop_sequences,
-        ),
-        stream=bool(body.stream),
-        flags=INCLUDE_USAGE * include_usage | SHOW_TIER * (body.service_tier is not None),
-        lane=lane,
-    )
+    return order(services, body, "completion", prompt, max_tokens=body.max_tokens)
 
 
 async def _prompt(services: Services, prompt: str | list[Any]) -> list[int]:

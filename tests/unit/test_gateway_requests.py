@@ -403,6 +403,12 @@ async def test_chat_options(services: Services) -> None:
     assert (order.sampling.max_new_tokens, order.sampling.top_k) == (7, 3)
 
 
+async def test_a_generation_may_run_on_behind_its_end(services: Services) -> None:
+    assert (await converse(services, ignore_eos=True)).sampling.ignore_eos
+    assert (await complete(services, ignore_eos=True)).sampling.ignore_eos
+    assert not (await converse(services, ignore_eos=None)).sampling.ignore_eos
+
+
 async def test_text_parts_are_joined_and_the_developer_is_the_system(services: Services) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     one = await converse(services, messages=[{"role": "developer", "content": parts}])

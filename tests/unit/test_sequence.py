@@ -36,6 +36,12 @@ def test_any_of_several_end_tokens_ends_it(eos: int) -> None:
     assert seq.finish == FinishReason.EOS
 
 
+def test_an_end_token_that_is_to_be_ignored_is_a_token_without_text() -> None:
+    seq = sequence(max_new_tokens=3, ignore_eos=True)
+    assert [*write(seq, "x"), seq.append(EOS_TOKEN_IDS[0]), *write(seq, "y")] == ["x", "", "y"]
+    assert seq.finish == FinishReason.LENGTH
+
+
 def test_an_end_token_on_the_last_position_is_an_end_not_a_cut() -> None:
     seq = sequence(max_new_tokens=2)
     write(seq, "x")

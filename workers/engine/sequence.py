@@ -75,7 +75,8 @@ class Sequence:
             self._seen.add(token)
             self.seen_ids.append(token)
         is_eos = token in self._eos_token_ids
-        is_last = is_eos or self.num_generated >= self.sampling.max_new_tokens
+        ends = is_eos and not self.sampling.ignore_eos
+        is_last = ends or self.num_generated >= self.sampling.max_new_tokens
         text = "" if is_eos else self._detokenizer.push(token)
         if is_last:
             text += self._detokenizer.flush()
@@ -84,5 +85,5 @@ class Sequence:
             self.finish = FinishReason.STOP
         elif is_last:
             piece += self._stops.flush()
-            self.finish = FinishReason.EOS if is_eos else FinishReason.LENGTH
+            self.finish = FinishReason.EOS if ends else FinishReason.LENGTH
         return piece
