@@ -8,7 +8,9 @@ import torch
 
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import (
+    CPU,
     MAX_COST,
+    byte_fallback_tokenizer,
     engine_around,
     is_busy,
     request,
@@ -18,8 +20,12 @@ from tests.support.engines import (
     tiny_runner,
 )
 from workers.engine.batching import BatchingEngine
-from workers.engine.port import EngineLoad
-from workers.engine.scheduler import Limits
+from workers.engine.port import DeviceLostError, DeviceMemoryError, EngineLoad
+from workers.engine.scheduler import Chunk, Limits
+from workers.engine.sequence import Sequence, TextRules
+from workers.model.kv_cache import SlotCache
+from workers.model.modules import ModulesForward
+from workers.model.runner import ModelRunner
 
 POISON = "Z"
 
@@ -29,7 +35,8 @@ def poisoned(tiny_model: Path, tokenizer: Tokenizer) -> BatchingEngine:
     """A model that computes NaN for every sequence with the letter Z in it; two slots in all."""
     limits = Limits(max_sequences=2, cache_tokens=1024, step_tokens=80)
     runner = tiny_runner(tiny_model, limits)
-    embedding = runner._model.get_input_embeddings()
+    assert isinstance(runner._forward, ModulesForward)
+    embedding = runner._forward._model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     embedding.weight[tokenizer.encode(POISON)[0]] = float("nan")
     return engine_around(runner, tokenizer, limits)
@@ -172,3 +179,46 @@ def test_a_log_that_was_complete_ends_at_once(tiny_model: Path, tokenizer: Token
     engine = tiny_engine(tiny_model)
     got = run_one(engine, request("g", tokenizer.encode("a"), logged=[70, 71], max_new_tokens=2))
     assert (got.tokens, got.finish and got.finish.reason) == ([], "length")
+
+
+class BrokenDevice:
+    """Fails every step as the device did."""
+
+    name = "broken"
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __call__(self, *_: object, **__: object) -> torch.Tensor:
+        raise self._error
+
+
+def real_allocation_error() -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (real_allocation_error(), DeviceMemoryError),
+        (MemoryError(), DeviceMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), DeviceMemoryError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), DeviceMemoryError),
+        (torch.AcceleratorError("CUDA error: out of memory"), DeviceMemoryError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), DeviceLostError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when"), DeviceLostError),
+        (RuntimeError("shapes cannot be multiplied"), RuntimeError),
+        (ValueError("anything else"), ValueError),
+    ],
+)
+def test_what_happened_to_the_device_is_told(error: Exception, expected: type[Exception]) -> None:
+    """Too little memory is one thing, a dead device another, and a bug neither."""
+    cache = SlotCache({}, num_slots=1, max_tokens=8, dtype=torch.float32, device=CPU)
+    runner = ModelRunner(BrokenDevice(error), cache)
+    sequence = Sequence(request("g", [5, 6]), TextRules(byte_fallback_tokenizer(), frozenset()))
+    with pytest.raises(expected) as caught:
+        runner.run([Chunk(sequence, 0, 0, 2)])
+    assert type(caught.value) is expected
+    assert caught.value is error or caught.value.__cause__ is error

@@ -47,15 +47,28 @@ def test_rows_and_stretches_land_in_the_same_places() -> None:
         assert torch.equal(one, other)
 
 
-def test_scrub_clears_one_slot_only() -> None:
+def test_scrub_clears_those_positions_only() -> None:
     cache = build(2, 8)
     bad = torch.full((4, 2, 64), float("nan"))
-    cache.write_stretch(0, 0, 0, bad, bad)
+    cache.write_stretch(0, 0, 0, torch.ones_like(bad), torch.ones_like(bad))
+    cache.write_stretch(0, 0, 2, bad, bad)
     cache.write_stretch(0, 1, 0, torch.ones_like(bad), torch.ones_like(bad))
-    cache.scrub(0, 4)
+    cache.scrub(0, 2, 6)
     keys, _ = cache.read(0, 0, 2, 8)
-    assert (keys[0] == 0).all()
+    assert (keys[0, :, :2] == 1).all()
+    assert (keys[0, :, 2:] == 0).all()
     assert (keys[1, :, :4] == 1).all()
+
+
+def test_a_prefix_is_copied_and_no_more() -> None:
+    cache = build(3, 8)
+    keys, values = torch.randn(6, 2, 64), torch.randn(6, 2, 64)
+    cache.write_stretch(0, 2, 0, keys, values)
+    cache.copy(2, 0, 4)
+    copied_keys, copied_values = cache.read(0, 0, 1, 8)
+    assert torch.equal(copied_keys[0, :, :4], keys[:4].transpose(0, 1))
+    assert torch.equal(copied_values[0, :, :4], values[:4].transpose(0, 1))
+    assert copied_keys[0, :, 4:].count_nonzero() == 0
 
 
 def runs(*rows: tuple[int, int]) -> list[tuple[int, int, list[int]]]:

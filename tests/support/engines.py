@@ -18,6 +18,7 @@ from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
 from workers.model.kv_cache import SlotCache
 from workers.model.loader import check_attention, inspect_layers, load_model, vocabulary_size
+from workers.model.modules import ModulesForward
 from workers.model.runner import ModelRunner
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
         dtype=torch.float32,
         device=CPU,
     )
-    return ModelRunner(model, cache)
+    return ModelRunner(ModulesForward(model, cache), cache)
 
 
 def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) -> BatchingEngine:

@@ -71,6 +71,7 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
         select_dtype,
         vocabulary_size,
     )
+    from workers.model.modules import ModulesForward
     from workers.model.runner import ModelRunner
 
     stored.verify()
@@ -92,7 +93,7 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
     log.info("model.loaded", model_version=stored.manifest.version)
     log.info("engine.selected", engine="torch", device=str(device), dtype=str(dtype))
     return BatchingEngine(
-        ModelRunner(model, cache),
+        ModelRunner(ModulesForward(model, cache), cache),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
         model_version=stored.manifest.version,

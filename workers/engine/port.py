@@ -11,6 +11,14 @@ from typing import Protocol
 from common.messages import Finish, Sampling
 
 
+class DeviceMemoryError(Exception):
+    """A step did not fit the device's memory; what it would compute on is still usable."""
+
+
+class DeviceLostError(Exception):
+    """The device is unusable, and stays so in this process."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One generation for the engine: its prompt, its parameters and what its log already holds.

@@ -32,6 +32,10 @@ class Chunk:
     slot: int
     start: int
     count: int
+    pages: tuple[int, ...] = ()
+    """Paged caches only: the pages of the sequence, enough for ``start + count`` positions."""
+    copied_from: tuple[int, int] | None = None
+    """(slot, num_tokens): before this step the first positions of that slot are copied here."""
 
     @property
     def end(self) -> int:

@@ -29,11 +29,13 @@ _CALL_COST_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Neighbouring positions of one slot, computed in one step."""
+    """Neighbouring positions of one sequence, computed in one step."""
 
     slot: int
     start: int
     count: int
+    pages: tuple[int, ...] = ()
+    """Paged caches only: the pages of the sequence, enough for ``start + count`` positions."""
 
     @property
     def end(self) -> int:

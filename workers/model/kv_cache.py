@@ -81,10 +81,15 @@ class SlotCache:
         slots = slice(first_slot, first_slot + num_slots)
         return self._keys[layer][slots, :, :length], self._values[layer][slots, :, :length]
 
-    def scrub(self, slot: int, num_tokens: int) -> None:
-        """Overwrite the first positions with zeros: a mask does not hide NaN."""
+    def copy(self, from_slot: int, to_slot: int, num_tokens: int) -> None:
+        """Copy the first positions of one slot to another."""
         for cache in (*self._keys.values(), *self._values.values()):
-            cache[slot, :, :num_tokens] = 0
+            cache[to_slot, :, :num_tokens] = cache[from_slot, :, :num_tokens]
+
+    def scrub(self, slot: int, start: int, end: int) -> None:
+        """Overwrite positions with zeros: a mask does not hide NaN."""
+        for cache in (*self._keys.values(), *self._values.values()):
+            cache[slot, :, start:end] = 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from common.failures import Failure
 from workers.model.attention import ATTENTION, LayerProbe, Stretch, running
 from workers.model.kv_cache import LayerShape, SlotCache
-from workers.model.runner import forward
+from workers.model.modules import ModulesForward
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies change once a sequence grows past the trained length."""
@@ -126,13 +126,12 @@ def check_attention(model: PreTrainedModel, layers: Mapping[int, LayerShape]) ->
     """
     first, second = [3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8]
     cache = SlotCache(layers, num_slots=2, max_tokens=16, dtype=model.dtype, device=model.device)
+    forward = ModulesForward(model, cache)
     with torch.inference_mode():
-        forward(model, cache, first[:3], [Stretch(1, 0, 3)], [])
-        forward(model, cache, first[3:5] + second[:3], [Stretch(1, 3, 2), Stretch(0, 0, 3)], [])
-        forward(model, cache, [second[3], first[5]], [Stretch(0, 3, 1), Stretch(1, 5, 1)], [])
-        ours = forward(
-            model, cache, first[6:] + second, [Stretch(1, 6, 1), Stretch(0, 0, 4)], [0, 4]
-        )
+        forward(first[:3], [Stretch(1, 0, 3)], [])
+        forward(first[3:5] + second[:3], [Stretch(1, 3, 2), Stretch(0, 0, 3)], [])
+        forward([second[3], first[5]], [Stretch(0, 3, 1), Stretch(1, 5, 1)], [])
+        ours = forward(first[6:] + second, [Stretch(1, 6, 1), Stretch(0, 0, 4)], [0, 4])
         model.set_attn_implementation("eager")
         plain = [
             model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[
