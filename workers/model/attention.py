@@ -139,7 +139,7 @@ class StepLayout:
         keys, values = self._cache.read(layer, run.first_slot, num_rows, max(run.lengths))
         # Query heads that share a key head take the place of query tokens: no key is read twice.
         grouped = query.reshape(num_rows, keys.shape[1], -1, size)
-        return _attention(grouped, keys, values, mask, scale, softcap).reshape(
+        return masked_attention(grouped, keys, values, mask, scale, softcap).reshape(
             num_rows, num_heads, -1
         )
 
@@ -154,7 +154,7 @@ class StepLayout:
     ) -> torch.Tensor:
         keys, values = self._cache.read(layer, stretch.slot, 1, stretch.end)
         heads_first = query.transpose(0, 1)[None]
-        return _attention(heads_first, keys, values, mask, scale, softcap)[0].transpose(0, 1)
+        return masked_attention(heads_first, keys, values, mask, scale, softcap)[0].transpose(0, 1)
 
     def _row_index(self, num_heads: int) -> torch.Tensor:
         if num_heads not in self._row_indices:
@@ -171,7 +171,7 @@ class StepLayout:
             longest = max(lengths)
             is_needed = min(lengths) < longest or (window is not None and longest > window)
             last = self._tensor(lengths)[:, None] - 1
-            mask = _visible(last, longest, window)[:, None, None] if is_needed else None
+            mask = visible_positions(last, longest, window)[:, None, None] if is_needed else None
             self._masks[key] = mask
         return self._masks[key]
 
@@ -181,7 +181,7 @@ class StepLayout:
         if key not in self._masks:
             stretch = self._prefills[number]
             positions = torch.arange(stretch.start, stretch.end, device=self._cache.device)[:, None]
-            self._masks[key] = _visible(positions, stretch.end, window)
+            self._masks[key] = visible_positions(positions, stretch.end, window)
         return self._masks[key]
 
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
@@ -229,7 +229,7 @@ def attend(
     if s_aux is not None:
         raise ValueError("attention sinks are not supported")
     layer = cast("int", module.layer_idx)
-    output = _current.get().attend(
+    output = current_layout().attend(
         layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -246,6 +246,11 @@ _current: ContextVar[Layout] = ContextVar("headrace_step_layout")
 AttentionInterface.register(ATTENTION, attend)
 
 
+def current_layout() -> Layout:
+    """The layout of the step that runs in this thread."""
+    return _current.get()
+
+
 @contextmanager
 def running(layout: Layout) -> Generator[None]:
     """While this is open, models in this thread attend as ``layout`` says."""
@@ -256,7 +261,7 @@ def running(layout: Layout) -> Generator[None]:
         _current.reset(token)
 
 
-def _attention(
+def masked_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -283,7 +288,7 @@ def _attention(
     return torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
 
 
-def _visible(positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+def visible_positions(positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
     """``[…, length]``: whether a token at ``positions`` (``[…, 1]``) sees each cached position."""
     cached = torch.arange(length, device=positions.device)
     visible = cached <= positions
