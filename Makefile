@@ -4,6 +4,7 @@ SHELL := /bin/bash -o pipefail
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := workers/model/native/kernels.cpp
 ARGS  ?=
 
 # The first Python that is new enough; `make install PYTHON=/path/to/python` chooses another.
@@ -20,7 +21,7 @@ ONE_LINE = awk '/^ *ERROR/ { printf "\r\033[K"; print > "/dev/stderr" } \
 	printf "\r\033[K  %.100s", $$1 " " $$2; fflush() } END { printf "\r\033[K" }'
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check format bench chaos constraints clean
+.PHONY: help install native up test check format bench chaos constraints clean
 
 help: ## List these targets
 	@printf 'Headrace. Targets (options for the command behind a target: ARGS="…"):\n\n'
@@ -29,7 +30,7 @@ help: ## List these targets
 
 install: $(STAMP) ## Make .venv with everything in it (a second run costs nothing)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	@test -n "$(PYTHON)" || { \
 		echo "headrace: needs Python 3.11 or newer; found: $$(python3 --version 2>&1 || echo none)." \
 			"Install one, or name it: make install PYTHON=/path/to/python" >&2; exit 1; }
@@ -41,6 +42,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -t 1 ]; then $(PIP_INSTALL) 2>&1 | $(ONE_LINE); else $(PIP_INSTALL) -qq; fi || { \
 		echo "headrace: the installation failed; all of it is in $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
+
+native: ## Rebuild the engine's kernels only, after a change to their source
+	@$(BIN)/python -c 'from setuptools import setup; setup()' -q build_ext --inplace --force
+	@touch $(STAMP)
 
 up: $(STAMP) ## Start everything and serve at http://127.0.0.1:8080 (ARGS="--workers 2 --port 9000")
 	@exec $(BIN)/headrace up $(ARGS)
@@ -72,5 +77,5 @@ constraints: $(STAMP) ## Write constraints.txt from what is installed now
 
 clean: ## Remove the environment and caches; var/ (models, logs, data) stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage* \
-		.import_linter_cache
+		.import_linter_cache workers/model/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1364 @@
+// The engine's arithmetic on processors with AVX512-bf16 or AMX: matrix products over packed weights,
+// norms, gated MLPs, attention over the slot cache, and a whole step of a Llama-like model.
+//
+// Plain C ABI at the end of the file; library.py declares it for Python and checks the processor.
+// Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
+//
+// Contents: 1 memory, 2 vectors of 16 floats, 3 the team of threads, 4 packed weights and their
+// product, 5 row operations, 6 attention, 7 the step, 8 the C ABI.
+
+#include <immintrin.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#ifdef HEADRACE_EMULATE_AMX
+#include "amx_emulation.h"  // tests: the tile instructions in software, for machines without them
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- 1. memory ---------------------------------------------------------------------------------
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Zeros on pages of 2 MiB where the system has them: weights stream 5-15 % faster than from 4 KiB
+// pages. Untouched pages take no memory.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(size_t bytes) : size_((bytes + 2 * kHugePage - 1) / kHugePage * kHugePage) {
+    mapping_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(mapping_);
+    data_ = reinterpret_cast<char*>((address + kHugePage - 1) / kHugePage * kHugePage);
+    madvise(data_, size_ - kHugePage, MADV_HUGEPAGE);
+  }
+  Pages(Pages&& other) noexcept { swap(other); }
+  Pages& operator=(Pages&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Pages() {
+    if (data_ != nullptr) munmap(mapping_, size_);
+  }
+  template <class T = char>
+  T* data() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  // Takes the page faults now instead of in the first large step.
+  void touch(size_t bytes) const {
+    for (size_t i = 0; i < bytes; i += 4096) static_cast<volatile char*>(data_)[i] = 0;
+  }
+
+ private:
+  void swap(Pages& other) {
+    std::swap(mapping_, other.mapping_);
+    std::swap(size_, other.size_);
+    std::swap(data_, other.data_);
+  }
+  void* mapping_ = nullptr;
+  size_t size_ = 0;
+  char* data_ = nullptr;
+};
+
+// Hands out memory in one direction: what is asked for in order lies in order.
+class Arena {
+ public:
+  char* take(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > left_) {
+      left_ = std::max(bytes, kChunk);
+      chunks_.emplace_back(left_);
+      next_ = chunks_.back().data();
+    }
+    left_ -= bytes;
+    return std::exchange(next_, next_ + bytes);
+  }
+
+ private:
+  static constexpr size_t kChunk = size_t{64} << 20;  // its unused end is never touched
+  std::vector<Pages> chunks_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
+};
+
+// ---- 2. vectors of 16 floats -------------------------------------------------------------------
+
+constexpr __mmask16 first_lanes(int count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+
+constexpr __mmask32 first_halves(int count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
+}
+
+inline __m512 widen(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline __m512 load_bf16(const bf16* from, __mmask16 lanes = 0xffff) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, from));
+}
+
+inline __m256i narrow(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+
+inline void store_bf16(bf16* to, __m512 x, __mmask16 lanes = 0xffff) {
+  _mm256_mask_storeu_epi16(to, lanes, narrow(x));
+}
+
+inline __m512bh load_pairs(const bf16* from) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+}
+
+// The same two neighbouring bf16 in all 16 lanes.
+inline __m512bh broadcast_pair(const bf16* from) {
+  int pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+}
+
+// exp(x) = 2^n * 2^f with n whole and |f| <= 1/2; relative error below 2e-7. NaN stays NaN.
+inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // a NaN in the second operand is returned
+  x = _mm512_min_ps(_mm512_set1_ps(88.5f), x);
+  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504089f));
+  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(t, n);
+  __m512 p = _mm512_set1_ps(1.5403530e-4f);  // Taylor coefficients of 2^f: ln(2)^k / k!
+  for (float c : {1.33335581e-3f, 9.6181291e-3f, 5.5504109e-2f, 0.240226507f, 0.69314718f, 1.0f})
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 negate(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
+
+inline __m512 tanh(__m512 x) {  // 1 - 2 / (e^2x + 1)
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 grown = exp(_mm512_add_ps(x, x));
+  return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(grown, one)));
+}
+
+// erf by Abramowitz and Stegun 7.1.26; absolute error below 1.5e-7.
+inline __m512 erf(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 size = _mm512_abs_ps(x);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(c));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), exp(negate(_mm512_mul_ps(x, x))));
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+  return _mm512_or_ps(_mm512_sub_ps(one, tail), sign);
+}
+
+enum Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+inline __m512 activate(Activation activation, __m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+  switch (activation) {
+    case kSilu:
+      return _mm512_div_ps(x, _mm512_add_ps(one, exp(negate(x))));
+    case kGeluTanh: {
+      const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), one);
+      const __m512 inner = _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(0.7978845608f));
+      return _mm512_mul_ps(half, _mm512_add_ps(one, tanh(inner)));
+    }
+    case kGelu:
+      break;
+  }
+  const __m512 inner = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678119f));
+  return _mm512_mul_ps(half, _mm512_add_ps(one, erf(inner)));
+}
+
+// Transposes 16 x 16 values of 32 bits: rows become columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {  // pairs of rows, then quads, inside each 128-bit lane
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    t[i + 2] = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
+    t[i + 3] = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // then the lanes themselves
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Sums 16 vectors across their lanes: lane i of the answer is the sum of sums[i].
+inline __m512 sum_each(const __m512 (&sums)[16]) {
+  __m512 quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512 *s = sums + 4 * i;
+    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+    const __m512 high =
+        _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
+    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]));
+}
+
+// ---- 3. the team of threads --------------------------------------------------------------------
+
+// AMX state: eight tiles of 16 rows x 64 bytes, set up per thread before use and given back after,
+// so that the kernel need not save 8 KiB at each switch of threads.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr int kSpinsBeforeYield = 2000;
+constexpr uint64_t kIdleSpinCycles = 150'000;  // about 50 us: a wake-up from sleep costs as much
+
+template <class Condition>
+inline void spin_until(Condition is_met) {
+  for (int spins = 0; !is_met(); spins++) {
+    if (spins < kSpinsBeforeYield) {
+      _mm_pause();
+    } else {
+      sched_yield();  // the one we wait for may want this very core
+    }
+  }
+}
+
+// A pool of threads that run one job together: the caller is number 0. Between jobs the others
+// sleep, after a short spin; inside a job they meet at barriers, which spin and then yield.
+// One thread at a time may call run().
+class Team {
+ public:
+  Team(int num_threads, bool use_amx) : num_threads_(num_threads), use_amx_(use_amx) {
+    arenas_.resize(num_threads);
+    try {
+      for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { serve(i); });
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+  ~Team() { stop(); }
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return num_threads_; }
+  bool uses_amx() const { return use_amx_; }
+  Arena& arena(int thread) { return arenas_[thread]; }
+
+  void run(const std::function<void(int)>& job) {
+    job_ = &job;
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    work(0);
+  }
+
+  // All threads of a job wait here for one another.
+  void barrier() {
+    if (num_threads_ == 1) return;
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+    } else {
+      spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; });
+    }
+  }
+
+ private:
+  void work(int thread) {
+    if (use_amx_) {
+      const TileConfig config;
+      _tile_loadconfig(&config);
+    }
+    (*job_)(thread);
+    if (use_amx_) _tile_release();
+    barrier();
+  }
+
+  void serve(int thread) {
+    for (int seen = 0;;) {
+      const uint64_t deadline = __rdtsc() + kIdleSpinCycles;
+      while (generation_.load(std::memory_order_acquire) == seen && __rdtsc() < deadline)
+        _mm_pause();
+      generation_.wait(seen, std::memory_order_acquire);
+      seen++;
+      if (is_stopping_) return;
+      work(thread);
+    }
+  }
+
+  void stop() {
+    is_stopping_ = true;
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  const int num_threads_;
+  const bool use_amx_;
+  const std::function<void(int)>* job_ = nullptr;
+  bool is_stopping_ = false;
+  // Apart from one another: a waiting thread reads one line only.
+  alignas(128) std::atomic<int> generation_{0};
+  alignas(128) std::atomic<int> phase_{0};
+  alignas(128) std::atomic<int> arrived_{0};
+  std::vector<std::thread> threads_;
+  std::vector<Arena> arenas_;
+};
+
+// The part [first, last) of `count` items that a thread takes.
+struct Share {
+  int first, last;
+  Share(int count, int thread, int num_threads)
+      : first(static_cast<int>(int64_t{count} * thread / num_threads)),
+        last(static_cast<int>(int64_t{count} * (thread + 1) / num_threads)) {}
+};
+
+// ---- 4. packed weights and their product -------------------------------------------------------
+//
+// A weight [n outputs, k inputs] is cut into blocks of 32 outputs, a block into steps of 32 inputs,
+// and a step is two tiles of 1 KiB, one for outputs 0-15 and one for 16-31:
+//
+//              output 0      output 1          output 15
+//   line 0   in 0, in 1  |  in 0, in 1  | …  |  in 0, in 1        64 bytes = one register
+//   line 1   in 2, in 3  |  in 2, in 3  | …  |  in 2, in 3
+//     …
+//   line 15  in 30, 31   |  in 30, 31   | …  |  in 30, 31
+//
+// Both instruction sets want pairs of inputs side by side: AVX512's vdpbf16ps multiplies the two of
+// each lane by the same two of the other operand (one row's inputs, in all lanes) and adds both to
+// the lane's sum; AMX's tdpbf16ps does so for 16 rows by 16 outputs by 32 inputs at once.
+// Blocks are dealt to threads in runs, and each thread's run lies in its own arena.
+
+constexpr int kStep = 32;                         // inputs per step
+constexpr int kBlock = 32;                        // outputs per block
+constexpr int kTile = 16 * 32;                    // bf16 per tile
+constexpr int kStepSize = 2 * kTile;              // bf16 per step of a block
+constexpr int kMaxRowsAvx = 14;                   // 28 sums, 2 weights, 1 input: 31 of 32 registers
+constexpr int kMaxRowsAmx = 32;                   // 4 of 8 tiles hold sums
+constexpr int kSlackRows = 32;                    // rows behind a matrix that a tile load may read
+constexpr int kPrefetchAhead = 2048 / sizeof(bf16);
+
+// Elements between the rows of a matrix of inputs: whole steps, and never a multiple of 2 KiB,
+// which would put all rows into the same few places of the first-level cache.
+constexpr int row_stride(int k) { return round_up(k, kStep) + kStep; }
+
+// One tile from 16 rows of a row-major matrix: a transposition of 16 x 16 pairs. What lies beyond
+// the given rows and columns becomes zero.
+inline void pack_tile(const bf16* from, ptrdiff_t stride, int rows, int columns, bf16* tile) {
+  const __mmask32 present = first_halves(columns);
+  __m512i lines[16];
+  for (int i = 0; i < 16; i++)
+    lines[i] = _mm512_maskz_loadu_epi16(i < rows ? present : 0, from + (i < rows ? i * stride : 0));
+  transpose(lines);
+  for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * 32, lines[i]);
+}
+
+struct Weight {
+  int outputs, inputs;  // as the caller knows them
+  bool is_paired;       // two weights: a block is 16 outputs of one, then the same 16 of the other
+  int steps, blocks;
+  std::vector<int> first_block;        // per thread, and the end
+  std::vector<const bf16*> data;       // per thread
+  const float* bias = nullptr;         // [blocks * 32], or none
+
+  size_t block_size() const { return size_t(steps) * kStepSize; }
+
+  const bf16* block(int number) const {
+    const auto next = std::upper_bound(first_block.begin(), first_block.end(), number);
+    const auto thread = next - first_block.begin() - 1;
+    return data[thread] + (number - first_block[thread]) * block_size();
+  }
+};
+
+struct WeightSource {
+  const bf16* rows;   // [outputs, inputs]
+  const bf16* other;  // the second of a pair, or null
+  const float* bias;
+  const float* other_bias;
+};
+
+std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSource& source) {
+  auto weight = std::make_unique<Weight>();
+  const bool is_paired = source.other != nullptr;
+  const int per_block = is_paired ? 16 : kBlock;
+  weight->outputs = outputs;
+  weight->inputs = inputs;
+  weight->is_paired = is_paired;
+  weight->steps = round_up(inputs, kStep) / kStep;
+  // An even number of paired blocks: their products are the inputs of another weight, in whole steps.
+  weight->blocks = round_up(outputs, kBlock) / per_block;
+  std::vector<bf16*> parts;
+  for (int thread = 0; thread <= team.size(); thread++)
+    weight->first_block.push_back(Share(weight->blocks, thread, team.size()).first);
+  for (int thread = 0; thread < team.size(); thread++) {
+    const int count = weight->first_block[thread + 1] - weight->first_block[thread];
+    char* part = team.arena(thread).take(count * weight->block_size() * sizeof(bf16));
+    parts.push_back(reinterpret_cast<bf16*>(part));
+    weight->data.push_back(parts.back());
+  }
+  team.run([&](int thread) {  // each thread touches its own memory first
+    bf16* tile = parts[thread];
+    for (int b = weight->first_block[thread]; b < weight->first_block[thread + 1]; b++)
+      for (int step = 0; step < weight->steps; step++)
+        for (int half = 0; half < 2; half++, tile += kTile) {
+          const bf16* rows = is_paired && half == 1 ? source.other : source.rows;
+          const int first = b * per_block + (is_paired ? 0 : half * 16);
+          const int present = std::clamp(outputs - first, 0, 16);
+          const bf16* from = rows + (present ? size_t(first) * inputs + step * kStep : 0);
+          pack_tile(from, inputs, present, inputs - step * kStep, tile);
+        }
+  });
+  if (source.bias == nullptr) return weight;
+  auto* bias = reinterpret_cast<float*>(
+      team.arena(0).take(size_t(weight->blocks) * kBlock * sizeof(float)));
+  for (int i = 0; i < weight->blocks * kBlock; i++) {
+    const bool is_other = is_paired && i % 32 >= 16;
+    const int output = is_paired ? i / 32 * 16 + i % 16 : i;
+    const float* from = is_other ? source.other_bias : source.bias;
+    bias[i] = output < outputs && from != nullptr ? from[output] : 0.0f;
+  }
+  weight->bias = bias;
+  return weight;
+}
+
+// Computes sums[rows][32] = a[rows, inputs] x one block. `ahead`: the block comes from memory, so
+// ask for what lies 2 KiB further on; at a block's end that is already the next block or weight.
+using BlockProduct = void (*)(const bf16* a, size_t stride, const bf16* block, int steps,
+                              bool ahead, float* sums);
+
+inline void prefetch_step(const bf16* step) {
+  for (int i = 0; i < kStepSize; i += 32)
+    _mm_prefetch(reinterpret_cast<const char*>(step + kPrefetchAhead + i), _MM_HINT_T0);
+}
+
+template <int ROWS>
+void product_avx512(const bf16* a, size_t stride, const bf16* block, int steps, bool ahead,
+                    float* sums) {
+  __m512 sum[ROWS][2];
+  for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
+  const bf16* rows[(ROWS + 2) / 3];  // every third: the two between are one stride and two away
+  for (int r = 0; r < ROWS; r += 3) rows[r / 3] = a + r * stride;
+  for (int step = 0; step < steps; step++, block += kStepSize) {
+    if (ahead) prefetch_step(block);
+#pragma GCC unroll 4
+    for (int line = 0; line < 16; line++) {
+      const __m512bh left = load_pairs(block + line * 32);
+      const __m512bh right = load_pairs(block + kTile + line * 32);
+#pragma GCC unroll 14
+      for (int r = 0; r < ROWS; r++) {
+        const __m512bh input = broadcast_pair(rows[r / 3] + r % 3 * stride + line * 2);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], input, left);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], input, right);
+      }
+    }
+    for (auto& row : rows) row += kStep;
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < ROWS; r++) {
+    _mm512_store_ps(sums + r * kBlock, sum[r][0]);
+    _mm512_store_ps(sums + r * kBlock + 16, sum[r][1]);
+  }
+}
+
+// Tiles 0-3 are the sums: 0 and 1 for rows 0-15 (left and right 16 outputs), 2 and 3 for rows
+// 16-31; 4 and 5 hold inputs, 6 and 7 weights. A tile of inputs is read whole: rows behind the last
+// one are computed in vain and never looked at.
+template <bool SECOND_HALF>
+void product_amx(const bf16* a, size_t stride, const bf16* block, int steps, bool ahead,
+                 float* sums) {
+  const size_t row_bytes = stride * sizeof(bf16);
+  constexpr size_t kSumBytes = kBlock * sizeof(float);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (SECOND_HALF) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int step = 0; step < steps; step++, block += kStepSize, a += kStep) {
+    if (ahead) prefetch_step(block);
+    _tile_loadd(4, a, row_bytes);
+    _tile_loadd(6, block, 64);
+    _tile_loadd(7, block + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (SECOND_HALF) {
+      _tile_loadd(5, a + 16 * stride, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kSumBytes);
+  _tile_stored(1, sums + 16, kSumBytes);
+  if constexpr (SECOND_HALF) {
+    _tile_stored(2, sums + 16 * kBlock, kSumBytes);
+    _tile_stored(3, sums + 16 * kBlock + 16, kSumBytes);
+  }
+}
+
+inline BlockProduct block_product(bool use_amx, int rows) {
+  static constexpr BlockProduct avx512[kMaxRowsAvx] = {
+      product_avx512<1>,  product_avx512<2>,  product_avx512<3>,  product_avx512<4>,
+      product_avx512<5>,  product_avx512<6>,  product_avx512<7>,  product_avx512<8>,
+      product_avx512<9>,  product_avx512<10>, product_avx512<11>, product_avx512<12>,
+      product_avx512<13>, product_avx512<14>};
+  if (use_amx) return rows > 16 ? product_amx<true> : product_amx<false>;
+  return avx512[rows - 1];
+}
+
+// For each row of a[rows, steps * 32] and each block: epilogue(row, block, left 16, right 16 sums).
+template <class Epilogue>
+void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const bf16* blocks, int steps,
+              int first_block, int last_block, Epilogue epilogue) {
+  alignas(64) float sums[kMaxRowsAmx * kBlock];
+  const int max_rows = use_amx ? kMaxRowsAmx : kMaxRowsAvx;
+  const int num_groups = (rows + max_rows - 1) / max_rows;
+  for (int b = first_block; b < last_block; b++, blocks += size_t(steps) * kStepSize) {
+    for (int group = 0; group < num_groups; group++) {
+      const Share share(rows, group, num_groups);
+      const int count = share.last - share.first;
+      block_product(use_amx, count)(a + share.first * stride, stride, blocks, steps, group == 0,
+                                    sums);
+      for (int r = 0; r < count; r++)
+        epilogue(share.first + r, b, _mm512_load_ps(sums + r * kBlock),
+                 _mm512_load_ps(sums + r * kBlock + 16));
+    }
+  }
+}
+
+// This thread's part of a[rows] x weight, with the bias added.
+template <class Epilogue>
+void multiply(const Team& team, int thread, const Weight& weight, const bf16* a, int rows,
+              Epilogue epilogue) {
+  const size_t stride = row_stride(weight.inputs);
+  const auto product = [&](auto finish) {
+    multiply(team.uses_amx(), a, stride, rows, weight.data[thread], weight.steps,
+             weight.first_block[thread], weight.first_block[thread + 1], finish);
+  };
+  if (weight.bias == nullptr) return product(epilogue);
+  product([&](int row, int block, __m512 left, __m512 right) {
+    const float* bias = weight.bias + block * kBlock;
+    epilogue(row, block, _mm512_add_ps(left, _mm512_loadu_ps(bias)),
+             _mm512_add_ps(right, _mm512_loadu_ps(bias + 16)));
+  });
+}
+
+// Epilogues. Rows of `to` are `stride` elements apart and `width` long.
+inline auto store_as_bf16(bf16* to, size_t stride, int width) {
+  return [=](int row, int block, __m512 left, __m512 right) {
+    bf16* at = to + row * stride + block * kBlock;
+    store_bf16(at, left, first_lanes(width - block * kBlock));
+    store_bf16(at + 16, right, first_lanes(width - block * kBlock - 16));
+  };
+}
+
+inline auto store_as_float(float* to, size_t stride, int width) {
+  return [=](int row, int block, __m512 left, __m512 right) {
+    float* at = to + row * stride + block * kBlock;
+    _mm512_mask_storeu_ps(at, first_lanes(width - block * kBlock), left);
+    _mm512_mask_storeu_ps(at + 16, first_lanes(width - block * kBlock - 16), right);
+  };
+}
+
+inline auto add_to_float(float* to, size_t stride) {
+  return [=](int row, int block, __m512 left, __m512 right) {
+    float* at = to + row * stride + block * kBlock;
+    _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), left));
+    _mm512_storeu_ps(at + 16, _mm512_add_ps(_mm512_loadu_ps(at + 16), right));
+  };
+}
+
+// For paired weights: left is gate, right is up.
+inline auto store_gated(Activation activation, bf16* to, size_t stride) {
+  return [=](int row, int block, __m512 gate, __m512 up) {
+    store_bf16(to + row * stride + block * 16, _mm512_mul_ps(activate(activation, gate), up));
+  };
+}
+
+// ---- 5. row operations -------------------------------------------------------------------------
+
+inline __m512 load_row(const bf16* from, __mmask16 lanes) { return load_bf16(from, lanes); }
+inline __m512 load_row(const float* from, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, from);
+}
+inline void store_row(bf16* to, __m512 x, __mmask16 lanes) { store_bf16(to, x, lanes); }
+inline void store_row(float* to, __m512 x, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, x); }
+
+// to = x / sqrt(mean(x^2) + eps) * weight
+template <class From, class To>
+void rms_norm(const From* x, const float* weight, int width, float eps, To* to) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) {
+    const __m512 v = load_row(x + i, first_lanes(width - i));
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
+  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+  for (int i = 0; i < width; i += 16) {
+    const __mmask16 lanes = first_lanes(width - i);
+    const __m512 v = _mm512_mul_ps(load_row(x + i, lanes), factor);
+    store_row(to + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes, weight + i)), lanes);
+  }
+}
+
+// to = (x - mean) / sqrt(variance + eps) * weight + bias; a null weight or bias is 1 or 0.
+void layer_norm(const bf16* x, const float* weight, const float* bias, int width, float eps,
+                bf16* to) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16)
+    sum = _mm512_add_ps(sum, load_bf16(x + i, first_lanes(width - i)));
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(width));
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) {
+    const __mmask16 lanes = first_lanes(width - i);
+    const __m512 v = _mm512_maskz_sub_ps(lanes, load_bf16(x + i, lanes), mean);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
+  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(variance + eps));
+  for (int i = 0; i < width; i += 16) {
+    const __mmask16 lanes = first_lanes(width - i);
+    __m512 v = _mm512_mul_ps(_mm512_sub_ps(load_bf16(x + i, lanes), mean), factor);
+    if (weight != nullptr) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes, weight + i));
+    if (bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(lanes, bias + i));
+    store_bf16(to + i, v, lanes);
+  }
+}
+
+// What a greedy choice and its probability need; NaN or infinite logits make the sum NaN.
+struct RowStatistics {
+  int64_t best;     // the first of the largest
+  float max;
+  float sum_exp;    // of exp(x - max)
+};
+
+RowStatistics row_statistics(const float* x, int width) {
+  constexpr int kChunk = 1024;  // where to look for the place of the largest, once it is known
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  float max = -std::numeric_limits<float>::infinity();
+  int chunk_of_max = 0;
+  for (int start = 0; start < width; start += kChunk) {
+    __m512 most = lowest;
+    for (int i = start; i < std::min(width, start + kChunk); i += 16) {
+      const __mmask16 lanes = first_lanes(width - i);
+      most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, lanes, x + i));
+    }
+    const float chunk_max = _mm512_reduce_max_ps(most);
+    if (chunk_max > max) max = chunk_max, chunk_of_max = start;
+  }
+  int64_t best = chunk_of_max;
+  while (best + 1 < width && x[best] != max) best++;
+  __m512 sum = _mm512_setzero_ps();
+  const __m512 largest = _mm512_set1_ps(max);
+  for (int i = 0; i < width; i += 16) {
+    const __mmask16 lanes = first_lanes(width - i);
+    const __m512 shifted = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), largest);
+    sum = _mm512_mask_add_ps(sum, lanes, sum, exp(shifted));
+  }
+  return {best, max, _mm512_reduce_add_ps(sum)};
+}
+
+// ---- 6. attention ------------------------------------------------------------------------------
+//
+// Keys and values of a layer lie as [slot, kv head, position, size]. A step brings stretches:
+// neighbouring positions of one slot. A stretch of one token (decoding) is bound by reading the
+// cache: attend_token() streams it once, keys as rows in dot products. A longer stretch (prefill) is
+// bound by arithmetic: attend_span() packs keys and values like weights and lets the matrix product
+// work on many query vectors. Both go through the cache in spans, with a running maximum and sum
+// ("online softmax": Milakov and Gimelshein 2018; Dao et al. 2022).
+
+constexpr int kMaxHeadSize = 256;
+constexpr int kTokenSpan = 128;   // positions whose scores are known before their values are read
+constexpr int kSpan = 256;        // the same for prefill: keys and values of a span fit in L2
+constexpr int kMaxQueryRows = 128;  // query vectors (tokens x heads of a group) that share a span
+constexpr int kHeadsTogether = 4; // query heads whose dot products with one key are done at once
+constexpr float kMasked = -1e30f;
+
+struct Attention {
+  int num_heads, num_kv_heads, size;
+  float scale;
+  float softcap;  // 0: none
+  int window;     // positions that a token sees, itself included; 0: all
+  int group() const { return num_heads / num_kv_heads; }
+  int first_visible(int position) const { return window > 0 ? std::max(0, position - window + 1) : 0; }
+};
+
+struct LayerCache {
+  bf16 *keys, *values;
+  int max_tokens;
+  // Position 0 of one head of one slot.
+  size_t offset(const Attention& shape, int slot, int kv_head) const {
+    return (size_t(slot) * shape.num_kv_heads + kv_head) * max_tokens * shape.size;
+  }
+};
+
+// Vectors of tokens and heads; those of one head are contiguous. Strides in elements.
+struct TokenVectors {
+  const bf16* data;
+  ptrdiff_t token_stride, head_stride;
+  const bf16* at(int token, int head) const {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+struct Output {
+  bf16* data;
+  ptrdiff_t token_stride;
+};
+
+struct Stretch {
+  int first_token, slot, start, count;
+};
+
+struct PrefillItem {
+  int stretch, first, count;  // tokens [first, first + count) of the stretch
+};
+
+inline __m512 cap(__m512 scores, float scale, float softcap) {
+  scores = _mm512_mul_ps(scores, _mm512_set1_ps(scale));
+  if (softcap == 0.0f) return scores;
+  const __m512 limit = _mm512_set1_ps(softcap);
+  return _mm512_mul_ps(limit, tanh(_mm512_div_ps(scores, limit)));
+}
+
+// Scores become weights exp(score - maximum) in bf16; returns the factor by which what was summed
+// before must shrink because the maximum rose. Only positions [first, last) are visible; the weights
+// of the others, up to `length` rounded up to 32, are 0.
+struct RunningSoftmax {
+  float max = kMasked, sum = 0.0f;
+
+  float add(const float* scores, int first, int last, int length, bf16* weights) {
+    const auto visible = [&](int i) {
+      return static_cast<__mmask16>(first_lanes(last - i) & ~first_lanes(first - i));
+    };
+    __m512 most = _mm512_set1_ps(max);
+    for (int i = 0; i < length; i += 16)
+      most = _mm512_mask_max_ps(most, visible(i), most, _mm512_loadu_ps(scores + i));
+    const float new_max = _mm512_reduce_max_ps(most);
+    const __m512 shift = _mm512_set1_ps(new_max);
+    __m512 total = _mm512_setzero_ps();
+    for (int i = 0; i < round_up(length, 32); i += 16) {
+      const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + i), shift);
+      const __m512 weight = _mm512_maskz_mov_ps(visible(i), exp(shifted));
+      total = _mm512_add_ps(total, weight);
+      store_bf16(weights + i, weight);
+    }
+    const float shrink = new_max == max ? 1.0f : std::exp(max - new_max);
+    sum = sum * shrink + _mm512_reduce_add_ps(total);
+    max = new_max;
+    return shrink;
+  }
+};
+
+inline void prefetch(const bf16* from, int count) {
+  for (int i = 0; i < count; i += 32)
+    _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+}
+
+// Order of a vector that takes turns between two others: a0 b0 a1 b1 …, from their halves.
+struct Interleave {
+  __m512i low, high;
+  Interleave() {
+    alignas(64) uint16_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    low = _mm512_load_si512(order);
+    high = _mm512_load_si512(order + 32);
+  }
+};
+
+// Rows of `size` bf16 as CHUNKS registers of 32; what lies behind `size` reads as zero.
+template <int CHUNKS, bool EXACT>
+struct HeadVectors {
+  int size_given;
+  int size() const { return EXACT ? CHUNKS * 32 : size_given; }
+  __m512i load(const bf16* row, int chunk) const {
+    if constexpr (EXACT) return _mm512_loadu_si512(row + chunk * 32);
+    return _mm512_maskz_loadu_epi16(first_halves(size_given - chunk * 32), row + chunk * 32);
+  }
+};
+
+// Dot products of one query vector with 16 neighbouring keys; where there are fewer, with the last
+// one again, since nothing behind it may be read.
+template <bool ALL, int CHUNKS, bool EXACT>
+inline __m512 dot_16(HeadVectors<CHUNKS, EXACT> vectors, const __m512bh (&query)[CHUNKS],
+                     const bf16* keys, int last) {
+  __m512 dots[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    const bf16* key = keys + (ALL ? i : std::min(i, last)) * vectors.size();
+    dots[i] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int c = 0; c < CHUNKS; c++)
+      dots[i] = _mm512_dpbf16_ps(dots[i], query[c],
+                                 reinterpret_cast<__m512bh>(vectors.load(key, c)));
+  }
+  return sum_each(dots);
+}
+
+// sums[h][0 … 31] += weights[h] x values, for one chunk of the head size.
+template <int HEADS, int CHUNKS, bool EXACT>
+inline void add_values(HeadVectors<CHUNKS, EXACT> vectors, const bf16 (&weights)[HEADS][kTokenSpan],
+                       const bf16* values, int length, int chunk, const bf16* next,
+                       float (&sums)[HEADS][CHUNKS * 32]) {
+  const Interleave interleave;
+  const int size = vectors.size();
+  __m512 sum[HEADS][2];
+  for (int h = 0; h < HEADS; h++)
+    for (int half = 0; half < 2; half++)
+      sum[h][half] = _mm512_load_ps(sums[h] + chunk * 32 + half * 16);
+  for (int j = 0; j < length; j += 2) {
+    if (chunk == 0) prefetch(next + j * size, 2 * size);
+    // Two positions side by side, as vdpbf16ps wants pairs; behind the end one of weight 0.
+    const __m512i even = vectors.load(values + j * size, chunk);
+    const __m512i odd = vectors.load(values + std::min(j + 1, length - 1) * size, chunk);
+    const auto left =
+        reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(even, interleave.low, odd));
+    const auto right =
+        reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(even, interleave.high, odd));
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++) {
+      const __m512bh pair = broadcast_pair(weights[h] + j);
+      sum[h][0] = _mm512_dpbf16_ps(sum[h][0], pair, left);
+      sum[h][1] = _mm512_dpbf16_ps(sum[h][1], pair, right);
+    }
+  }
+  for (int h = 0; h < HEADS; h++)
+    for (int half = 0; half < 2; half++)
+      _mm512_store_ps(sums[h] + chunk * 32 + half * 16, sum[h][half]);
+}
+
+inline void scale_row(float* row, int width, float factor) {
+  for (int i = 0; i < width; i += 16)
+    _mm512_storeu_ps(row + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(factor)));
+}
+
+// HEADS query vectors of one token against `count` keys and values. `next` is what this thread will
+// read after them: it is asked for while the last values are read.
+template <int HEADS, int CHUNKS, bool EXACT>
+void attend_token(const Attention& shape, const bf16* query, ptrdiff_t head_stride,
+                  const bf16* keys, const bf16* values, int count, const bf16* next, bf16* out) {
+  const HeadVectors<CHUNKS, EXACT> vectors{shape.size};
+  const int size = vectors.size();
+  alignas(64) float scores[HEADS][kTokenSpan];
+  alignas(64) bf16 weights[HEADS][kTokenSpan];
+  alignas(64) float sums[HEADS][CHUNKS * 32] = {};
+  __m512bh q[HEADS][CHUNKS];
+  RunningSoftmax softmax[HEADS];
+  for (int h = 0; h < HEADS; h++)
+    for (int c = 0; c < CHUNKS; c++)
+      q[h][c] = reinterpret_cast<__m512bh>(vectors.load(query + h * head_stride, c));
+  for (int start = 0; start < count; start += kTokenSpan) {
+    const int length = std::min(kTokenSpan, count - start);
+    for (int j = 0; j < length; j += 16, keys += 16 * size) {
+      prefetch(keys + 16 * size, 16 * size);
+      prefetch(values + j * size, 16 * size);
+      for (int h = 0; h < HEADS; h++) {
+        const __m512 dots = length - j >= 16 ? dot_16<true>(vectors, q[h], keys, 15)
+                                             : dot_16<false>(vectors, q[h], keys, length - j - 1);
+        _mm512_store_ps(scores[h] + j, cap(dots, shape.scale, shape.softcap));
+      }
+    }
+    for (int h = 0; h < HEADS; h++) {
+      const float shrink = softmax[h].add(scores[h], 0, length, length, weights[h]);
+      if (shrink != 1.0f) scale_row(sums[h], CHUNKS * 32, shrink);
+    }
+    const bf16* following = start + kTokenSpan < count ? keys : next;
+#pragma GCC unroll 8
+    for (int c = 0; c < CHUNKS; c++)
+      add_values(vectors, weights, values, length, c, following, sums);
+    values += length * size;
+  }
+  for (int h = 0; h < HEADS; h++) {
+    const __m512 factor = _mm512_set1_ps(1.0f / softmax[h].sum);
+    for (int i = 0; i < size; i += 16)
+      store_bf16(out + h * size + i, _mm512_mul_ps(_mm512_load_ps(sums[h] + i), factor),
+                 first_lanes(size - i));
+  }
+}
+
+using AttendToken = void (*)(const Attention&, const bf16*, ptrdiff_t, const bf16*, const bf16*,
+                             int, const bf16*, bf16*);
+
+template <int CHUNKS, bool EXACT>
+AttendToken attend_token_for(int heads) {
+  static constexpr AttendToken by_heads[kHeadsTogether] = {
+      attend_token<1, CHUNKS, EXACT>, attend_token<2, CHUNKS, EXACT>,
+      attend_token<3, CHUNKS, EXACT>, attend_token<4, CHUNKS, EXACT>};
+  return by_heads[heads - 1];
+}
+
+AttendToken attend_token_for(int size, int heads) {
+  if (size == 64) return attend_token_for<2, true>(heads);
+  if (size == 128) return attend_token_for<4, true>(heads);
+  if (size < 64) return attend_token_for<2, false>(heads);
+  if (size < 128) return attend_token_for<4, false>(heads);
+  return attend_token_for<kMaxHeadSize / 32, false>(heads);
+}
+
+// What a thread needs for prefill; sized for the largest head.
+struct SpanScratch {
+  alignas(64) bf16 queries[(kMaxQueryRows + kSlackRows) * kMaxHeadSize];
+  alignas(64) bf16 keys[kSpan * kMaxHeadSize];
+  alignas(64) bf16 values[kSpan * kMaxHeadSize];
+  alignas(64) float scores[kMaxQueryRows * kSpan];
+  alignas(64) bf16 weights[(kMaxQueryRows + kSlackRows) * kSpan];
+  alignas(64) float sums[kMaxQueryRows * kMaxHeadSize];
+  RunningSoftmax softmax[kMaxQueryRows];
+  float shrink[kMaxQueryRows];
+};
+
+// Keys [length, size] as a weight with an output per key; values as one with an input per key.
+void pack_keys(const bf16* keys, int length, int size, bf16* to) {
+  for (int first = 0; first < length; first += kBlock)
+    for (int step = 0; step < size; step += kStep)
+      for (int half = 0; half < kBlock; half += 16, to += kTile) {
+        const int rows = std::clamp(length - first - half, 0, 16);
+        const bf16* from = keys + (rows > 0 ? (first + half) * size : 0) + step;
+        pack_tile(from, size, rows, size - step, to);
+      }
+}
+
+void pack_values(const bf16* values, int length, int size, bf16* to) {
+  const Interleave interleave;
+  for (int column = 0; column < size; column += kBlock)
+    for (int first = 0; first < length; first += kStep, to += kStepSize)
+      for (int line = 0; line < 16; line++) {
+        const int position = first + 2 * line;
+        const bf16* row = values + position * size + column;
+        const __mmask32 present = first_halves(size - column);
+        const __m512i even = _mm512_maskz_loadu_epi16(position < length ? present : 0, row);
+        const __m512i odd = _mm512_maskz_loadu_epi16(position + 1 < length ? present : 0, row + size);
+        _mm512_store_si512(to + line * 32, _mm512_permutex2var_epi16(even, interleave.low, odd));
+        _mm512_store_si512(to + kTile + line * 32,
+                           _mm512_permutex2var_epi16(even, interleave.high, odd));
+      }
+}
+
+// All query heads of one kv head, for `count` neighbouring tokens from position `start` on.
+// Query row r is head r % group of token r / group.
+void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query, int first_token,
+                 int kv_head, int start, int count, const bf16* keys, const bf16* values,
+                 SpanScratch& scratch, const Output& out) {
+  const int group = shape.group(), rows = count * group, size = shape.size;
+  const int width = round_up(size, kStep);
+  for (int r = 0; r < rows; r++) {
+    const bf16* from = query.at(first_token + r / group, kv_head * group + r % group);
+    for (int i = 0; i < width; i += 32)
+      _mm512_store_si512(scratch.queries + r * width + i,
+                         _mm512_maskz_loadu_epi16(first_halves(size - i), from + i));
+    scratch.softmax[r] = RunningSoftmax();
+  }
+  std::fill_n(scratch.sums, rows * width, 0.0f);
+  const int end = start + count;
+  for (int first = shape.first_visible(start); first < end; first += kSpan) {
+    const int length = std::min(kSpan, end - first);
+    const int blocks = round_up(length, kBlock) / kBlock;
+    pack_keys(keys + size_t(first) * size, length, size, scratch.keys);
+    pack_values(values + size_t(first) * size, length, size, scratch.values);
+    multiply(use_amx, scratch.queries, width, rows, scratch.keys, width / kStep, 0, blocks,
+             [&](int row, int block, __m512 left, __m512 right) {
+               float* at = scratch.scores + row * kSpan + block * kBlock;
+               _mm512_store_ps(at, cap(left, shape.scale, shape.softcap));
+               _mm512_store_ps(at + 16, cap(right, shape.scale, shape.softcap));
+             });
+    for (int r = 0; r < rows; r++) {
+      const int position = start + r / group;
+      scratch.shrink[r] = scratch.softmax[r].add(
+          scratch.scores + r * kSpan, shape.first_visible(position) - first, position + 1 - first,
+          length, scratch.weights + r * kSpan);
+    }
+    multiply(use_amx, scratch.weights, kSpan, rows, scratch.values, blocks, 0, width / kBlock,
+             [&](int row, int block, __m512 left, __m512 right) {
+               float* at = scratch.sums + row * width + block * kBlock;
+               const __m512 shrink = _mm512_set1_ps(scratch.shrink[row]);
+               _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), shrink, left));
+               _mm512_store_ps(at + 16, _mm512_fmadd_ps(_mm512_load_ps(at + 16), shrink, right));
+             });
+  }
+  for (int r = 0; r < rows; r++) {
+    bf16* to = out.data + (first_token + r / group) * out.token_stride +
+               (kv_head * group + r % group) * size;
+    const __m512 factor = _mm512_set1_ps(1.0f / scratch.softmax[r].sum);
+    for (int i = 0; i < size; i += 16)
+      store_bf16(to + i, _mm512_mul_ps(_mm512_load_ps(scratch.sums + r * width + i), factor),
+                 first_lanes(size - i));
+  }
+}
+
+// Who computes what of a step's attention; the same in every layer.
+class AttentionPlan {
+ public:
+  AttentionPlan(const std::vector<Stretch>& stretches, int group, int num_threads)
+      : stretches_(stretches) {
+    const int tokens_together = std::max(1, kMaxQueryRows / group);
+    std::vector<int64_t> cost_before{0};
+    for (int s = 0; s < static_cast<int>(stretches.size()); s++) {
+      if (stretches[s].count == 1) {
+        singles_.push_back(s);
+        cost_before.push_back(cost_before.back() + stretches[s].start + 16);
+      } else {
+        for (int first = 0; first < stretches[s].count; first += tokens_together)
+          blocks_.push_back({s, first, std::min(tokens_together, stretches[s].count - first)});
+      }
+    }
+    // The costliest first, so that no thread starts a long one when the others are done.
+    std::stable_sort(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) {
+      return stretches[a.stretch].start + a.first > stretches[b.stretch].start + b.first;
+    });
+    // Single tokens are split where half (a third, …) of the positions to read lies behind.
+    for (int thread = 0; thread <= num_threads; thread++) {
+      const int64_t target = cost_before.back() * thread / num_threads;
+      const auto at = std::lower_bound(cost_before.begin(), cost_before.end(), target);
+      first_single_.push_back(static_cast<int>(at - cost_before.begin()));
+    }
+  }
+
+  // This thread's part for one layer whose new keys and values are all written. `next_block` is
+  // shared by the threads and starts at 0.
+  void attend(int thread, bool use_amx, const Attention& shape, const LayerCache& cache,
+              const TokenVectors& query, const Output& out, SpanScratch& scratch,
+              std::atomic<int>& next_block) const {
+    const int num_heads = shape.num_kv_heads;
+    const int last = first_single_[thread + 1] * num_heads;
+    for (int item = first_single_[thread] * num_heads; item < last; item++)
+      attend_single(item, std::min(item + 1, last - 1), shape, cache, query, out);
+    const int num_items = static_cast<int>(blocks_.size()) * num_heads;
+    for (int item; (item = next_block.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+      const PrefillItem& block = blocks_[item / num_heads];
+      const Stretch& stretch = stretches_[block.stretch];
+      const int head = item % num_heads;
+      const size_t offset = cache.offset(shape, stretch.slot, head);
+      attend_span(use_amx, shape, query, stretch.first_token + block.first, head,
+                  stretch.start + block.first, block.count, cache.keys + offset,
+                  cache.values + offset, scratch, out);
+    }
+  }
+
+ private:
+  void attend_single(int item, int next_item, const Attention& shape, const LayerCache& cache,
+                     const TokenVectors& query, const Output& out) const {
+    const auto place = [&](int i) {
+      const Stretch& stretch = stretches_[singles_[i / shape.num_kv_heads]];
+      return cache.offset(shape, stretch.slot, i % shape.num_kv_heads) +
+             size_t(shape.first_visible(stretch.start)) * shape.size;
+    };
+    const Stretch& stretch = stretches_[singles_[item / shape.num_kv_heads]];
+    const int kv_head = item % shape.num_kv_heads, group = shape.group();
+    const int count = stretch.start + 1 - shape.first_visible(stretch.start);
+    const bf16 *keys = cache.keys + place(item), *values = cache.values + place(item);
+    const bf16* next = cache.keys + place(next_item);
+    for (int first = 0; first < group; first += kHeadsTogether) {
+      const int heads = std::min(kHeadsTogether, group - first);
+      const int head = kv_head * group + first;
+      const bf16* following = first + heads < group ? keys : next;
+      attend_token_for(shape.size, heads)(
+          shape, query.at(stretch.first_token, head), query.head_stride, keys, values, count,
+          following, out.data + stretch.first_token * out.token_stride + head * shape.size);
+    }
+  }
+
+  const std::vector<Stretch>& stretches_;
+  std::vector<int> singles_;          // stretches of one token
+  std::vector<PrefillItem> blocks_;   // the others, in pieces
+  std::vector<int> first_single_;     // per thread, and the end
+};
+
+// New keys and values of these tokens go into the cache.
+void write_cache(const Attention& shape, const LayerCache& cache, const Stretch& stretch,
+                 const TokenVectors& keys, const TokenVectors& values, int first, int last) {
+  const size_t bytes = shape.size * sizeof(bf16);
+  for (int i = first; i < last; i++)
+    for (int head = 0; head < shape.num_kv_heads; head++) {
+      const size_t at = cache.offset(shape, stretch.slot, head) +
+                        size_t(stretch.start + i) * shape.size;
+      std::memcpy(cache.keys + at, keys.at(stretch.first_token + i, head), bytes);
+      std::memcpy(cache.values + at, values.at(stretch.first_token + i, head), bytes);
+    }
+}
+
+// ---- 7. single operations ----------------------------------------------------------------------
+
+// Rows in pages of their own, each followed by what a product may read beyond it.
+class RowBuffer {
+ public:
+  bf16* reserve(int rows, int width) {
+    const size_t needed = size_t(rows + kSlackRows) * row_stride(width) * sizeof(bf16);
+    if (needed > size_) {
+      pages_ = Pages(needed);
+      size_ = needed;
+    }
+    return pages_.data<bf16>();
+  }
+
+ private:
+  Pages pages_;
+  size_t size_ = 0;
+};
+
+// A team with its weights and scratch memory.
+class Engine {
+ public:
+  Engine(int num_threads, bool use_amx) : team(num_threads, use_amx) {
+    for (int i = 0; i < num_threads; i++) spans_.emplace_back(sizeof(SpanScratch));
+  }
+
+  void linear(const Weight& weight, const bf16* x, int rows, bf16* to, float* to_float) {
+    bf16* staged = inputs_.reserve(rows, weight.inputs);
+    team.run([&](int thread) {
+      stage(thread, x, rows, weight.inputs, staged);
+      const int width = weight.outputs;
+      if (to_float != nullptr)
+        multiply(team, thread, weight, staged, rows, store_as_float(to_float, width, width));
+      else
+        multiply(team, thread, weight, staged, rows, store_as_bf16(to, width, width));
+    });
+  }
+
+  void gated_mlp(const Weight& gate_up, const Weight& down, Activation activation, const bf16* x,
+                 int rows, bf16* to) {
+    bf16* staged = inputs_.reserve(rows, gate_up.inputs);
+    bf16* gated = gated_.reserve(rows, down.inputs);
+    team.run([&](int thread) {
+      stage(thread, x, rows, gate_up.inputs, staged);
+      multiply(team, thread, gate_up, staged, rows,
+               store_gated(activation, gated, row_stride(down.inputs)));
+      team.barrier();
+      multiply(team, thread, down, gated, rows, store_as_bf16(to, down.outputs, down.outputs));
+    });
+  }
+
+  // Applies work(row) to all rows; few of them are not worth waking the others.
+  void for_rows(int rows, int width, const std::function<void(int)>& work) {
+    if (int64_t{rows} * width < kWorthWaking) {
+      for (int row = 0; row < rows; row++) work(row);
+      return;
+    }
+    team.run([&](int thread) {
+      const Share share(rows, thread, team.size());
+      for (int row = share.first; row < share.last; row++) work(row);
+    });
+  }
+
+  void attend(const Attention& shape, const LayerCache& cache,
+              const std::vector<Stretch>& stretches, const TokenVectors& query,
+              const TokenVectors& keys, const TokenVectors& values, const Output& out) {
+    const AttentionPlan plan(stretches, shape.group(), team.size());
+    std::atomic<int> next_block{0};
+    team.run([&](int thread) {
+      for (const Stretch& stretch : stretches) {
+        // Single tokens are dealt in turn, longer stretches in parts.
+        const bool is_mine = stretch.first_token % team.size() == thread;
+        const Share share = stretch.count > 1 ? Share(stretch.count, thread, team.size())
+                                              : Share(is_mine ? 1 : 0, 0, 1);
+        write_cache(shape, cache, stretch, keys, values, share.first, share.last);
+      }
+      team.barrier();
+      plan.attend(thread, team.uses_amx(), shape, cache, query, out, spans(thread), next_block);
+    });
+  }
+
+  SpanScratch& spans(int thread) { return *spans_[thread].data<SpanScratch>(); }
+
+  const Weight* keep(std::unique_ptr<Weight> weight) {
+    weights_.push_back(std::move(weight));
+    return weights_.back().get();
+  }
+
+  Team team;
+
+ private:
+  static constexpr int64_t kWorthWaking = 16 * 1024;  // elements; about 2 us of one thread
+
+  // Copies the inputs of a product to where whole steps and tiles may be read.
+  void stage(int thread, const bf16* x, int rows, int width, bf16* to) {
+    const Share share(rows, thread, team.size());
+    const int stride = row_stride(width), used = round_up(width, kStep);
+    for (int row = share.first; row < share.last; row++) {
+      std::memcpy(to + size_t(row) * stride, x + size_t(row) * width, width * sizeof(bf16));
+      std::fill(to + size_t(row) * stride + width, to + size_t(row) * stride + used, 0);
+    }
+    team.barrier();
+  }
+
+  std::vector<std::unique_ptr<Weight>> weights_;
+  std::vector<Pages> spans_;  // per thread
+  RowBuffer inputs_, gated_;
+};
+
+// ---- 9. the C ABI ------------------------------------------------------------------------------
+
+// Runs `work`; false where memory or threads could not be had.
+template <class Work>
+bool succeeds(Work work) noexcept {
+  try {
+    work();
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+enum { kHasAvx512Bf16 = 1, kHasAmx = 2 };
+
+// Which of our instructions this processor and system allow. Compiled for any x86-64, unlike the
+// rest, because it is called to find out whether the rest may be.
+__attribute__((target("no-avx"))) int headrace_features() {
+  __builtin_cpu_init();
+  int features = 0;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bf16"))
+    features |= kHasAvx512Bf16;
+#ifdef HEADRACE_EMULATE_AMX
+  features |= kHasAmx;
+#else
+  // Linux gives a process the tiles when it asks; an older kernel, or one without AMX, says no.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
+    features |= kHasAmx;
+#endif
+  return features;
+}
+
+// Null where threads or memory could not be had.
+void* headrace_engine_new(int num_threads, int use_amx) {
+  Engine* engine = nullptr;
+  succeeds([&] { engine = new Engine(num_threads, use_amx != 0); });
+  return engine;
+}
+
+void headrace_engine_free(void* engine) { delete static_cast<Engine*>(engine); }
+
+// Packs rows [outputs, inputs], or two such (gate and up); biases are float or null. Lives as long
+// as the engine. Null where memory could not be had.
+const void* headrace_weight_new(void* engine, int outputs, int inputs, const bf16* rows,
+                                const bf16* other, const float* bias, const float* other_bias) {
+  auto& e = *static_cast<Engine*>(engine);
+  const void* weight = nullptr;
+  succeeds([&] {
+    weight = e.keep(pack(e.team, outputs, inputs, {rows, other, bias, other_bias}));
+  });
+  return weight;
+}
+
+// x [rows, inputs] -> one of bf16 or float [rows, outputs]; the other is null.
+int headrace_linear(void* engine, const void* weight, const bf16* x, int rows, bf16* to,
+                    float* to_float) {
+  return succeeds([&] {
+    static_cast<Engine*>(engine)->linear(*static_cast<const Weight*>(weight), x, rows, to, to_float);
+  });
+}
+
+int headrace_gated_mlp(void* engine, const void* gate_up, const void* down, int activation,
+                       const bf16* x, int rows, bf16* to) {
+  return succeeds([&] {
+    static_cast<Engine*>(engine)->gated_mlp(*static_cast<const Weight*>(gate_up),
+                                            *static_cast<const Weight*>(down),
+                                            static_cast<Activation>(activation), x, rows, to);
+  });
+}
+
+// x [rows, width] -> [rows, width].
+void headrace_rms_norm(void* engine, const bf16* x, const float* weight, int rows, int width,
+                       float eps, bf16* to) {
+  static_cast<Engine*>(engine)->for_rows(rows, width, [&](int row) {
+    rms_norm(x + size_t(row) * width, weight, width, eps, to + size_t(row) * width);
+  });
+}
+
+void headrace_layer_norm(void* engine, const bf16* x, const float* weight, const float* bias,
+                         int rows, int width, float eps, bf16* to) {
+  static_cast<Engine*>(engine)->for_rows(rows, width, [&](int row) {
+    layer_norm(x + size_t(row) * width, weight, bias, width, eps, to + size_t(row) * width);
+  });
+}
+
+struct HeadraceAttention {
+  int num_heads, num_kv_heads, size, window, max_tokens;
+  float scale, softcap;
+  bf16 *keys, *values;  // [slot, kv head, max_tokens, size]
+};
+
+struct HeadraceVectors {
+  const bf16* data;
+  ptrdiff_t token_stride, head_stride;
+};
+
+// Writes the new keys and values of `count` stretches into the cache, then lets every token see its
+// sequence up to itself. Tokens stand in the order of the stretches; out is [tokens, heads, size].
+int headrace_attend(void* engine, const HeadraceAttention* layer, int count, const int* slots,
+                    const int* starts, const int* counts, const HeadraceVectors* query,
+                    const HeadraceVectors* keys, const HeadraceVectors* values, bf16* out) {
+  const auto vectors = [](const HeadraceVectors* v) {
+    return TokenVectors{v->data, v->token_stride, v->head_stride};
+  };
+  return succeeds([&] {
+    const Attention shape{layer->num_heads, layer->num_kv_heads, layer->size,
+                          layer->scale,     layer->softcap,      layer->window};
+    std::vector<Stretch> stretches;
+    for (int i = 0, token = 0; i < count; token += counts[i++])
+      stretches.push_back({token, slots[i], starts[i], counts[i]});
+    static_cast<Engine*>(engine)->attend(
+        shape, {layer->keys, layer->values, layer->max_tokens}, stretches, vectors(query),
+        vectors(keys), vectors(values), {out, ptrdiff_t{shape.num_heads} * shape.size});
+  });
+}
+
+// Per row of x [rows, width]: the first of the largest, the largest, and the sum of exp(x - max).
+void headrace_row_statistics(void* engine, const float* x, int rows, int width, int64_t* best,
+                             float* max, float* sum_exp) {
+  static_cast<Engine*>(engine)->for_rows(rows, width, [&](int row) {
+    const RowStatistics found = row_statistics(x + size_t(row) * width, width);
+    best[row] = found.best;
+    max[row] = found.max;
+    sum_exp[row] = found.sum_exp;
+  });
+}
+
+}  // extern "C"

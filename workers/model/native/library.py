@@ -1,0 +1,435 @@
+"""The compiled kernels as typed functions over torch tensors: find, check the processor, load.
+
+:func:`load` gives the library or the reason why there is none; nothing is opened at import. An
+:class:`Engine` owns threads, packed weights and scratch memory. ctypes releases the GIL for each
+call, so the engine's arithmetic never blocks the event loop of its process.
+"""
+
+import ctypes
+import platform
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_AVX512_BF16 = 1
+_AMX = 2
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+"""Those that :meth:`Engine.gated_mlp` knows; ``gelu_tanh`` is torch's ``approximate="tanh"``."""
+
+MAX_HEAD_SIZE = 256
+
+MAX_GROUP = 128
+"""Query heads per key head that attention can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The kernels, on a processor that runs them."""
+
+    functions: ctypes.CDLL
+    has_amx: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Why there are no kernels here; ``reason`` completes "native kernels are off: …"."""
+
+    reason: str
+
+
+class Span(Protocol):
+    """Neighbouring positions of one slot; see :class:`workers.model.attention.Stretch`."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+
+
+@cache
+def load() -> Library | Unavailable:
+    """The library built at installation, if it is there and this processor runs it."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return Unavailable("not Linux on x86-64")
+    path = Path(__file__).with_name(f"kernels{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.exists():
+        return Unavailable("no compiler at install")
+    return open_library(path)
+
+
+def open_library(path: Path) -> Library | Unavailable:
+    """The library at ``path``, if this processor runs it."""
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Unavailable(f"{path.name} does not load: {error}")
+    features: int = functions.headrace_features()
+    if not features & _AVX512_BF16:
+        return Unavailable("processor lacks avx512_bf16")
+    _declare(functions)
+    return Library(functions, has_amx=bool(features & _AMX))
+
+
+class Weight:
+    """A packed weight; lives as long as its engine."""
+
+    __slots__ = ("handle", "num_inputs", "num_outputs")
+
+    def __init__(self, handle: int, num_outputs: int, num_inputs: int) -> None:
+        self.handle = handle
+        self.num_outputs = num_outputs
+        self.num_inputs = num_inputs
+
+
+class _Vectors(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("token_stride", ctypes.c_ssize_t),
+        ("head_stride", ctypes.c_ssize_t),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        ("num_heads", ctypes.c_int),
+        ("num_kv_heads", ctypes.c_int),
+        ("size", ctypes.c_int),
+        ("window", ctypes.c_int),
+        ("max_tokens", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    ]
+
+
+class Places:
+    """Where a step's tokens lie, in the form the kernels take; made once, used in each layer."""
+
+    __slots__ = ("count", "counts", "num_tokens", "slots", "starts")
+
+    def __init__(self, stretches: Sequence[Span]) -> None:
+        self.count = len(stretches)
+        array = ctypes.c_int * self.count
+        self.slots = array(*[stretch.slot for stretch in stretches])
+        self.starts = array(*[stretch.start for stretch in stretches])
+        self.counts = array(*[stretch.count for stretch in stretches])
+        self.num_tokens = sum(self.counts)
+
+
+class Engine:
+    """Threads, packed weights and scratch memory for the kernels; for one thread at a time.
+
+    All inputs are bfloat16 tensors on the CPU; only their last dimension is the row, whatever
+    stands before it. Weights of norms and biases are float32.
+
+    Raises:
+        MemoryError: from any method, if memory or threads cannot be had.
+    """
+
+    def __init__(self, library: Library, num_threads: int, *, use_amx: bool | None = None) -> None:
+        """``use_amx`` None: where the processor has it."""
+        self.num_threads = num_threads
+        self.uses_amx = library.has_amx if use_amx is None else use_amx
+        self._functions = library.functions
+        self._handle: int | None = self._functions.headrace_engine_new(num_threads, self.uses_amx)
+        if not self._handle:
+            raise MemoryError(f"no {num_threads} threads for the kernels")
+
+    def close(self) -> None:
+        """End the threads and free all packed weights. Nothing may be called after."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._functions.headrace_engine_free(handle)
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def handle(self) -> int:
+        """For functions of the library that take the engine."""
+        if self._handle is None:
+            raise ValueError("the engine is closed")
+        return self._handle
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Weight:
+        """Copy ``weight`` ``[outputs, inputs]`` into the layout of the product.
+
+        Weights lie in memory in the order of these calls; the order of use is the fastest.
+        """
+        return self._pack(weight, None, bias, None)
+
+    def pack_gated(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> Weight:
+        """The first two weights of a gated MLP as one, for :meth:`gated_mlp` only."""
+        if gate.shape != up.shape:
+            raise ValueError("gate and up differ in shape")
+        if (gate_bias is None) != (up_bias is None):
+            raise ValueError("a bias on one of gate and up only")
+        return self._pack(gate, up, gate_bias, up_bias)
+
+    def _pack(
+        self,
+        weight: torch.Tensor,
+        other: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        other_bias: torch.Tensor | None,
+    ) -> Weight:
+        rows = _bf16(weight)
+        others = None if other is None else _bf16(other)
+        floats = [
+            None if b is None else b.detach().float().contiguous() for b in (bias, other_bias)
+        ]
+        num_outputs, num_inputs = rows.shape
+        handle: int | None = self._functions.headrace_weight_new(
+            self.handle,
+            num_outputs,
+            num_inputs,
+            rows.data_ptr(),
+            None if others is None else others.data_ptr(),
+            *[None if b is None else b.data_ptr() for b in floats],
+        )
+        if not handle:
+            raise MemoryError(f"no memory for a weight of {num_outputs} x {num_inputs}")
+        return Weight(handle, num_outputs, num_inputs)
+
+    def linear(
+        self, weight: Weight, x: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        """``x`` ``[…, inputs]`` times ``weight``, plus its bias: ``[…, outputs]``.
+
+        ``dtype`` of the answer is bfloat16 or float32.
+        """
+        x = _rows(x, weight.num_inputs)
+        output = x.new_empty((*x.shape[:-1], weight.num_outputs), dtype=dtype)
+        is_float = dtype == torch.float32
+        self._check(
+            self._functions.headrace_linear(
+                self.handle,
+                weight.handle,
+                x.data_ptr(),
+                _num_rows(x),
+                None if is_float else output.data_ptr(),
+                output.data_ptr() if is_float else None,
+            )
+        )
+        return output
+
+    def gated_mlp(
+        self, gate_up: Weight, down: Weight, activation: str, x: torch.Tensor
+    ) -> torch.Tensor:
+        """``down(activation(gate(x)) * up(x))``; ``activation`` is one of ``ACTIVATIONS``."""
+        x = _rows(x, gate_up.num_inputs)
+        if down.num_inputs != gate_up.num_outputs:
+            raise ValueError("down does not take what gate and up give")
+        output = x.new_empty((*x.shape[:-1], down.num_outputs))
+        self._check(
+            self._functions.headrace_gated_mlp(
+                self.handle,
+                gate_up.handle,
+                down.handle,
+                ACTIVATIONS[activation],
+                x.data_ptr(),
+                _num_rows(x),
+                output.data_ptr(),
+            )
+        )
+        return output
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """``x / rms(x) * weight``; ``weight`` is float32 (Gemma's must be given as 1 + w)."""
+        x = _rows(x, weight.numel())
+        output = torch.empty_like(x)
+        self._functions.headrace_rms_norm(
+            self.handle,
+            x.data_ptr(),
+            weight.data_ptr(),
+            _num_rows(x),
+            x.shape[-1],
+            eps,
+            output.data_ptr(),
+        )
+        return output
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Layer norm over the last dimension; ``weight`` and ``bias`` are float32."""
+        x = _rows(x, x.shape[-1] if weight is None else weight.numel())
+        output = torch.empty_like(x)
+        self._functions.headrace_layer_norm(
+            self.handle,
+            x.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            _num_rows(x),
+            x.shape[-1],
+            eps,
+            output.data_ptr(),
+        )
+        return output
+
+    def attend(
+        self,
+        places: Places,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Store ``key`` and ``value``, then let each token see its sequence up to itself.
+
+        ``cache`` is a layer's keys and values, ``[slot, kv head, position, size]`` and contiguous;
+        the others are ``[tokens, heads, size]``, tokens in the order of ``places``, with any
+        strides of tokens and heads. The answer is ``[tokens, heads, size]``.
+        """
+        keys, values = cache
+        num_tokens, num_heads, size = query.shape
+        if num_tokens != places.num_tokens:
+            raise ValueError(f"{num_tokens} tokens, but stretches of {places.num_tokens}")
+        layer = _Attention(
+            num_heads,
+            keys.shape[1],
+            size,
+            window or 0,
+            keys.shape[2],
+            scale,
+            softcap or 0.0,
+            keys.data_ptr(),
+            values.data_ptr(),
+        )
+        query, key, value = (_heads(x, size) for x in (query, key, value))
+        output = query.new_empty((num_tokens, num_heads, size))
+        self._check(
+            self._functions.headrace_attend(
+                self.handle,
+                ctypes.byref(layer),
+                places.count,
+                places.slots,
+                places.starts,
+                places.counts,
+                _vectors(query),
+                _vectors(key),
+                _vectors(value),
+                output.data_ptr(),
+            )
+        )
+        return output
+
+    def row_statistics(
+        self, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Per row of float32 ``logits`` ``[rows, vocab]``: where its largest stands (the first of
+        equals), the largest, and the sum of ``exp(x - largest)``: NaN where any is not finite.
+        """
+        num_rows, width = logits.shape
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            raise ValueError("logits must be contiguous and float32")
+        best = torch.empty(num_rows, dtype=torch.int64)
+        largest, sum_exp = torch.empty(2, num_rows).unbind()
+        self._functions.headrace_row_statistics(
+            self.handle,
+            logits.data_ptr(),
+            num_rows,
+            width,
+            best.data_ptr(),
+            largest.data_ptr(),
+            sum_exp.data_ptr(),
+        )
+        return best, largest, sum_exp
+
+    def _check(self, succeeded: int) -> None:
+        if not succeeded:
+            raise MemoryError("no scratch memory for the kernels")
+
+
+def can_attend(num_heads: int, num_kv_heads: int, key_size: int, value_size: int) -> bool:
+    """Whether :meth:`Engine.attend` takes such a layer."""
+    return (
+        key_size == value_size
+        and key_size <= MAX_HEAD_SIZE
+        and num_heads % num_kv_heads == 0
+        and num_heads // num_kv_heads <= MAX_GROUP
+    )
+
+
+def _bf16(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.bfloat16).contiguous()
+
+
+def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    if x.dtype != torch.bfloat16 or x.shape[-1] != width:
+        raise ValueError(f"expected bfloat16 rows of {width}, not {x.dtype} {tuple(x.shape)}")
+    return x.contiguous()
+
+
+def _num_rows(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _heads(x: torch.Tensor, size: int) -> torch.Tensor:
+    if x.dtype != torch.bfloat16 or x.shape[-1] != size:
+        raise ValueError(f"expected bfloat16 heads of {size}, not {x.dtype} {tuple(x.shape)}")
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _vectors(x: torch.Tensor) -> _Vectors:
+    return _Vectors(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    """Types of the arguments, as in the last section of kernels.cpp."""
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    integers = ctypes.POINTER(ctypes.c_int)
+    vectors = ctypes.POINTER(_Vectors)
+    signatures: dict[str, tuple[object, Sequence[object]]] = {
+        "engine_new": (pointer, [integer, integer]),
+        "engine_free": (None, [pointer]),
+        "weight_new": (pointer, [pointer, integer, integer, *[pointer] * 4]),
+        "linear": (integer, [pointer, pointer, pointer, integer, pointer, pointer]),
+        "gated_mlp": (integer, [pointer, pointer, pointer, integer, pointer, integer, pointer]),
+        "rms_norm": (None, [pointer, pointer, pointer, integer, integer, real, pointer]),
+        "layer_norm": (None, [*[pointer] * 4, integer, integer, real, pointer]),
+        "attend": (
+            integer,
+            [
+                pointer,
+                ctypes.POINTER(_Attention),
+                integer,
+                integers,
+                integers,
+                integers,
+                vectors,
+                vectors,
+                vectors,
+                pointer,
+            ],
+        ),
+        "row_statistics": (None, [pointer, pointer, integer, integer, *[pointer] * 3]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(functions, f"headrace_{name}")
+        function.restype = result
+        function.argtypes = arguments
