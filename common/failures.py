@@ -235,6 +235,15 @@ KINDS: dict[str, FailureKind] = {
             "The model produced numbers that are not finite.",
         ),
         _kind(
+            "CUDA_OOM",
+            503,
+            _SERVER,
+            "overloaded",
+            True,
+            Actor.OPERATOR,
+            "The device has no memory for this generation, even without others beside it.",
+        ),
+        _kind(
             "ENGINE_ERROR",
             500,
             _SERVER,

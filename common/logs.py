@@ -44,6 +44,7 @@ MEANINGS: dict[str, str] = {
     "engine.paused": "The engine stopped stepping because results can not be published.",
     "engine.resumed": "The engine goes on after a pause.",
     "engine.selected": "Which engine, device and fast paths this worker runs, and why.",
+    "engine.memory_refused": "The device had no memory for a step; it was run in parts.",
     "engine.stalled": "No step ended within its limit; the process exits.",
     "fault.injected": "A test or an operator caused a fault on purpose.",
     "foreign.logged": "A line of another library.",

@@ -1,112 +1,328 @@
-"""Any sequence of submits, cancels and steps keeps the scheduler's promises."""
+"""Any sequence of submits, cancels, faults and steps keeps the promises of scheduler and cache.
 
-from hypothesis import settings
+The runner computes nothing; it writes down which token lies where, as the real cache would, and
+looks before each step whether what a sequence reads is its own prefix and nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.models.tokenizer import Tokenizer
+from tests.support.depth import searched
 from tests.support.engines import request
 from tests.support.tiny_model import build_tokenizer
-from workers.engine.scheduler import Chunk, Limits, Scheduler
+from workers.engine import places as places_module
+from workers.engine.batching import BatchingEngine, Choice
+from workers.engine.places import PagePlaces, Places, SlotPlaces
+from workers.engine.port import DeviceMemoryError, EngineRequest
+from workers.engine.scheduler import Chunk, Limits
 from workers.engine.sequence import Sequence, TextRules
 
 RULES = TextRules(Tokenizer(build_tokenizer(), {}), frozenset())
-LETTER = 70
-LARGEST = 24
+BLOCK = 4
+MAX_PROMPT = 6 * BLOCK + 3
+LARGEST = MAX_PROMPT + 20
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """The scheduler with an engine that computes nothing, beside the plain truth."""
+@dataclass
+class Cell:
+    """One position of the cache: keys and values of one token, seen from the scope it came from."""
+
+    token: int
+    position: int
+    scope: str
+    writer: Sequence
+    is_proven: bool = False
+    is_doubted: bool = False
+    """Who read it last had logits that were not finite."""
+
+
+Address = tuple[int, int]
+"""(slot or page, offset in it)."""
+
+
+@dataclass
+class Recorder:
+    """Implements :class:`workers.engine.batching.Runner` on a cache of cells."""
+
+    page_tokens: int | None
+    is_bad: Callable[[Sequence], bool] = lambda _: False
+    """Whose logits are not finite."""
+    does_fit: Callable[[list[Chunk]], bool] = lambda _: True
+    cells: dict[Address, Cell] = field(default_factory=dict[Address, Cell])
+    homes: dict[str, Chunk] = field(default_factory=dict[str, Chunk])
+    """The last chunk of each sequence: where it lies."""
+
+    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+        for chunk in chunks:
+            self.copy(chunk)
+        for chunk in chunks:
+            self.check_prefix(chunk)
+        for chunk in chunks:
+            self.write(chunk)
+        if not self.does_fit(chunks):
+            raise DeviceMemoryError  # after it has written: the next try finds what this one left
+        return [self.choose(chunk) for chunk in chunks if chunk.samples]
+
+    def address(self, chunk: Chunk, position: int) -> Address:
+        if self.page_tokens is None:
+            return (chunk.slot, position)
+        return (chunk.pages[position // self.page_tokens], position % self.page_tokens)
+
+    def copy(self, chunk: Chunk) -> None:
+        if chunk.copied_from is not None:
+            source, num_tokens = chunk.copied_from
+            assert source != chunk.slot
+            assert num_tokens == chunk.start
+            for position in range(num_tokens):
+                self.cells[chunk.slot, position] = self.cells[source, position]
+
+    def check_prefix(self, chunk: Chunk) -> None:
+        """What it reads are its own tokens, computed in its own scope, by itself or proven."""
+        seq = chunk.sequence
+        is_new = self.homes.get(seq.id) is None or chunk.start == 0
+        for position in range(chunk.start):
+            cell = self.cells[self.address(chunk, position)]
+            assert (cell.token, cell.position) == (seq.tokens[position], position)
+            assert cell.scope == seq.cache_scope
+            assert cell.is_proven or cell.writer is seq
+            assert not (is_new and cell.is_doubted)
+
+    def write(self, chunk: Chunk) -> None:
+        seq = chunk.sequence
+        self.homes[seq.id] = chunk
+        for position in range(chunk.start, chunk.end):
+            cell = Cell(seq.tokens[position], position, seq.cache_scope, seq)
+            self.cells[self.address(chunk, position)] = cell
+
+    def choose(self, chunk: Chunk) -> Choice | None:
+        seq = chunk.sequence
+        is_bad = self.is_bad(seq)
+        for position in range(chunk.end):
+            cell = self.cells[self.address(chunk, position)]
+            cell.is_doubted = is_bad  # who reads it later and is fine, vouches for it again
+            cell.is_proven |= not is_bad
+        # Two letters: answers, too, have prefixes in common.
+        return None if is_bad else Choice(70 + sum(seq.tokens) % 2, 0.0)
+
+
+@dataclass
+class Fault:
+    """What happens in one step besides computing."""
+
+    bad: int = 0
+    """Every so-manieth sequence has logits that are not finite; 0: none."""
+    most_tokens: int = 10_000
+    """What fits the device at once."""
+    misfit: int = 0
+    """Every so-manieth sequence does not fit even alone; 0: none."""
+
+
+faults = st.one_of(
+    st.just(Fault()),
+    st.builds(
+        Fault,
+        bad=st.integers(0, 3),
+        most_tokens=st.sampled_from([1, 2, 7, 10_000]),
+        misfit=st.integers(0, 3),
+    ),
+)
+prompts = st.builds(
+    lambda blocks, tail: [token for block in blocks for token in [block] * BLOCK] + tail,
+    st.lists(st.sampled_from([70, 71]), max_size=6),
+    st.lists(st.sampled_from([70, 71, 72]), min_size=1, max_size=3),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """The engine over a recording runner, beside the plain truth."""
+
+    def places(self, limits: Limits) -> Places:
+        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
-        self.submitted = 0
-        self.ended = 0
-        self.alive: dict[str, Sequence] = {}
+        self.num_submitted = 0
+        self.alive: dict[str, EngineRequest] = {}
+        self.num_tokens: dict[str, int] = {}
+        self.hits = 0
 
-    @initialize(slots=st.integers(1, 4), cache=st.integers(LARGEST, 60), budget=st.integers(1, 12))
+    @initialize(slots=st.integers(1, 4), cache=st.integers(0, 40), budget=st.integers(1, 24))
     def build(self, slots: int, cache: int, budget: int) -> None:
-        self.limits = Limits(max_sequences=slots, cache_tokens=cache, step_tokens=budget)
-        self.scheduler = Scheduler(self.limits)
-
-    @rule(num_prompt=st.integers(1, 12), num_logged=st.integers(0, 5), more=st.integers(1, 7))
-    def submit(self, num_prompt: int, num_logged: int, more: int) -> None:
-        self.submitted += 1
-        seq = Sequence(
-            request(
-                str(self.submitted),
-                [LETTER] * num_prompt,
-                logged=[LETTER] * num_logged,
-                max_new_tokens=num_logged + more,
-            ),
+        tokens = -(-(LARGEST + cache) // BLOCK) * BLOCK
+        self.limits = Limits(max_sequences=slots, cache_tokens=tokens, step_tokens=budget)
+        self.kept = self.places(self.limits)
+        self.runner = Recorder(BLOCK if isinstance(self.kept, PagePlaces) else None)
+        self.time_s = 0.0
+        self.engine = BatchingEngine(
+            self.runner,
             RULES,
+            self.limits,
+            model_version="m@1",
+            max_cost=LARGEST,
+            vocab_size=300,
+            places=self.kept,
+            clock=lambda: self.time_s,
         )
-        self.alive[seq.id] = seq
-        self.scheduler.add(seq)
+
+    @rule(
+        prompt=prompts,
+        logged=st.lists(st.sampled_from([70, 71]), max_size=5),
+        more=st.integers(1, 12),
+        scope=st.sampled_from(["one", "two"]),
+    )
+    def submit(self, prompt: list[int], logged: list[int], more: int, scope: str) -> None:
+        self.num_submitted += 1
+        id = str(self.num_submitted)
+        plain = request(id, prompt, logged=logged, max_new_tokens=len(logged) + more)
+        self.alive[id] = EngineRequest(id, prompt, plain.sampling, logged, cache_scope=scope)
+        self.num_tokens[id] = len(logged)
+        self.engine.submit(self.alive[id])
 
     @rule(which=st.integers(0, 100))
     def cancel(self, which: int) -> None:
         if self.alive:
-            self.end(sorted(self.alive)[which % len(self.alive)])
+            id = sorted(self.alive)[which % len(self.alive)]
+            self.engine.cancel(id)
+            self.end(id)
 
-    @rule()
-    def step(self) -> None:
-        chunks = self.scheduler.plan()
-        self.check(chunks)
-        closed = [chunk.sequence for chunk in chunks if chunk.samples]
-        self.scheduler.complete(chunks)
-        for seq in closed:
-            assert seq.num_pending == 0
-            seq.append(LETTER)
-            if seq.finish is not None:
-                self.end(seq.id)
+    @rule(fault=faults)
+    def step(self, fault: Fault) -> None:
+        runner = self.runner
+        runner.is_bad = lambda seq: fault.bad > 0 and int(seq.id) % fault.bad == 0
+        is_misfit = lambda seq: fault.misfit > 0 and int(seq.id) % fault.misfit == 0  # noqa: E731
+        runner.does_fit = lambda chunks: (
+            sum(chunk.count for chunk in chunks) <= fault.most_tokens
+            and not any(is_misfit(chunk.sequence) for chunk in chunks)
+        )
+        planned = self.watch_plan()
+        outputs = self.engine.step()
+        if self.alive:
+            assert planned, "there is work, and nothing is done"
+        for output in outputs:
+            assert output.start == self.num_tokens[output.id]
+            self.num_tokens[output.id] += len(output.tokens)
+            if output.finish is None:
+                continue
+            if output.finish.code == "NAN_LOGITS":
+                assert int(output.id) % fault.bad == 0
+            elif output.finish.code == "CUDA_OOM":
+                assert int(output.id) % fault.misfit == 0
+            else:
+                assert output.finish.reason == "length"
+            self.end(output.id)
+
+    def watch_plan(self) -> list[Chunk]:
+        """Check the next plan when it is made; returns where its chunks will stand."""
+        scheduler, seen = self.engine._scheduler, list[Chunk]()
+        plan = type(scheduler).plan
+
+        def watched() -> list[Chunk]:
+            del scheduler.plan  # pyright: ignore[reportAttributeAccessIssue]
+            seen.extend(plan(scheduler))
+            self.check(seen)
+            return list(seen)
+
+        scheduler.plan = watched
+        return seen
 
     def end(self, id: str) -> None:
-        self.scheduler.remove(self.alive.pop(id))
-        self.ended += 1
+        del self.alive[id]
+        self.runner.homes.pop(id, None)
 
     def check(self, chunks: list[Chunk]) -> None:
         """What every plan must keep."""
-        if self.alive:
-            assert chunks, "there is work, and nothing is done"
         assert sum(chunk.count for chunk in chunks) <= self.limits.step_tokens
         slots = [chunk.slot for chunk in chunks]
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < self.limits.max_sequences for slot in slots)
+        sources = {chunk.copied_from[0] for chunk in chunks if chunk.copied_from}
+        starting = {chunk.slot for chunk in chunks if chunk.copied_from or chunk.start == 0}
+        assert not sources & starting, "a source is overwritten before the step is over"
         for chunk in chunks:
-            assert self.alive[chunk.sequence.id] is chunk.sequence
+            assert chunk.sequence.id in self.alive
             assert chunk.start == chunk.sequence.num_computed
             assert 0 < chunk.count <= chunk.sequence.num_pending
-        running = [seq for seq in self.alive.values() if seq.num_computed]
-        used = sum(seq.num_tokens for seq in running)
-        assert used <= self.limits.cache_tokens or len(running) == 1
+            self.hits += chunk.start > 0 and self.runner.homes.get(chunk.sequence.id) is None
+            if isinstance(self.kept, PagePlaces):
+                self.check_pages(chunk)
+        used = sum(s.num_tokens for s in self.engine._scheduler._running.values())
+        assert used <= self.limits.cache_tokens or isinstance(self.kept, PagePlaces)
+
+    def check_pages(self, chunk: Chunk) -> None:
+        """Enough of them, no one twice, and where it writes nobody else looks."""
+        assert len(chunk.pages) * BLOCK >= chunk.end
+        assert len(set(chunk.pages)) == len(chunk.pages)
+        written = set(chunk.pages[chunk.start // BLOCK :])
+        running = self.engine._scheduler._running.values()
+        for other in running:
+            if other is not chunk.sequence:
+                assert not written & set(self.kept.place_of(other).pages)
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        if self.submitted:
-            counted = self.scheduler.num_running + self.scheduler.num_waiting
-            assert counted == len(self.alive) == self.submitted - self.ended
-            assert self.scheduler.num_running <= self.limits.max_sequences
-            assert self.scheduler.promised_tokens == sum(s.cost for s in self.alive.values())
+        if self.num_submitted:
+            load = self.engine.load()
+            assert load.running + load.waiting == len(self.alive)
+            assert load.running <= self.limits.max_sequences
+            promised = sum(one.cost for one in self.alive.values())
+            assert load.free_tokens == max(0, self.kept.capacity_tokens - promised)
+
+    @invariant()
+    def no_page_leaks(self) -> None:
+        kept = getattr(self, "kept", None)
+        if isinstance(kept, PagePlaces):
+            held = [page for place in kept._places.values() for page in place.pages]
+            for page, num_users in enumerate(kept._num_users):
+                assert num_users == held.count(page)
+            known = [*kept._empty, *kept._unused, *set(held)]
+            assert sorted(known) == list(range(len(kept._num_users)))
+            assert {page: name for name, page in kept._page_of.items()} == kept._digest_of
 
     def teardown(self) -> None:
         """Left alone, everything ends, each within the work that was ahead of it."""
-        if self.submitted == 0:
+        if self.num_submitted == 0:
             return
         # Each token may be computed again for each sequence that ends and so lets it in again.
-        work = sum(seq.cost for seq in self.alive.values())
+        work = sum(one.cost for one in self.alive.values())
         for _ in range(work * (len(self.alive) + 1) + 1):
             if not self.alive:
                 break
-            self.step()
+            self.step(Fault())
         assert not self.alive, "starved"
-        assert self.scheduler.plan() == []
-        everyone = [Sequence(request(f"x{i}", [LETTER]), RULES) for i in range(4)]
-        for seq in everyone:
-            self.scheduler.add(seq)
-        self.scheduler.plan()
-        assert self.scheduler.num_running == self.limits.max_sequences, "a slot leaked"
+        assert self.engine.step() == []
+        kept: Any = self.kept
+        assert kept._places == {}
+        assert kept._starting == {}
+        assert sorted(getattr(kept, "_free_slots", None) or kept._free) == list(
+            range(self.limits.max_sequences)
+        )
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
-TestScheduler = SchedulerMachine.TestCase
+class SlotMachine(EngineMachine):
+    def places(self, limits: Limits) -> Places:
+        return SlotPlaces(limits.max_sequences, limits.cache_tokens, block_tokens=BLOCK)
+
+
+class PageMachine(EngineMachine):
+    def places(self, limits: Limits) -> Places:
+        return PagePlaces(
+            limits.cache_tokens // BLOCK, page_tokens=BLOCK, max_sequences=limits.max_sequences
+        )
+
+
+@pytest.fixture(autouse=True)
+def _wait_for_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these small sequences have in common is worth waiting for, too."""
+    monkeypatch.setattr(places_module, "_WORTH_WAITING_TOKENS", 2 * BLOCK)
+
+
+SlotMachine.TestCase.settings = searched(max_examples=60, steps=40)
+PageMachine.TestCase.settings = searched(max_examples=60, steps=40)
+TestSlots = SlotMachine.TestCase
+TestPages = PageMachine.TestCase

@@ -5,7 +5,9 @@ from collections.abc import Sequence as Rows
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import request
 from tests.support.tiny_model import build_tokenizer
-from workers.engine.scheduler import Chunk, Limits, Scheduler
+from workers.engine.places import SlotPlaces
+from workers.engine.scheduler import Chunk, Limits
+from workers.engine.scheduler import Scheduler as PlacedScheduler
 from workers.engine.sequence import Sequence, TextRules
 
 RULES = TextRules(Tokenizer(build_tokenizer(), {}), frozenset())
@@ -13,15 +15,19 @@ ROOMY = Limits(max_sequences=4, cache_tokens=1000, step_tokens=100)
 LETTER = 70
 
 
+def Scheduler(limits: Limits) -> PlacedScheduler:  # noqa: N802
+    return PlacedScheduler(limits, SlotPlaces(limits.max_sequences, limits.cache_tokens))
+
+
 def sequence(id: str, num_prompt: int, max_new_tokens: int = 50) -> Sequence:
     return Sequence(request(id, [LETTER] * num_prompt, max_new_tokens=max_new_tokens), RULES)
 
 
-def step(scheduler: Scheduler) -> list[Chunk]:
+def step(scheduler: PlacedScheduler) -> list[Chunk]:
     """Plan a step and let it happen: every closed gap brings a token."""
     chunks = scheduler.plan()
     closed = [chunk.sequence for chunk in chunks if chunk.samples]
-    scheduler.complete(chunks)
+    scheduler.complete(chunks, 0.0)
     for seq in closed:
         seq.append(LETTER)
     return chunks

@@ -1,17 +1,24 @@
 """The engine itself: continuous batching over any runner. ``torch`` and ``simulated`` differ below.
 
 A step reads as its stages: plan, run, take the chosen tokens. One generation's fault ends that one
-generation; only a fault of the runner is a fault of the engine.
+generation, and a step that the device has no memory for is run in parts; only a fault of the runner
+is a fault of the engine.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from common.clock import monotonic_s
 from common.failures import KINDS
+from common.logs import get_logger
 from common.messages import Finish, FinishReason, escape_piece
-from workers.engine.port import EngineLoad, EngineRequest, StepOutput
+from workers.engine.places import Places, SlotPlaces
+from workers.engine.port import DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
 from workers.engine.scheduler import Chunk, Limits, Scheduler
 from workers.engine.sequence import Sequence, TextRules
+
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +35,32 @@ class Runner(Protocol):
     def run(self, chunks: list[Chunk]) -> list[Choice | None]:
         """Compute all chunks and choose the next token of each one that ``samples``, in order.
 
-        None stands for logits that are not finite.
+        None stands for logits that are not finite. Before it computes, it copies what chunks want
+        copied; the same chunks, or parts of them, may come again after a DeviceMemoryError.
+
+        Raises:
+            DeviceMemoryError: the device has no memory for so much; a part of it may fit.
         """
         ...
 
 
+@dataclass(slots=True)
+class _Computed:
+    """What came out of a step."""
+
+    choices: list[tuple[Sequence, Choice | None]] = field(
+        default_factory=list[tuple[Sequence, Choice | None]]
+    )
+    refused: list[Sequence] = field(default_factory=list[Sequence])
+    """Those for whose next token alone the device has no memory."""
+    was_split: bool = False
+
+
 class BatchingEngine:
-    """Implements :class:`workers.engine.port.Engine`."""
+    """Implements :class:`workers.engine.port.Engine`.
+
+    ``places`` must be those that the cache of ``runner`` has: by default one slot per sequence.
+    """
 
     def __init__(
         self,
@@ -45,14 +71,19 @@ class BatchingEngine:
         model_version: str,
         max_cost: int,
         vocab_size: int,
+        places: Places | None = None,
+        clock: Callable[[], float] = monotonic_s,
     ) -> None:
+        places = places or SlotPlaces(limits.max_sequences, limits.cache_tokens)
         self.model_version = model_version
-        self.max_cost = min(max_cost, limits.cache_tokens)
+        self.max_cost = min(max_cost, places.capacity_tokens)
         self._runner = runner
         self._rules = rules
         self._limits = limits
         self._vocab_size = vocab_size
-        self._scheduler = Scheduler(limits)
+        self._clock = clock
+        self._capacity_tokens = places.capacity_tokens
+        self._scheduler = Scheduler(limits, places)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[StepOutput] = []
         """Generations that ended before any step: told with the next one."""
@@ -86,10 +117,14 @@ class BatchingEngine:
         outputs, self._ended = self._ended, []
         chunks = self._scheduler.plan()
         if chunks:
-            choices = self._runner.run(chunks)
-            self._scheduler.complete(chunks)
-            sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-            outputs += [self._take(*pair) for pair in zip(sampled, choices, strict=True)]
+            began_s = self._clock()
+            computed = _Computed()
+            self._compute(chunks, computed)
+            self._scheduler.complete(chunks, self._clock() - began_s)
+            if computed.was_split:
+                self._note_lack_of_memory(computed.refused)
+            outputs += [self._take(*pair) for pair in computed.choices]
+            outputs += [self._fail(sequence, "CUDA_OOM") for sequence in computed.refused]
         return outputs
 
     def load(self) -> EngineLoad:
@@ -97,9 +132,31 @@ class BatchingEngine:
         return EngineLoad(
             running=running,
             waiting=waiting,
-            free_tokens=max(0, self._limits.cache_tokens - self._scheduler.promised_tokens),
+            free_tokens=max(0, self._capacity_tokens - self._scheduler.promised_tokens),
             free_slots=max(0, self._limits.max_sequences - running - waiting),
         )
+
+    def _compute(self, chunks: list[Chunk], computed: _Computed) -> None:
+        """Run ``chunks``; those that the device has no memory for by halves, down to one token."""
+        chunks = [chunk for chunk in chunks if chunk.sequence not in computed.refused]
+        if not chunks:
+            return
+        try:
+            choices = self._runner.run(chunks)
+        except DeviceMemoryError:
+            computed.was_split = True
+            halves = _halves(chunks)
+            if not halves:
+                computed.refused.append(chunks[0].sequence)
+            for half in halves:
+                self._compute(half, computed)
+        else:
+            sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+            computed.choices += zip(sampled, choices, strict=True)
+
+    def _note_lack_of_memory(self, refused: list[Sequence]) -> None:
+        self._scheduler.shrink()
+        log.warning("engine.memory_refused", refused=[sequence.id for sequence in refused])
 
     def _refusal(self, request: EngineRequest) -> Finish | None:
         """Why this engine cannot run ``request`` at all."""
@@ -118,13 +175,12 @@ class BatchingEngine:
         """Append the chosen token; ends the sequence if it was its last, or at fault."""
         position = sequence.num_generated
         if choice is None:
-            return self._end(sequence, _ending(sequence.id, position, _failed("NAN_LOGITS")))
+            return self._fail(sequence, "NAN_LOGITS")
+        self._scheduler.prove(sequence)
         try:
             piece = escape_piece(sequence.append(choice.token))
         except Exception as error:  # noqa: BLE001 - as in `submit`
-            return self._end(
-                sequence, _ending(sequence.id, position, _failed("ENGINE_ERROR", error))
-            )
+            return self._fail(sequence, "ENGINE_ERROR", error, position=position)
         output = StepOutput(
             id=sequence.id,
             start=position,
@@ -132,13 +188,41 @@ class BatchingEngine:
             pieces=[piece],
             logprobs=[choice.logprob],
             finish=None if sequence.finish is None else Finish(sequence.finish),
+            cached_tokens=sequence.num_cached or 0,
         )
-        return output if output.finish is None else self._end(sequence, output)
-
-    def _end(self, sequence: Sequence, output: StepOutput) -> StepOutput:
-        del self._sequences[sequence.id]
-        self._scheduler.remove(sequence)
+        if output.finish is not None:
+            self._forget(sequence)
         return output
+
+    def _fail(
+        self,
+        sequence: Sequence,
+        code: str,
+        cause: Exception | str = "",
+        *,
+        position: int | None = None,
+    ) -> StepOutput:
+        """End a running sequence with ``code``, at ``position`` of its log or where it stands."""
+        self._forget(sequence, is_sound=code != "NAN_LOGITS")
+        position = sequence.num_generated if position is None else position
+        return _ending(sequence.id, position, _failed(code, cause))
+
+    def _forget(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        del self._sequences[sequence.id]
+        self._scheduler.remove(sequence, is_sound=is_sound)
+
+
+def _halves(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Two parts that are computed one after the other; none of a single token."""
+    if len(chunks) > 1:
+        middle = len(chunks) // 2
+        return [chunks[:middle], chunks[middle:]]
+    (chunk,) = chunks
+    count = chunk.count // 2
+    if count == 0:
+        return []
+    rest = replace(chunk, start=chunk.start + count, count=chunk.count - count, copied_from=None)
+    return [[replace(chunk, count=count)], [rest]]
 
 
 def _ending(id: str, position: int, finish: Finish) -> StepOutput:

@@ -25,12 +25,14 @@ class EngineRequest:
 
     ``logged`` are the tokens that earlier attempts produced; the engine prefills prompt and logged
     tokens alike and continues behind them, with detokenizer and stop state rebuilt by replay.
+    Generations of one ``cache_scope`` may use each other's computed prefixes.
     """
 
     id: str
     prompt: list[int]
     sampling: Sampling
     logged: list[int] = field(default_factory=list[int])
+    cache_scope: str = ""
 
     @property
     def cost(self) -> int:
@@ -52,6 +54,8 @@ class StepOutput:
     pieces: list[bytes]
     logprobs: list[float]
     finish: Finish | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that another generation had computed before."""
 
 
 @dataclass(frozen=True, slots=True)

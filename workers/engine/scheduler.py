@@ -2,13 +2,15 @@
 
 There are no prefill and decode phases: every running sequence has tokens that are not in the cache
 yet, and a step closes part of that gap. Those with one pending token go first, then the others in
-the order of their arrival, cut into chunks by the step's token budget.
+the order of their arrival, cut into chunks by the step's token budget. Where a sequence lies is for
+:mod:`workers.engine.places` to say, and how much a step may carry for :mod:`workers.engine.pacing`.
 """
 
-import heapq
 from collections import deque
 from dataclasses import dataclass
 
+from workers.engine.pacing import Pace
+from workers.engine.places import Places
 from workers.engine.sequence import Sequence
 
 
@@ -48,22 +50,20 @@ class Chunk:
 
 
 class Scheduler:
-    """Waiting and running sequences, their slots and their share of each step.
+    """Waiting and running sequences and their share of each step.
 
-    Admission is first come, first served, while a slot is free and the tokens fit the cache. When
-    growing sequences no longer fit, the youngest goes back to the head of the queue and loses its
-    cache. Since the others only grow, it fits again only after one of them has ended: two never
-    push each other out in turn. The oldest is never pushed out, so everything submitted ends.
+    Admission is first come, first served, while there is a place and the step has tokens left for
+    it. When growing sequences no longer fit, the youngest goes back to the head of the queue and
+    loses its place. Since the others only grow, it fits again only after one of them has ended: two
+    never push each other out in turn. The oldest is never pushed out, so everything submitted ends.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, places: Places) -> None:
+        self._places = places
+        self._pace = Pace(limits.step_tokens)
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        """In the order of arrival: the last one is the youngest."""
-        self._free_slots = list(range(limits.max_sequences))
-        self._slots: dict[str, int] = {}
-        """Of the running ones, by id."""
+        self._running: dict[str, Sequence] = {}
+        """By id, in the order of arrival: the last one is the youngest."""
         self._num_served = 0
 
     @property
@@ -77,76 +77,100 @@ class Scheduler:
     @property
     def promised_tokens(self) -> int:
         """Cost of everything submitted that has not ended."""
-        return sum(s.cost for s in self._running) + sum(s.cost for s in self._waiting)
+        return sum(s.cost for s in self._running.values()) + sum(s.cost for s in self._waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits an empty cache."""
         self._waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, ended or not, and free its slot."""
-        if sequence.id not in self._slots:
+    def remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Forget a sequence, ended or not, and free its place.
+
+        Not sound: its logits were not finite, so nobody may go on from what it had in the cache.
+        """
+        if sequence.id not in self._running:
             self._waiting.remove(sequence)
             return
-        self._running.remove(sequence)
-        self._vacate(sequence)
+        del self._running[sequence.id]
+        self._vacate(sequence, is_sound=is_sound)
 
     def plan(self) -> list[Chunk]:
         """Choose the chunks of the next step: at most one per sequence, ``step_tokens`` in all.
 
         Empty only when nothing waits or runs. The caller computes all of them, then says
-        :meth:`complete`.
+        :meth:`complete`, and :meth:`prove` of each that brought finite logits.
         """
+        self._places.begin_step()
         self._make_room()
-        self._admit()
-        budget = self.limits.step_tokens
-        chunks: list[Chunk] = []
-        for sequence in sorted(self._running, key=self._turn):
+        starting = self._next_starting()
+        decoding = self._next_decoding(self._pace.max_rows(is_alone=not starting))
+        chunks = [self._chunk(sequence, 1) for sequence in decoding]
+        budget = self._pace.prefill_tokens(len(decoding))
+        for sequence in starting:
             if budget == 0:
+                break
+            if sequence.id not in self._running and not self._admit(sequence):
                 break
             count = min(sequence.num_pending, budget)
             budget -= count
-            self._num_served += 1
-            sequence.served_at = self._num_served
-            slot = self._slots[sequence.id]
-            chunks.append(Chunk(sequence, slot, sequence.num_computed, count))
+            chunks.append(self._chunk(sequence, count))
         return chunks
 
-    def complete(self, chunks: list[Chunk]) -> None:
+    def complete(self, chunks: list[Chunk], duration_s: float) -> None:
         """Note that the step ran: its tokens are in the cache now."""
+        num_prefill_tokens = sum(chunk.count for chunk in chunks if chunk.count > 1)
+        self._pace.note(num_prefill_tokens, duration_s)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
 
-    def _turn(self, sequence: Sequence) -> tuple[bool, int]:
-        """Sort key: single tokens first; when the budget cannot serve them all, in turn.
+    def prove(self, sequence: Sequence) -> None:
+        """Finite logits came out behind all that is computed of it."""
+        self._places.prove(sequence)
 
-        Longer gaps keep the order of arrival, so that one prompt is finished before the next.
-        """
-        is_single = sequence.num_pending == 1
-        return (not is_single, sequence.served_at if is_single else 0)
+    def shrink(self) -> None:
+        """Plan smaller steps for a while: the last one did not fit the device's memory."""
+        self._pace.shrink()
 
-    def _used_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self._running)
+    def _next_decoding(self, max_rows: int) -> list[Sequence]:
+        """Who has one token pending; when there are too many of them, in turn."""
+        decoding = [sequence for sequence in self._running.values() if sequence.num_pending == 1]
+        if len(decoding) > max_rows:
+            decoding.sort(key=lambda sequence: sequence.served_at)
+            del decoding[max_rows:]
+        self._num_served += 1
+        for sequence in decoding:
+            sequence.served_at = self._num_served
+        return decoding
+
+    def _next_starting(self) -> list[Sequence]:
+        """Longer gaps in the order of arrival: one prompt is finished before the next begins."""
+        running = [sequence for sequence in self._running.values() if sequence.num_pending > 1]
+        return running + list(self._waiting)
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        place = self._places.place_of(sequence)
+        start, copied = sequence.num_computed, place.copied_from
+        # What was copied lies there once the first chunk has run.
+        is_first = copied is not None and copied[1] == start
+        return Chunk(sequence, place.slot, start, count, place.pages, copied if is_first else None)
 
     def _make_room(self) -> None:
-        used = self._used_tokens()
-        while used > self.limits.cache_tokens and len(self._running) > 1:
-            youngest = self._running.pop()
-            used -= youngest.num_tokens
-            self._vacate(youngest)
-            self._waiting.appendleft(youngest)
+        for sequence in list(self._running.values()):
+            while sequence.id in self._running and not self._places.hold(sequence):
+                _, youngest = self._running.popitem()
+                self._vacate(youngest, is_sound=True)
+                self._waiting.appendleft(youngest)
 
-    def _admit(self) -> None:
-        used = self._used_tokens()
-        while self._waiting and self._free_slots:
-            used += self._waiting[0].num_tokens
-            if used > self.limits.cache_tokens and self._running:
-                return
-            sequence = self._waiting.popleft()
-            self._slots[sequence.id] = heapq.heappop(self._free_slots)
-            self._running.append(sequence)
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the head of the queue in, if there is a place."""
+        if not self._places.admit(sequence):
+            return False
+        self._waiting.popleft()
+        self._running[sequence.id] = sequence
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+        return True
 
-    def _vacate(self, sequence: Sequence) -> None:
-        """Give the slot back. The lowest free slot is taken first: that memory is warm already."""
-        heapq.heappush(self._free_slots, self._slots.pop(sequence.id))
+    def _vacate(self, sequence: Sequence, *, is_sound: bool) -> None:
+        self._places.release(sequence, is_sound=is_sound)
         sequence.num_computed = 0

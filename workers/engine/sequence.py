@@ -32,6 +32,11 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
+        self.num_cached: int | None = None
+        """Prompt tokens that were found computed when it was first admitted; None before that."""
+        self.cache_scope = request.cache_scope
+        self.digests: list[bytes] = []
+        """Names of its prefixes, block by block; see :func:`workers.engine.places.digests`."""
         self.served_at = 0
         """When the scheduler last let it compute: a count of such turns."""
         self.finish: FinishReason | None = None
