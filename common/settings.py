@@ -10,6 +10,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+PrefixCache = Literal["tenant", "shared", "off"]
+EngineWay = Literal["auto", "step", "operations", "modules", "plain"]
+
 
 class Settings(BaseSettings):
     """What every process knows."""
@@ -70,12 +73,24 @@ class WorkerSettings(Settings):
     """``auto``: bfloat16 where the processor has it in hardware, else float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``."""
+    engine_way: EngineWay = "auto"
+    """How a step is computed on a processor: ``step``, the whole of it in own kernels;
+    ``operations``, own kernels inside the model's modules; ``modules``, torch with packed weights;
+    ``plain``, torch as it is; ``auto``: the first of these that takes the model on this machine."""
+    num_threads: int = Field(default=0, ge=0)
+    """Threads that compute; 0: one per core, or this worker's share of them."""
     max_batch_size: int = Field(default=32, ge=1, le=256)
     """Most generations in one step; also the number of cache slots."""
     max_batch_total_tokens: int = Field(default=65_536, ge=2)
     """Most tokens of cache promised to running generations (prompt plus allowed new tokens)."""
     max_step_tokens: int = Field(default=512, ge=1)
-    """Most tokens in one forward pass: decode rows first, then prefill chunks."""
+    """Most tokens in one forward pass: decode rows first, then as much of new prompts as does not
+    hold up those who read."""
+    prefix_cache: PrefixCache = "tenant"
+    """Whose computed prompts a new prompt may begin with: ``tenant``, those of the same tenant;
+    ``shared``, everybody's: a common preamble is computed once, but from how soon a first token
+    comes, a tenant can tell whether another has lately sent a prompt that begins alike; ``off``,
+    nobody's."""
     lease_ms: int = Field(default=5000, ge=500)
     """Time without a beat after which this worker counts as dead."""
     beat_ms: int = Field(default=1500, ge=100)

@@ -62,43 +62,45 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
     """A model of transformers on our attention and cache, verified before and after loading."""
     _limit_busy_waiting()
     from workers.model.kv_cache import SlotCache
-    from workers.model.loader import (
-        check_attention,
-        inspect_layers,
-        load_model,
-        position_limit,
-        select_device,
-        select_dtype,
-        vocabulary_size,
-    )
-    from workers.model.modules import ModulesForward
+    from workers.model.loader import load_model, select_device, select_dtype
     from workers.model.runner import ModelRunner
+    from workers.model.ways import prepare_model
 
     stored.verify()
     log.info("model.verified", model_version=stored.manifest.version)
     device = select_device(settings.device)
     dtype = select_dtype(settings.dtype, device)
     log.info("model.load_started", model_version=stored.manifest.version)
-    model = load_model(stored.path, dtype=dtype, device=device)
-    layers = inspect_layers(model)
-    check_attention(model, layers)
-    max_cost = min(settings.max_total_tokens, position_limit(model.config))
+    ready = prepare_model(
+        lambda: load_model(stored.path, dtype=dtype, device=device),
+        wish=settings.engine_way,
+        num_threads=settings.num_threads,
+    )
+    max_cost = min(settings.max_total_tokens, ready.max_tokens)
     cache = SlotCache(
-        layers,
+        ready.layers,
         num_slots=settings.max_batch_size,
         max_tokens=max_cost,
         dtype=dtype,
         device=device,
     )
     log.info("model.loaded", model_version=stored.manifest.version)
-    log.info("engine.selected", engine="torch", device=str(device), dtype=str(dtype))
+    log.info(
+        "engine.selected",
+        engine="torch",
+        way=ready.way,
+        refused=ready.refused,
+        device=str(device),
+        dtype=str(dtype),
+        num_threads=ready.num_threads,
+    )
     return BatchingEngine(
-        ModelRunner(ModulesForward(model, cache), cache),
+        ModelRunner(ready.bind(cache), cache),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
         model_version=stored.manifest.version,
         max_cost=max_cost,
-        vocab_size=vocabulary_size(model),
+        vocab_size=ready.vocab_size,
     )
 
 

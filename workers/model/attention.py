@@ -7,7 +7,7 @@ whom it learns from the :class:`StepLayout` that :func:`running` has set.
 No mask interface is registered: transformers then builds no mask, and ours come from the layout.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,14 +84,8 @@ class StepLayout:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """``[tokens]``: position of each token in its own sequence."""
-        return self._tensor(
-            [
-                position
-                for s in (*self._decodes, *self._prefills)
-                for position in range(s.start, s.end)
-            ]
-        )
+        """As :func:`positions_of` says."""
+        return positions_of((*self._decodes, *self._prefills), self._cache.device)
 
     def attend(
         self,
@@ -186,6 +180,12 @@ class StepLayout:
 
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._cache.device)
+
+
+def positions_of(stretches: Iterable[Stretch], device: torch.device) -> torch.Tensor:
+    """``[tokens]``: position of each token in its own sequence."""
+    positions = [position for s in stretches for position in range(s.start, s.end)]
+    return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
 class LayerProbe:

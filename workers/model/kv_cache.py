@@ -45,6 +45,10 @@ class SlotCache:
             self._keys[layer] = _zeros((*lead, shape.key_size), dtype, device)
             self._values[layer] = _zeros((*lead, shape.value_size), dtype, device)
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, ``[slot, head, position, size]``, contiguous."""
+        return self._keys[layer], self._values[layer]
+
     def num_heads(self, layer: int) -> int:
         return self._keys[layer].shape[1]
 

@@ -5,7 +5,7 @@ its own: some architectures keep state beside attention, or have masks of their 
 without an error and wrongly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +17,16 @@ from common.failures import Failure
 from workers.model.attention import ATTENTION, LayerProbe, Stretch, running
 from workers.model.kv_cache import LayerShape, SlotCache
 from workers.model.modules import ModulesForward
+from workers.model.runner import Forward
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies change once a sequence grows past the trained length."""
 
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of logits, relative to the largest logit, that rounding explains."""
+
+_PROMPTS = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8])
+"""Few tokens, of ids that any vocabulary has."""
 
 
 def select_device(wish: str) -> torch.device:
@@ -118,32 +122,52 @@ def inspect_layers(model: PreTrainedModel) -> dict[int, LayerShape]:
     return probe.shapes
 
 
-def check_attention(model: PreTrainedModel, layers: Mapping[int, LayerShape]) -> None:
+def check_attention(model: PreTrainedModel, layers: Mapping[int, LayerShape]) -> torch.Tensor:
     """Compare mixed and chunked steps of ours with plain passes of transformers.
+
+    Returns what :func:`difference` expects of any other way to compute this model.
 
     Raises:
         Failure: MODEL_LOAD_FAILED, if they differ by more than rounding.
     """
-    first, second = [3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8]
-    cache = SlotCache(layers, num_slots=2, max_tokens=16, dtype=model.dtype, device=model.device)
-    forward = ModulesForward(model, cache)
+    expected = _plain_logits(model)
+    off_by = difference(lambda cache: ModulesForward(model, cache), expected, layers, model.dtype)
+    if not off_by <= TOLERANCE[model.dtype]:
+        raise _unfit(model, f"its logits would be off by {off_by:.0%}")
+    return expected
+
+
+def difference(
+    bind: Callable[[SlotCache], Forward],
+    expected: torch.Tensor,
+    layers: Mapping[int, LayerShape],
+    dtype: torch.dtype,
+) -> float:
+    """How far a way of computing is off, relative to the largest logit; NaN if it computes NaN.
+
+    Two prompts are cut into chunks and decode rows, mixed in one step and in slots used twice.
+    """
+    first, second = _PROMPTS
+    cache = SlotCache(layers, num_slots=2, max_tokens=16, dtype=dtype, device=expected.device)
+    forward = bind(cache)
     with torch.inference_mode():
         forward(first[:3], [Stretch(1, 0, 3)], [])
         forward(first[3:5] + second[:3], [Stretch(1, 3, 2), Stretch(0, 0, 3)], [])
         forward([second[3], first[5]], [Stretch(0, 3, 1), Stretch(1, 5, 1)], [])
         ours = forward(first[6:] + second, [Stretch(1, 6, 1), Stretch(0, 0, 4)], [0, 4])
-        model.set_attn_implementation("eager")
-        plain = [
-            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[
-                0, -1
-            ]
-            for tokens in (first, second)
+    return float((ours.float() - expected).abs().max() / expected.abs().max())
+
+
+def _plain_logits(model: PreTrainedModel) -> torch.Tensor:
+    """``[2, vocabulary]`` in float32: what transformers says behind each of the prompts."""
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits = [
+            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+            for tokens in _PROMPTS
         ]
-        model.set_attn_implementation(ATTENTION)
-    theirs = torch.stack(plain).float()
-    difference = float((ours.float() - theirs).abs().max() / theirs.abs().max())
-    if not difference <= _TOLERANCE[model.dtype]:
-        raise _unfit(model, f"its logits would be off by {difference:.0%}")
+    model.set_attn_implementation(ATTENTION)
+    return torch.stack([rows[0, -1] for rows in logits]).float()
 
 
 def _check_layer_types(model: PreTrainedModel, probe: LayerProbe) -> None:
