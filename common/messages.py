@@ -61,6 +61,8 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling
     request_id: str
     trace: str = ""
+    tenant: str = "public"
+    """Whose prompt it is: only the same tenant's generations may use what it computes."""
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):

@@ -133,6 +133,7 @@ class Admissions:
                 sampling=order.sampling,
                 request_id=request_id,
                 trace=trace,
+                tenant=TENANT,
             ),
             cost=order.cost,
             presentation=Presentation(

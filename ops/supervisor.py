@@ -23,6 +23,7 @@ import click
 
 from common.clock import monotonic_s
 from common.logs import get_logger
+from workers import exit_codes
 
 log = get_logger()
 
@@ -139,7 +140,7 @@ class Slot:
             await asyncio.wait([listening], timeout=1.0)
             listening.cancel()
             await asyncio.gather(listening, stopping, return_exceptions=True)
-        outcome = _outcome(code)
+        outcome = _outcome(code, self.spec.role)
         self._note_end(code, outcome)
         return code, outcome
 
@@ -280,9 +281,10 @@ async def _spawn(spec: ProcessSpec) -> asyncio.subprocess.Process:
     )
 
 
-def _outcome(code: int) -> str:
+def _outcome(code: int, role: str) -> str:
     if code >= 0:
-        return f"ended with exit code {code}"
+        reason = exit_codes.REASONS.get(code) if role == "worker" else None
+        return f"ended with exit code {code}" + (f" ({reason})" if reason else "")
     try:
         return f"was killed by {signal.Signals(-code).name}"
     except ValueError:

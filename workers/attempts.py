@@ -36,6 +36,8 @@ class Attempt:
         self._tokens: list[int] = []
         self._pieces: list[bytes] = []
         self._logprobs: list[float] = []
+        self.cached_tokens = 0
+        """Tokens of the prompt that the engine did not have to compute."""
         start = chain_start(self.id, model_version)
         self._chains = [int(claimed.chain, 16) if claimed.next else start]
         self._realignments = 0
@@ -86,6 +88,7 @@ class Attempt:
         self._tokens += output.tokens
         self._pieces += output.pieces
         self._logprobs += output.logprobs
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish is not None:
             self.end_with(output.finish, now_s)
 
@@ -149,6 +152,7 @@ class Attempt:
             "ttft": round(queue_s + first_s - self._claimed_s, 6) if first_s and is_first else None,
             "tokens_per_second": round(new_tokens / generation_s, 3) if generation_s > 0 else 0.0,
             "prompt_tokens": len(self.request.prompt) if self.request else None,
+            "cached_tokens": self.cached_tokens,
             "completion_tokens": self.end,
             "new_tokens": new_tokens,
             "finish_reason": self.finish.reason if self.finish else None,

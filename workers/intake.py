@@ -20,6 +20,7 @@ from common.failures import Failure
 from common.ids import new_nonce, request_of
 from common.logs import get_logger
 from common.messages import Finish, GenerationSpec, chain_next, chain_start, chain_text
+from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import EngineLoad, EngineRequest
 
@@ -35,12 +36,17 @@ _RETRY_S = 0.25
 class EngineIntake(Protocol):
     """What of the engine loop the intake needs; safe to call from the event loop."""
 
+    @property
+    def is_stalled(self) -> bool: ...
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, id: str) -> None: ...
 
 
 class Intake:
-    """Claims for one engine. ``capacity`` is the load of the empty engine: what it can promise."""
+    """Claims for one engine. ``capacity`` is the load of the empty engine: what it can promise.
+
+    ``prefix_cache`` says whose computed prompts a generation may begin with; see the setting.
+    """
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Intake:
         *,
         capacity: EngineLoad,
         model_version: str,
+        prefix_cache: PrefixCache,
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
@@ -62,6 +69,7 @@ class Intake:
         self._engine = engine
         self._capacity = capacity
         self._model_version = model_version
+        self._prefix_cache: PrefixCache = prefix_cache
         self._wake = wake
         self._spawn = spawn
         self._turn = 0
@@ -80,8 +88,10 @@ class Intake:
         return self._capacity.free_slots - slots, self._capacity.free_tokens - tokens
 
     def has_room(self) -> bool:
+        """Also False while the engine hangs: what it will not run is better off elsewhere."""
         slots, tokens = self.free()
-        return self._is_open and slots > 0 and tokens > 0 and tokens >= self._reserve
+        is_open = self._is_open and not self._engine.is_stalled
+        return is_open and slots > 0 and tokens > 0 and tokens >= self._reserve
 
     def room_changed(self) -> None:
         """Something ended in the engine, or was dropped."""
@@ -207,9 +217,20 @@ class Intake:
             self._reject(attempt, f"its prompt has {len(spec.prompt)} bytes")
             return
         prompt = list(struct.unpack(f"<{len(spec.prompt) // 4}I", spec.prompt))
-        attempt.request = EngineRequest(attempt.engine_id, prompt, spec.sampling, logged)
+        attempt.request = EngineRequest(
+            attempt.engine_id, prompt, spec.sampling, logged, self._cache_scope(attempt, spec)
+        )
         self._engine.submit(attempt.request)
         self._room_changed.set()
+
+    def _cache_scope(self, attempt: Attempt, spec: GenerationSpec) -> str:
+        match self._prefix_cache:
+            case "tenant":
+                return f"tenant {spec.tenant}"
+            case "shared":
+                return "shared"
+            case "off":
+                return f"alone {attempt.engine_id}"
 
     def _reject(self, attempt: Attempt, why: str) -> None:
         """End a generation that no worker could run, so that its reader gets an answer."""

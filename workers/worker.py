@@ -28,7 +28,7 @@ from workers import exit_codes
 from workers.attempts import Ledger
 from workers.engine.factory import build_engine
 from workers.engine.loop import EngineLoop, StepReport
-from workers.engine.port import Engine
+from workers.engine.port import DeviceLostError, Engine
 from workers.heartbeat import EngineStalledError, Heartbeat
 from workers.intake import Intake
 from workers.publisher import Publisher
@@ -82,6 +82,7 @@ class Worker:
             self._loop,
             capacity=capacity,
             model_version=engine.model_version,
+            prefix_cache=settings.prefix_cache,
             wake=self._wake.set,
             spawn=self._spawn,
         )
@@ -102,7 +103,7 @@ class Worker:
         """Serve until drained.
 
         Raises, most of them inside an exception group:
-            EngineStalledError, EngineFailedError: end the process.
+            EngineStalledError, EngineFailedError, DeviceLostError: end the process.
             Failure: Redis was unreachable at the start or while draining.
         """
         await self._heartbeat.beat()
@@ -199,10 +200,10 @@ class Worker:
         await self._ordered.leave_worker(self.name)
 
     async def _watch_engine(self) -> None:
-        """Raises EngineFailedError once the engine has raised."""
+        """Raises EngineFailedError, or DeviceLostError, once the engine has raised."""
         error = await self._loop.failed
         log.error("engine.failed", exc_info=error)
-        raise EngineFailedError from error
+        raise error if isinstance(error, DeviceLostError) else EngineFailedError from error
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
@@ -239,6 +240,8 @@ async def _run(name: str, settings: WorkerSettings) -> int:
             await worker.close()
     except* EngineStalledError:
         code = exit_codes.STALLED
+    except* DeviceLostError:
+        code = exit_codes.DEVICE_LOST
     except* EngineFailedError:
         code = exit_codes.ENGINE_FAILED
     except* Failure as failures:

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 from tests.support.worker_parts import VERSION
 from tests.support.worker_pool import POOL
 from workers import exit_codes, worker
-from workers.engine.port import EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import DeviceLostError, EngineLoad, EngineRequest, StepOutput
 
 
 class BrokenEngine:
@@ -24,7 +24,8 @@ class BrokenEngine:
     model_version = VERSION
     max_cost = 1000
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
         self.requests: list[EngineRequest] = []
 
     def submit(self, request: EngineRequest) -> None:
@@ -34,7 +35,7 @@ class BrokenEngine:
         pass
 
     def step(self) -> list[StepOutput]:
-        raise RuntimeError("device-side assert")
+        raise self.error
 
     def load(self) -> EngineLoad:
         return EngineLoad(0, len(self.requests), free_tokens=1000, free_slots=4)
@@ -53,20 +54,27 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("nobody thought of this"), exit_codes.ENGINE_FAILED),
+        (DeviceLostError(), exit_codes.DEVICE_LOST),
+    ],
+)
 async def test_an_engine_that_raises_ends_the_worker(
-    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     """What it held is left to the lease: whatever broke the device counts as a death."""
-    monkeypatch.setattr(worker, "build_engine", lambda _: BrokenEngine())
+    monkeypatch.setattr(worker, "build_engine", lambda _: BrokenEngine(error))
     settings = WorkerSettings(redis_url=redis_url, data_dir=tmp_path, model=POOL, lease_ms=1000)
     broker = Broker(connect(redis_url), POOL)
     with capture_logs() as lines:
         run = asyncio.create_task(worker._run("w1", settings))
         await wait_until(lambda: is_alive(broker), what="the first beat")
         generation = await admit(broker)
-        assert await run == exit_codes.ENGINE_FAILED
+        assert await run == code
     assert [line["event"] for line in lines][-2:] == ["engine.failed", "worker.stopped"]
-    assert isinstance(lines[-2]["exc_info"], RuntimeError)
+    assert lines[-2]["exc_info"] is error
     page = await broker.read(generation, 0)
     assert page is not None
     assert page.state == "R"

@@ -7,12 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import structs
 from redis import Redis
 from structlog.testing import capture_logs
 
 from common.broker import Admission, Broker, connect
 from common.failures import Failure
 from common.ids import generation_id
+from common.settings import PrefixCache
 from tests.conftest import POOL
 from tests.support.broker_view import PartitionView
 from tests.support.fault_proxy import fault_proxy
@@ -253,6 +255,51 @@ async def test_an_id_whose_log_went_another_way_starts_from_the_log(
     parts.step(again, 10)
     await parts.publisher.publish()
     assert tokens_of(await logged(broker, generation)) == [9, 10]
+
+
+@pytest.mark.parametrize(
+    ("prefix_cache", "scopes"),
+    [
+        ("tenant", ["tenant public", "tenant public", "tenant acme"]),
+        ("shared", ["shared", "shared", "shared"]),
+    ],
+)
+async def test_who_may_share_computed_prompts(
+    broker: Broker, blocking_broker: Broker, prefix_cache: PrefixCache, scopes: list[str]
+) -> None:
+    """Its tenant's generations, unless the setting lets tenants learn of each other."""
+    parts = Parts(broker, blocking_broker, prefix_cache=prefix_cache)
+    await parts.beat()
+    for tenant in ("public", "public", "acme"):
+        request = admission()
+        await admit_spec(broker, request, structs.replace(request.spec, tenant=tenant))
+    await parts.claim()
+    await submitted(parts, 3)
+    assert [request.cache_scope for request in parts.engine.submitted] == scopes
+    await parts.close()
+
+
+async def test_nobody_shares_when_that_is_switched_off(
+    broker: Broker, blocking_broker: Broker
+) -> None:
+    parts = Parts(broker, blocking_broker, prefix_cache="off")
+    await parts.beat()
+    for _ in range(3):
+        await admit(broker)
+    await parts.claim()
+    await submitted(parts, 3)
+    assert len({request.cache_scope for request in parts.engine.submitted}) == 3
+    await parts.close()
+
+
+async def test_nothing_is_claimed_for_an_engine_that_hangs(parts: Parts) -> None:
+    """What waits is better off with another worker; when the engine goes on, so do claims."""
+    await admit(parts.broker)
+    assert parts.intake.should_claim(waiting_tokens=12)
+    parts.engine.is_stalled = True
+    assert not parts.intake.should_claim(waiting_tokens=12)
+    parts.engine.is_stalled = False
+    assert len(await parts.claim()) == 1
 
 
 async def admit_spec(broker: Broker, request: Admission, spec: Any) -> str:

@@ -132,11 +132,13 @@ class Processes:
         self._folder = folder
         self._started: list[Process] = []
 
-    def worker(self, *, redis_url: str | None = None, **settings: object) -> Process:
+    def worker(
+        self, *, redis_url: str | None = None, module: str = "workers", **settings: object
+    ) -> Process:
         """Start a worker: engine simulated and leases short, unless ``settings`` (the fields of
         WorkerSettings) say otherwise. Await ``ready()`` before relying on it."""
         short = {"engine": "simulated", "model": SIMULATED_MODEL, "lease_ms": 1000, "beat_ms": 300}
-        return self._start("worker", "workers", redis_url, short | settings)
+        return self._start("worker", module, redis_url, short | settings)
 
     def background(self, *, redis_url: str | None = None, **settings: object) -> Process:
         chosen = {"model": SIMULATED_MODEL} | settings

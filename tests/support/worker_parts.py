@@ -10,6 +10,7 @@ from typing import Any
 
 from common.broker import Broker, WorkerPresence
 from common.messages import Finish, LogEntry, chain_next, chain_start, chain_text
+from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import EngineLoad, EngineRequest, StepOutput
 from workers.intake import Intake
@@ -25,6 +26,7 @@ class RecordingEngine:
     submitted: list[EngineRequest] = field(default_factory=list[EngineRequest])
     cancelled: list[str] = field(default_factory=list[str])
     is_paused: bool = False
+    is_stalled: bool = False
 
     def submit(self, request: EngineRequest) -> None:
         self.submitted.append(request)
@@ -51,6 +53,7 @@ class Parts:
         slots: int = 4,
         tokens: int = 1000,
         clock: Callable[[], float] | None = None,
+        prefix_cache: PrefixCache = "tenant",
     ) -> None:
         self.broker = broker
         self.name = name
@@ -77,6 +80,7 @@ class Parts:
             self.engine,
             capacity=EngineLoad(running=0, waiting=0, free_tokens=tokens, free_slots=slots),
             model_version=VERSION,
+            prefix_cache=prefix_cache,
             wake=self.wake.set,
             spawn=self.spawn,
         )

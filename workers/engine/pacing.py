@@ -52,7 +52,7 @@ class Pace:
         scaled = num_prefill_tokens / _TYPICAL_TOKENS
         share_s = _GAIN * error_s / (1 + scaled * scaled)
         if self._decode_s > 0.0:
-            self._decode_s = max(self._decode_s + share_s, 0.1 * duration_s if not scaled else 0.0)
+            self._decode_s = max(self._decode_s + share_s, 0.0)
         self._token_s = max(self._token_s + share_s * scaled / _TYPICAL_TOKENS, 0.0)
 
     def shrink(self) -> None:

@@ -1,0 +1,117 @@
+"""How much of a prompt a step carries, on machines whose steps take what the test says."""
+
+import random
+
+import pytest
+
+from workers.engine.pacing import Pace
+
+
+class Machine:
+    """A step takes ``decode_s`` and ``token_s`` per prompt token."""
+
+    def __init__(self, decode_s: float, token_s: float) -> None:
+        self.decode_s, self.token_s = decode_s, token_s
+
+    def step_s(self, num_prefill_tokens: int) -> float:
+        return self.decode_s + self.token_s * num_prefill_tokens
+
+    def run(self, pace: Pace, num_steps: int, *, num_decoding: int = 8) -> list[int]:
+        """Steps with as much of prompts as is allowed; every fourth has none."""
+        carried: list[int] = []
+        for step in range(num_steps):
+            tokens = 0 if step % 4 == 3 else pace.prefill_tokens(num_decoding)
+            carried.append(tokens)
+            pace.note(tokens, self.step_s(tokens))
+        return carried
+
+
+MACHINES = [
+    Machine(0.020, 0.00015),  # fast matrix units
+    Machine(0.025, 0.0006),
+    Machine(0.050, 0.003),
+]
+
+
+def test_a_prompt_alone_has_the_whole_step() -> None:
+    pace = Pace(512)
+    Machine(0.025, 0.0006).run(pace, 50)
+    assert pace.prefill_tokens(0) == 512
+
+
+def test_nothing_is_held_back_before_something_is_known() -> None:
+    assert Pace(512).prefill_tokens(8) == 504
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_mixed_steps_take_two_and_a_half_times_as_long(machine: Machine) -> None:
+    """Or carry all that is allowed, or the least that prompts need to go on."""
+    pace = Pace(512)
+    machine.run(pace, 200)
+    tokens = pace.prefill_tokens(8)
+    ratio = machine.step_s(tokens) / machine.decode_s
+    assert 2.2 < ratio < 2.8 or tokens in (16, 504)
+
+
+def test_it_follows_when_the_machine_becomes_slower() -> None:
+    """Another process on the same cores, or much longer contexts."""
+    pace = Pace(512)
+    MACHINES[0].run(pace, 100)
+    before = pace.prefill_tokens(8)
+    MACHINES[1].run(pace, 200)
+    assert pace.prefill_tokens(8) < before / 2
+
+
+def test_it_follows_when_more_rows_decode_and_prompts_never_end() -> None:
+    """Then no step without a prompt says what decoding alone takes."""
+    pace = Pace(512)
+    Machine(0.010, 0.00015).run(pace, 100)
+    busy = Machine(0.020, 0.00015)
+    for _ in range(300):
+        tokens = pace.prefill_tokens(32)
+        pace.note(tokens, busy.step_s(tokens))
+    ratio = busy.step_s(pace.prefill_tokens(32)) / busy.decode_s
+    assert 1.3 < ratio < 3.5
+
+
+def test_a_hiccup_changes_little() -> None:
+    """One step of a hundred times the time, as when the machine sleeps."""
+    pace = Pace(512)
+    machine = MACHINES[1]
+    machine.run(pace, 100)
+    before = pace.prefill_tokens(8)
+    pace.note(0, 100 * machine.decode_s)
+    assert before <= pace.prefill_tokens(8) < 1.6 * before
+    machine.run(pace, 40)
+    assert pace.prefill_tokens(8) == pytest.approx(before, rel=0.15)
+
+
+def test_prompts_always_go_on() -> None:
+    """Whatever the durations: at least a few tokens, at most all."""
+    draw = random.Random(5)
+    pace = Pace(512)
+    for _ in range(2000):
+        tokens = pace.prefill_tokens(8)
+        assert 16 <= tokens <= 504
+        pace.note(draw.choice([0, 1, tokens]), draw.choice([0.0, 1e-6, 0.01, 3.0]))
+
+
+def test_too_large_a_step_is_not_tried_again_at_once() -> None:
+    """Half as much, then a token more per step up to what was allowed."""
+    pace = Pace(64)
+    pace.shrink()
+    assert (pace.step_tokens, pace.prefill_tokens(0)) == (32, 32)
+    for _ in range(100):
+        pace.note(1, 0.01)
+    assert pace.step_tokens == 64
+    for _ in range(20):
+        pace.shrink()
+    assert pace.step_tokens == 1
+
+
+def test_rows_leave_some_room_to_prompts() -> None:
+    """When there are more rows than a step takes."""
+    pace = Pace(24)
+    assert pace.max_rows(is_alone=True) == 24
+    assert pace.max_rows(is_alone=False) == 12
+    assert Pace(512).max_rows(is_alone=False) == 496
