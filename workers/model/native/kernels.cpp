@@ -378,7 +378,7 @@ constexpr int kStepSize = 2 * kTile;              // bf16 per step of a block
 constexpr int kMaxRowsAvx = 14;                   // 28 sums, 2 weights, 1 input: 31 of 32 registers
 constexpr int kMaxRowsAmx = 32;                   // 4 of 8 tiles hold sums
 constexpr int kSlackRows = 32;                    // rows behind a matrix that a tile load may read
-constexpr int kPrefetchAhead = 2048 / sizeof(bf16);
+constexpr size_t kPrefetchAhead = 8192;           // bytes, where one pass reads a block
 
 // Elements between the rows of a matrix of inputs: whole steps, and never a multiple of 2 KiB,
 // which would put all rows into the same few places of the first-level cache.
@@ -463,25 +463,38 @@ std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSo
   return weight;
 }
 
-// Computes sums[rows][32] = a[rows, inputs] x one block. `ahead`: the block comes from memory, so
-// ask for what lies 2 KiB further on; at a block's end that is already the next block or weight.
-using BlockProduct = void (*)(const bf16* a, size_t stride, const bf16* block, int steps,
-                              bool ahead, float* sums);
+// Which part of each step a product asks memory for while it computes, and how far ahead, in bytes.
+// Several groups of rows pass over the same block: each asks for its share of the next block, so
+// that reading and computing overlap. At a thread's last block the next is that of the next weight.
+struct Prefetch {
+  size_t distance;
+  int first_line, last_line;
+  Prefetch(int steps, int group, int num_groups)
+      : distance(num_groups > 1 ? size_t(steps) * kStepSize * sizeof(bf16) : kPrefetchAhead),
+        first_line(kStepSize / 32 * group / num_groups),
+        last_line(kStepSize / 32 * (group + 1) / num_groups) {}
+};
 
-inline void prefetch_step(const bf16* step) {
-  for (int i = 0; i < kStepSize; i += 32)
-    _mm_prefetch(reinterpret_cast<const char*>(step + kPrefetchAhead + i), _MM_HINT_T0);
+// Inlined always: GCC 12 takes a function that only prefetches for one without effect, and drops it.
+[[gnu::always_inline]] inline void prefetch_step(const bf16* step, const Prefetch& ahead) {
+  const char* from = reinterpret_cast<const char*>(step) + ahead.distance;
+  for (int line = ahead.first_line; line < ahead.last_line; line++)
+    _mm_prefetch(from + line * 64, _MM_HINT_T1);
 }
 
+// Computes sums[rows][32] = a[rows, inputs] x one block.
+using BlockProduct = void (*)(const bf16* a, size_t stride, const bf16* block, int steps,
+                              const Prefetch& ahead, float* sums);
+
 template <int ROWS>
-void product_avx512(const bf16* a, size_t stride, const bf16* block, int steps, bool ahead,
-                    float* sums) {
+void product_avx512(const bf16* a, size_t stride, const bf16* block, int steps,
+                    const Prefetch& ahead, float* sums) {
   __m512 sum[ROWS][2];
   for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
   const bf16* rows[(ROWS + 2) / 3];  // every third: the two between are one stride and two away
   for (int r = 0; r < ROWS; r += 3) rows[r / 3] = a + r * stride;
   for (int step = 0; step < steps; step++, block += kStepSize) {
-    if (ahead) prefetch_step(block);
+    prefetch_step(block, ahead);
 #pragma GCC unroll 4
     for (int line = 0; line < 16; line++) {
       const __m512bh left = load_pairs(block + line * 32);
@@ -506,8 +519,8 @@ void product_avx512(const bf16* a, size_t stride, const bf16* block, int steps, 
 // 16-31; 4 and 5 hold inputs, 6 and 7 weights. A tile of inputs is read whole: rows behind the last
 // one are computed in vain and never looked at.
 template <bool SECOND_HALF>
-void product_amx(const bf16* a, size_t stride, const bf16* block, int steps, bool ahead,
-                 float* sums) {
+void product_amx(const bf16* a, size_t stride, const bf16* block, int steps,
+                 const Prefetch& ahead, float* sums) {
   const size_t row_bytes = stride * sizeof(bf16);
   constexpr size_t kSumBytes = kBlock * sizeof(float);
   _tile_zero(0);
@@ -517,7 +530,7 @@ void product_amx(const bf16* a, size_t stride, const bf16* block, int steps, boo
     _tile_zero(3);
   }
   for (int step = 0; step < steps; step++, block += kStepSize, a += kStep) {
-    if (ahead) prefetch_step(block);
+    prefetch_step(block, ahead);
     _tile_loadd(4, a, row_bytes);
     _tile_loadd(6, block, 64);
     _tile_loadd(7, block + kTile, 64);
@@ -558,8 +571,8 @@ void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const bf16* 
     for (int group = 0; group < num_groups; group++) {
       const Share share(rows, group, num_groups);
       const int count = share.last - share.first;
-      block_product(use_amx, count)(a + share.first * stride, stride, blocks, steps, group == 0,
-                                    sums);
+      block_product(use_amx, count)(a + share.first * stride, stride, blocks, steps,
+                                    Prefetch(steps, group, num_groups), sums);
       for (int r = 0; r < count; r++)
         epilogue(share.first + r, b, _mm512_load_ps(sums + r * kBlock),
                  _mm512_load_ps(sums + r * kBlock + 16));
@@ -791,7 +804,7 @@ struct RunningSoftmax {
   }
 };
 
-inline void prefetch(const bf16* from, int count) {
+[[gnu::always_inline]] inline void prefetch(const bf16* from, int count) {
   for (int i = 0; i < count; i += 32)
     _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }

@@ -69,7 +69,7 @@ def load() -> Library | Unavailable:
 def open_library(path: Path) -> Library | Unavailable:
     """The library at ``path``, if this processor runs it."""
     try:
-        functions = ctypes.CDLL(str(path))
+        functions = ctypes.CDLL(str(path.resolve()))
     except OSError as error:
         return Unavailable(f"{path.name} does not load: {error}")
     features: int = functions.headrace_features()
@@ -138,10 +138,11 @@ class Engine:
 
     def __init__(self, library: Library, num_threads: int, *, use_amx: bool | None = None) -> None:
         """``use_amx`` None: where the processor has it."""
+        self._handle: int | None = None
         self.num_threads = num_threads
         self.uses_amx = library.has_amx if use_amx is None else use_amx
         self._functions = library.functions
-        self._handle: int | None = self._functions.headrace_engine_new(num_threads, self.uses_amx)
+        self._handle = self._functions.headrace_engine_new(num_threads, self.uses_amx)
         if not self._handle:
             raise MemoryError(f"no {num_threads} threads for the kernels")
 
