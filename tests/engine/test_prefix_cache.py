@@ -93,7 +93,7 @@ def test_choices_of_one_request_compute_their_prompt_once(
     engine = tiny_engine(tiny_model, limits)
     prompt = tokenizer.encode(PREAMBLE)
     requests = [
-        request(str(i), prompt, **(SAMPLED | {"max_new_tokens": 20, "seed": i})) for i in range(4)
+        request(str(i), prompt, max_new_tokens=20, do_sample=True, seed=i) for i in range(4)
     ]
     got = run_all(engine, requests)
     for one in requests:
