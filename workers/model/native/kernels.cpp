@@ -5,7 +5,7 @@
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
 //
 // Contents: 1 memory, 2 vectors of 16 floats, 3 the team of threads, 4 packed weights and their
-// product, 5 row operations, 6 attention, 7 the step, 8 the C ABI.
+// product, 5 row operations, 6 attention, 7 single operations, 8 the step, 9 the C ABI.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -1239,6 +1239,248 @@ class Engine {
   RowBuffer inputs_, gated_;
 };
 
+// ---- 8. the step -------------------------------------------------------------------------------
+//
+// All tokens of a step go through the model together, whoever they belong to:
+//
+//   residual <- embedding
+//   per layer:  q, k, v  <- norm(residual) x Wqkv       (k and v go into the cache)
+//               residual += attention(q, cache) x Wo
+//               residual += (act(gate) * up) x Wdown,   gate, up <- norm(residual) x Wgate_up
+//   logits   <- norm(residual of the asked rows) x Whead
+//
+// The residual stays float32 all the way, which makes the step more exact than bf16 modules are.
+
+}  // namespace
+
+extern "C" {
+
+struct HeadraceLayer {
+  const void *qkv, *out, *gate_up, *down;      // packed weights
+  const float *attention_norm, *mlp_norm;      // [hidden]
+  const float *query_norm, *key_norm;          // [size], or null
+  bf16 *keys, *values;                         // [slot, kv head, max_tokens, size]
+  int window;                                  // 0: none
+};
+
+struct HeadraceModel {
+  int num_layers, hidden, num_heads, num_kv_heads, size, vocab;
+  int activation, num_slots, max_tokens;
+  float eps, scale;
+  const HeadraceLayer* layers;
+  const float* last_norm;
+  const void* head;                            // packed
+  const bf16* embedding;                       // [vocab, hidden], or null: that of the head
+  const float *cosines, *sines;                // [max_tokens, size / 2]
+};
+
+}  // extern "C"
+
+namespace {
+
+// Row `index` of what was packed, as floats.
+void unpack_row(const Weight& weight, int index, float* to) {
+  const bf16* tile = weight.block(index / kBlock) + index % kBlock / 16 * kTile;
+  const __m512i lines = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(16));
+  for (int step = 0; step < weight.steps; step++, tile += kStepSize) {
+    const __m512i pairs = _mm512_i32gather_epi32(lines, tile + index % 16 * 2, 4);
+    const int first = step * kStep;
+    _mm512_mask_storeu_ps(to + first, first_lanes(weight.inputs - first),
+                          widen(_mm512_castsi512_si256(pairs)));
+    _mm512_mask_storeu_ps(to + first + 16, first_lanes(weight.inputs - first - 16),
+                          widen(_mm512_extracti64x4_epi64(pairs, 1)));
+  }
+}
+
+// to = x with each pair (x[i], x[i + size / 2]) turned by the angle of its position.
+void rotate(const float* x, const float* cosines, const float* sines, int size, bf16* to) {
+  const int half = size / 2;
+  for (int i = 0; i < half; i += 16) {
+    const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
+    const __m512 c = _mm512_loadu_ps(cosines + i), s = _mm512_loadu_ps(sines + i);
+    store_bf16(to + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    store_bf16(to + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+class Step {
+ public:
+  Step(Engine& engine, const HeadraceModel& model, int num_tokens)
+      : engine_(engine), model_(model), next_blocks_(model.num_layers) {
+    const auto& layer = model.layers[0];
+    query_width_ = model.num_heads * model.size;
+    qkv_width_ = (model.num_heads + 2 * model.num_kv_heads) * model.size;
+    gated_width_ = static_cast<const Weight*>(layer.down)->inputs;
+    residual_stride_ = round_up(model.hidden, kBlock);
+    reserve(num_tokens);
+  }
+
+  // Whether these tokens, places and rows exist.
+  bool accepts(int num_tokens, const int* tokens, const std::vector<Stretch>& stretches,
+               int num_rows, const int* rows) const {
+    const auto all_below = [](const int* numbers, int count, int limit) {
+      return std::all_of(numbers, numbers + count, [&](int n) { return n >= 0 && n < limit; });
+    };
+    int total = 0;
+    for (const auto& [first, slot, start, count] : stretches) {
+      if (slot < 0 || slot >= model_.num_slots || start < 0 || count < 1) return false;
+      if (count > model_.max_tokens - start) return false;
+      total += count;
+    }
+    return total == num_tokens && num_tokens > 0 && all_below(tokens, num_tokens, model_.vocab) &&
+           all_below(rows, num_rows, num_tokens);
+  }
+
+  void run(int num_tokens, const int* tokens, const std::vector<Stretch>& stretches, int num_rows,
+           const int* rows, float* logits) {
+    reserve(num_tokens);
+    places_.clear();
+    for (const auto& stretch : stretches)
+      for (int i = 0; i < stretch.count; i++) places_.push_back({stretch.slot, stretch.start + i});
+    for (auto& next : next_blocks_) next.store(0, std::memory_order_relaxed);
+    Team& team = engine_.team;
+    const AttentionPlan plan(stretches, model_.num_heads / model_.num_kv_heads, team.size());
+    team.run([&](int thread) {
+      const Share share(num_tokens, thread, team.size());
+      for (int t = share.first; t < share.last; t++) embed(tokens[t], residual(t));
+      for (int i = 0; i < model_.num_layers; i++) {
+        attend(thread, share, num_tokens, i, plan);
+        feed_forward(thread, share, num_tokens, model_.layers[i]);
+      }
+      compute_logits(thread, num_rows, rows, logits);
+    });
+  }
+
+ private:
+  struct Place {
+    int slot, position;
+  };
+
+  float* residual(int token) { return residual_ + size_t(token) * residual_stride_; }
+
+  // Scratch memory for a step, touched at once.
+  void reserve(int num_tokens) {
+    if (num_tokens <= capacity_) return;
+    const size_t rows = num_tokens + kSlackRows;
+    std::vector<std::pair<void**, size_t>> parts;
+    size_t total = 0;
+    const auto add = [&](auto** pointer, size_t stride) {
+      parts.emplace_back(reinterpret_cast<void**>(pointer), total);
+      total += (rows * stride * sizeof(**pointer) + 63) / 64 * 64;
+    };
+    add(&residual_, residual_stride_);
+    add(&qkv_, qkv_width_);
+    add(&normed_, row_stride(model_.hidden));
+    add(&query_, query_width_);
+    add(&attended_, row_stride(query_width_));
+    add(&gated_, row_stride(gated_width_));
+    scratch_ = Pages(total);
+    scratch_.touch(total);
+    for (const auto& [pointer, offset] : parts) *pointer = scratch_.data() + offset;
+    capacity_ = num_tokens;
+  }
+
+  void embed(int token, float* to) const {
+    if (model_.embedding == nullptr)
+      return unpack_row(*static_cast<const Weight*>(model_.head), token, to);
+    const bf16* from = model_.embedding + size_t(token) * model_.hidden;
+    for (int i = 0; i < model_.hidden; i += 16) {
+      const __mmask16 lanes = first_lanes(model_.hidden - i);
+      _mm512_mask_storeu_ps(to + i, lanes, load_bf16(from + i, lanes));
+    }
+  }
+
+  // normed_ = norm(residual) for this thread's tokens; then all wait for all.
+  void normalise(const Share& share, const float* weight) {
+    for (int t = share.first; t < share.last; t++)
+      rms_norm(residual(t), weight, model_.hidden, model_.eps,
+               normed_ + size_t(t) * row_stride(model_.hidden));
+    engine_.team.barrier();
+  }
+
+  void attend(int thread, const Share& share, int num_tokens, int number,
+              const AttentionPlan& plan) {
+    const HeadraceLayer& layer = model_.layers[number];
+    Team& team = engine_.team;
+    const Attention shape{model_.num_heads, model_.num_kv_heads, model_.size,
+                          model_.scale,     0.0f,                layer.window};
+    const LayerCache cache{layer.keys, layer.values, model_.max_tokens};
+    normalise(share, layer.attention_norm);
+    multiply(team, thread, *static_cast<const Weight*>(layer.qkv), normed_, num_tokens,
+             store_as_float(qkv_, qkv_width_, qkv_width_));
+    team.barrier();
+    for (int t = share.first; t < share.last; t++) place_token(t, layer, shape, cache);
+    team.barrier();
+    plan.attend(thread, team.uses_amx(), shape, cache, {query_, query_width_, model_.size},
+                {attended_, row_stride(query_width_)}, engine_.spans(thread),
+                next_blocks_[number]);
+    team.barrier();
+    multiply(team, thread, *static_cast<const Weight*>(layer.out), attended_, num_tokens,
+             add_to_float(residual_, residual_stride_));
+    team.barrier();
+  }
+
+  // From the products of a token: queries turned, keys turned and stored, values stored.
+  void place_token(int token, const HeadraceLayer& layer, const Attention& shape,
+                   const LayerCache& cache) {
+    const auto [slot, position] = places_[token];
+    const int size = model_.size;
+    const float* cosines = model_.cosines + size_t(position) * size / 2;
+    const float* sines = model_.sines + size_t(position) * size / 2;
+    float* from = qkv_ + size_t(token) * qkv_width_;
+    bf16* query = query_ + size_t(token) * query_width_;
+    for (int head = 0; head < model_.num_heads; head++, from += size, query += size) {
+      if (layer.query_norm != nullptr)
+        rms_norm(from, layer.query_norm, size, model_.eps, from);
+      rotate(from, cosines, sines, size, query);
+    }
+    for (int head = 0; head < model_.num_kv_heads; head++, from += size) {
+      if (layer.key_norm != nullptr) rms_norm(from, layer.key_norm, size, model_.eps, from);
+      const size_t at = cache.offset(shape, slot, head) + size_t(position) * size;
+      rotate(from, cosines, sines, size, cache.keys + at);
+      const float* value = from + model_.num_kv_heads * size;
+      for (int i = 0; i < size; i += 16)
+        store_bf16(cache.values + at + i, _mm512_loadu_ps(value + i));
+    }
+  }
+
+  void feed_forward(int thread, const Share& share, int num_tokens, const HeadraceLayer& layer) {
+    Team& team = engine_.team;
+    normalise(share, layer.mlp_norm);
+    multiply(team, thread, *static_cast<const Weight*>(layer.gate_up), normed_, num_tokens,
+             store_gated(static_cast<Activation>(model_.activation), gated_,
+                         row_stride(gated_width_)));
+    team.barrier();
+    multiply(team, thread, *static_cast<const Weight*>(layer.down), gated_, num_tokens,
+             add_to_float(residual_, residual_stride_));
+    team.barrier();
+  }
+
+  void compute_logits(int thread, int num_rows, const int* rows, float* logits) {
+    Team& team = engine_.team;
+    const Share share(num_rows, thread, team.size());
+    for (int i = share.first; i < share.last; i++)
+      rms_norm(residual(rows[i]), model_.last_norm, model_.hidden, model_.eps,
+               normed_ + size_t(i) * row_stride(model_.hidden));
+    team.barrier();
+    multiply(team, thread, *static_cast<const Weight*>(model_.head), normed_, num_rows,
+             store_as_float(logits, model_.vocab, model_.vocab));
+  }
+
+  Engine& engine_;
+  const HeadraceModel model_;
+  int query_width_, qkv_width_, gated_width_, residual_stride_;
+  int capacity_ = 0;  // tokens that the scratch memory holds
+  Pages scratch_;
+  // Per token. Rows of bf16 that a product reads lie row_stride() apart.
+  float *residual_, *qkv_;
+  bf16 *normed_, *query_, *attended_, *gated_;
+  std::vector<Place> places_;
+  std::vector<std::atomic<int>> next_blocks_;  // per layer; see AttentionPlan::attend
+};
+
 // ---- 9. the C ABI ------------------------------------------------------------------------------
 
 // Runs `work`; false where memory or threads could not be had.
@@ -1250,6 +1492,14 @@ bool succeeds(Work work) noexcept {
   } catch (...) {
     return false;
   }
+}
+
+std::vector<Stretch> stretches_of(int count, const int* slots, const int* starts,
+                                  const int* counts) {
+  std::vector<Stretch> stretches;
+  for (int i = 0, token = 0; i < count; token += counts[i++])
+    stretches.push_back({token, slots[i], starts[i], counts[i]});
+  return stretches;
 }
 
 }  // namespace
@@ -1354,12 +1604,10 @@ int headrace_attend(void* engine, const HeadraceAttention* layer, int count, con
   return succeeds([&] {
     const Attention shape{layer->num_heads, layer->num_kv_heads, layer->size,
                           layer->scale,     layer->softcap,      layer->window};
-    std::vector<Stretch> stretches;
-    for (int i = 0, token = 0; i < count; token += counts[i++])
-      stretches.push_back({token, slots[i], starts[i], counts[i]});
     static_cast<Engine*>(engine)->attend(
-        shape, {layer->keys, layer->values, layer->max_tokens}, stretches, vectors(query),
-        vectors(keys), vectors(values), {out, ptrdiff_t{shape.num_heads} * shape.size});
+        shape, {layer->keys, layer->values, layer->max_tokens},
+        stretches_of(count, slots, starts, counts), vectors(query), vectors(keys), vectors(values),
+        {out, ptrdiff_t{shape.num_heads} * shape.size});
   });
 }
 
@@ -1372,6 +1620,37 @@ void headrace_row_statistics(void* engine, const float* x, int rows, int width, 
     max[row] = found.max;
     sum_exp[row] = found.sum_exp;
   });
+}
+
+// A model's step on this engine, with scratch memory for `num_tokens` at first. `model` is copied;
+// what it points to must outlive the step. Null where memory could not be had.
+void* headrace_step_new(void* engine, const HeadraceModel* model, int num_tokens) {
+  Step* step = nullptr;
+  succeeds([&] { step = new Step(*static_cast<Engine*>(engine), *model, num_tokens); });
+  return step;
+}
+
+void headrace_step_free(void* step) { delete static_cast<Step*>(step); }
+
+enum { kDone = 0, kNoMemory = 1, kUnknownPlace = 2 };
+
+// Computes the tokens of `count` stretches, in their order, and writes the logits of `rows` among
+// them, [num_rows, vocab].
+int headrace_step_run(void* step, int num_tokens, const int* tokens, int count, const int* slots,
+                      const int* starts, const int* counts, int num_rows, const int* rows,
+                      float* logits) {
+  auto& s = *static_cast<Step*>(step);
+  int result = kNoMemory;
+  succeeds([&] {
+    const std::vector<Stretch> stretches = stretches_of(count, slots, starts, counts);
+    if (!s.accepts(num_tokens, tokens, stretches, num_rows, rows)) {
+      result = kUnknownPlace;
+      return;
+    }
+    s.run(num_tokens, tokens, stretches, num_rows, rows, logits);
+    result = kDone;
+  });
+  return result;
 }
 
 }  // extern "C"

@@ -20,6 +20,9 @@ import torch
 _AVX512_BF16 = 1
 _AMX = 2
 
+_DONE = 0
+_UNKNOWN_PLACE = 2
+
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 """Those that :meth:`Engine.gated_mlp` knows; ``gelu_tanh`` is torch's ``approximate="tanh"``."""
 
@@ -112,6 +115,35 @@ class _Attention(ctypes.Structure):
     ]
 
 
+class LayerPointers(ctypes.Structure):
+    """A layer of :class:`ModelPointers`: handles of packed weights, then float32 vectors and the
+    cache by address; None where there is none.
+    """
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")],
+        *[(name, ctypes.c_void_p) for name in ("query_norm", "key_norm")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        ("window", ctypes.c_int),
+    ]
+
+
+class ModelPointers(ctypes.Structure):
+    """A Llama-like model for :class:`Step`; ``HeadraceModel`` in kernels.cpp says what is what."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads")],
+        *[(name, ctypes.c_int) for name in ("size", "vocab", "activation")],
+        *[(name, ctypes.c_int) for name in ("num_slots", "max_tokens")],
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("layers", ctypes.POINTER(LayerPointers)),
+        *[(name, ctypes.c_void_p) for name in ("last_norm", "head", "embedding")],
+        *[(name, ctypes.c_void_p) for name in ("cosines", "sines")],
+    ]
+
+
 class Places:
     """Where a step's tokens lie, in the form the kernels take; made once, used in each layer."""
 
@@ -141,8 +173,8 @@ class Engine:
         self._handle: int | None = None
         self.num_threads = num_threads
         self.uses_amx = library.has_amx if use_amx is None else use_amx
-        self._functions = library.functions
-        self._handle = self._functions.headrace_engine_new(num_threads, self.uses_amx)
+        self.functions = library.functions
+        self._handle = self.functions.headrace_engine_new(num_threads, self.uses_amx)
         if not self._handle:
             raise MemoryError(f"no {num_threads} threads for the kernels")
 
@@ -150,7 +182,7 @@ class Engine:
         """End the threads and free all packed weights. Nothing may be called after."""
         handle, self._handle = self._handle, None
         if handle:
-            self._functions.headrace_engine_free(handle)
+            self.functions.headrace_engine_free(handle)
 
     def __del__(self) -> None:
         self.close()
@@ -196,7 +228,7 @@ class Engine:
             None if b is None else b.detach().float().contiguous() for b in (bias, other_bias)
         ]
         num_outputs, num_inputs = rows.shape
-        handle: int | None = self._functions.headrace_weight_new(
+        handle: int | None = self.functions.headrace_weight_new(
             self.handle,
             num_outputs,
             num_inputs,
@@ -219,7 +251,7 @@ class Engine:
         output = x.new_empty((*x.shape[:-1], weight.num_outputs), dtype=dtype)
         is_float = dtype == torch.float32
         self._check(
-            self._functions.headrace_linear(
+            self.functions.headrace_linear(
                 self.handle,
                 weight.handle,
                 x.data_ptr(),
@@ -239,7 +271,7 @@ class Engine:
             raise ValueError("down does not take what gate and up give")
         output = x.new_empty((*x.shape[:-1], down.num_outputs))
         self._check(
-            self._functions.headrace_gated_mlp(
+            self.functions.headrace_gated_mlp(
                 self.handle,
                 gate_up.handle,
                 down.handle,
@@ -255,7 +287,7 @@ class Engine:
         """``x / rms(x) * weight``; ``weight`` is float32 (Gemma's must be given as 1 + w)."""
         x = _rows(x, weight.numel())
         output = torch.empty_like(x)
-        self._functions.headrace_rms_norm(
+        self.functions.headrace_rms_norm(
             self.handle,
             x.data_ptr(),
             weight.data_ptr(),
@@ -276,7 +308,7 @@ class Engine:
         """Layer norm over the last dimension; ``weight`` and ``bias`` are float32."""
         x = _rows(x, x.shape[-1] if weight is None else weight.numel())
         output = torch.empty_like(x)
-        self._functions.headrace_layer_norm(
+        self.functions.headrace_layer_norm(
             self.handle,
             x.data_ptr(),
             None if weight is None else weight.data_ptr(),
@@ -324,7 +356,7 @@ class Engine:
         query, key, value = (_heads(x, size) for x in (query, key, value))
         output = query.new_empty((num_tokens, num_heads, size))
         self._check(
-            self._functions.headrace_attend(
+            self.functions.headrace_attend(
                 self.handle,
                 ctypes.byref(layer),
                 places.count,
@@ -350,7 +382,7 @@ class Engine:
             raise ValueError("logits must be contiguous and float32")
         best = torch.empty(num_rows, dtype=torch.int64)
         largest, sum_exp = torch.empty(2, num_rows).unbind()
-        self._functions.headrace_row_statistics(
+        self.functions.headrace_row_statistics(
             self.handle,
             logits.data_ptr(),
             num_rows,
@@ -364,6 +396,59 @@ class Engine:
     def _check(self, succeeded: int) -> None:
         if not succeeded:
             raise MemoryError("no scratch memory for the kernels")
+
+
+class Step:
+    """Whole steps of a Llama-like model on an engine, with scratch memory of their own.
+
+    What ``model`` points to must outlive this.
+
+    Raises:
+        MemoryError: if there is no scratch memory for ``num_tokens`` at a time.
+    """
+
+    def __init__(self, engine: Engine, model: ModelPointers, num_tokens: int) -> None:
+        self._engine = engine  # must outlive us too
+        self._handle: int | None = engine.functions.headrace_step_new(
+            engine.handle, ctypes.byref(model), num_tokens
+        )
+        if not self._handle:
+            raise MemoryError(f"no scratch memory for steps of {num_tokens} tokens")
+
+    def close(self) -> None:
+        """Free the scratch memory. Nothing may be called after."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._engine.functions.headrace_step_free(handle)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def run(
+        self, tokens: Sequence[int], places: Places, rows: Sequence[int], logits: torch.Tensor
+    ) -> None:
+        """Compute ``tokens`` at ``places`` and write ``logits`` ``[len(rows), vocab]`` of ``rows``.
+
+        Raises:
+            ValueError: for a token, place or row that the model or its cache does not have.
+            MemoryError: if there is no scratch memory for so many tokens.
+        """
+        result = self._engine.functions.headrace_step_run(
+            self._handle,
+            len(tokens),
+            (ctypes.c_int * len(tokens))(*tokens),
+            places.count,
+            places.slots,
+            places.starts,
+            places.counts,
+            len(rows),
+            (ctypes.c_int * len(rows))(*rows),
+            logits.data_ptr(),
+        )
+        if result == _UNKNOWN_PLACE:
+            raise ValueError("a token, place or row is not in the model or its cache")
+        if result != _DONE:
+            raise MemoryError(f"no scratch memory for a step of {len(tokens)} tokens")
 
 
 def can_attend(num_heads: int, num_kv_heads: int, key_size: int, value_size: int) -> bool:
@@ -427,6 +512,12 @@ def _declare(functions: ctypes.CDLL) -> None:
                 vectors,
                 pointer,
             ],
+        ),
+        "step_new": (pointer, [pointer, ctypes.POINTER(ModelPointers), integer]),
+        "step_free": (None, [pointer]),
+        "step_run": (
+            integer,
+            [pointer, integer, integers, integer, *[integers] * 3, integer, integers, pointer],
         ),
         "row_statistics": (None, [pointer, pointer, integer, integer, *[pointer] * 3]),
     }
