@@ -151,11 +151,16 @@ def difference(
     cache = SlotCache(layers, num_slots=2, max_tokens=16, dtype=dtype, device=expected.device)
     forward = bind(cache)
     with torch.inference_mode():
-        forward(first[:3], [Stretch(1, 0, 3)], [])
-        forward(first[3:5] + second[:3], [Stretch(1, 3, 2), Stretch(0, 0, 3)], [])
-        forward([second[3], first[5]], [Stretch(0, 3, 1), Stretch(1, 5, 1)], [])
-        ours = forward(first[6:] + second, [Stretch(1, 6, 1), Stretch(0, 0, 4)], [0, 4])
+        forward(first[:3], [_stretch(1, 0, 3)], [])
+        forward(first[3:5] + second[:3], [_stretch(1, 3, 2), _stretch(0, 0, 3)], [])
+        forward([second[3], first[5]], [_stretch(0, 3, 1), _stretch(1, 5, 1)], [])
+        ours = forward(first[6:] + second, [_stretch(1, 6, 1), _stretch(0, 0, 4)], [0, 4])
     return float((ours.float() - expected).abs().max() / expected.abs().max())
+
+
+def _stretch(slot: int, start: int, count: int) -> Stretch:
+    """Of a short sequence, in a slot or in the page of the same number."""
+    return Stretch(slot, start, count, pages=(slot,))
 
 
 def _plain_logits(model: PreTrainedModel) -> torch.Tensor:

@@ -13,7 +13,7 @@ from workers.engine.batching import Choice
 from workers.engine.port import DeviceLostError, DeviceMemoryError
 from workers.engine.scheduler import Chunk
 from workers.model.attention import Stretch
-from workers.model.sampler import SamplingRow, sample
+from workers.model.sampler import RowStatistics, SamplingRow, sample
 
 
 class Forward(Protocol):
@@ -45,11 +45,20 @@ class Cache(Protocol):
 
 
 class ModelRunner:
-    """Implements :class:`workers.engine.batching.Runner` with any way and the cache behind it."""
+    """Implements :class:`workers.engine.batching.Runner` with any way and the cache behind it.
 
-    def __init__(self, forward: Forward, cache: Cache) -> None:
+    A cache of pages needs nothing between steps, so there is none to name.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: Cache | None = None,
+        row_statistics: RowStatistics | None = None,
+    ) -> None:
         self._forward = forward
         self._cache = cache
+        self._row_statistics = row_statistics
         self._unproven: dict[int, int] = {}
         """Slot -> end of the positions there that no finite logits have vouched for."""
 
@@ -66,16 +75,32 @@ class ModelRunner:
         stretches = [Stretch(c.slot, c.start, c.count, c.pages) for c in ordered]
         sampled = [chunk for chunk in ordered if chunk.samples]
         with torch.inference_mode(), _device_errors():
-            self._prepare_slots(chunks)
+            if self._cache is not None:
+                self._prepare_slots(chunks, self._cache)
             logits = self._forward(tokens, stretches, _last_rows(ordered))
-            choices = _choose(logits, sampled)
+            choices = self._choose(logits, sampled)
         for chunk, choice in zip(sampled, choices, strict=True):
             if choice is not None:
-                del self._unproven[chunk.slot]
+                self._unproven.pop(chunk.slot, None)
         by_slot = {chunk.slot: choice for chunk, choice in zip(sampled, choices, strict=True)}
         return [by_slot[chunk.slot] for chunk in chunks if chunk.samples]
 
-    def _prepare_slots(self, chunks: list[Chunk]) -> None:
+    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> list[Choice | None]:
+        if not sampled:
+            return []
+        rows = [
+            SamplingRow(c.sequence.sampling, c.sequence.num_generated, c.sequence.seen_ids)
+            for c in sampled
+        ]
+        samples = sample(logits, rows, self._row_statistics)
+        return [
+            Choice(token, logprob) if finite else None
+            for token, logprob, finite in zip(
+                samples.tokens, samples.logprobs, samples.finite, strict=True
+            )
+        ]
+
+    def _prepare_slots(self, chunks: list[Chunk], cache: Cache) -> None:
         """Bring prefixes to where they are wanted, and clear what a last owner left behind them.
 
         A sequence that goes on begins where its own unproven positions end. Whoever begins before
@@ -84,11 +109,11 @@ class ModelRunner:
         for chunk in chunks:
             if chunk.copied_from is not None:
                 from_slot, num_tokens = chunk.copied_from
-                self._cache.copy(from_slot, chunk.slot, num_tokens)
+                cache.copy(from_slot, chunk.slot, num_tokens)
         for chunk in chunks:
             end = self._unproven.get(chunk.slot, 0)
             if chunk.start < end:
-                self._cache.scrub(chunk.slot, chunk.start, end)
+                cache.scrub(chunk.slot, chunk.start, end)
             self._unproven[chunk.slot] = chunk.end
 
 
@@ -101,22 +126,6 @@ def _last_rows(ordered: list[Chunk]) -> list[int]:
         if chunk.samples:
             rows.append(end - 1)
     return rows
-
-
-def _choose(logits: torch.Tensor, sampled: list[Chunk]) -> list[Choice | None]:
-    if not sampled:
-        return []
-    rows = [
-        SamplingRow(c.sequence.sampling, c.sequence.num_generated, c.sequence.seen_ids)
-        for c in sampled
-    ]
-    samples = sample(logits, rows)
-    return [
-        Choice(token, logprob) if finite else None
-        for token, logprob, finite in zip(
-            samples.tokens, samples.logprobs, samples.finite, strict=True
-        )
-    ]
 
 
 @contextmanager

@@ -1,0 +1,275 @@
+"""The way for CUDA: a paged cache, compiled modules, and recorded steps.
+
+Launching a step kernel by kernel takes the processor longer than the GPU needs to compute it, so
+steps are replayed from CUDA graphs, recorded at load: one per size of batch for steps of decode
+rows alone, as nearly all are, and one per number of tokens for those with prompts. What runs is
+padded to the next size with rows, tokens and tiles that store nothing. All numbers that differ from
+step to step lie in tensors and go over in one copy from pinned memory, and in a second one when
+pages have changed hands.
+
+On a device without graphs the very same padded steps run unrecorded, which is how they are tested.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from transformers import PreTrainedModel
+
+from workers.model.attention import Stretch, running
+from workers.model.paged_attention import PAGED_ATTENTION, TILE_TOKENS, PagedLayout
+from workers.model.paged_cache import PagedCache
+
+_BATCHES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sizes of recorded batches. A single row is padded to two: to the compiler, one is a case of its
+own and would have to be compiled as well."""
+
+_FEWEST_TOKENS = 64
+"""In a recorded step with prompts; up to there one costs hardly more than a step without."""
+
+
+class PagedForward:
+    """Implements :class:`workers.model.runner.Forward`.
+
+    Args:
+        model: on the cache's device; from now on it attends to pages.
+        cache: where keys and values go.
+        max_sequences: most stretches in one step.
+        max_tokens: longest sequence.
+        step_tokens: most tokens in one step.
+        compiler: the backend of ``torch.compile``; None runs the modules as they are.
+
+    Compiling takes half a minute or so the first time; after that torch finds most of it in its
+    cache on disk (``TORCHINDUCTOR_CACHE_DIR``). ``TORCH_COMPILE_DISABLE=1`` does without.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        *,
+        max_sequences: int,
+        max_tokens: int,
+        step_tokens: int,
+        compiler: str | None = "inductor",
+    ) -> None:
+        model.set_attn_implementation(PAGED_ATTENTION)
+        self._model = model
+        self._cache = cache
+        self._batches = batch_sizes(max_sequences)
+        self._lengths = token_sizes(max(step_tokens, 2))
+        self._numbers = _StepNumbers(
+            num_sequences=self._batches[-1],
+            num_tokens=max(self._lengths[-1], self._batches[-1]),
+            num_pages=-(-max_tokens // cache.page_size),
+            device=cache.device,
+        )
+        self._compute = self._run_modules
+        self.is_compiled = compiler is not None and self._compile(compiler)
+        """Whether the modules run compiled; False where the compiler did not take them."""
+        self._decodes: dict[int, Callable[[], torch.Tensor]] = {}
+        self._mixed: dict[int, Callable[[], torch.Tensor]] = {}
+        self.is_recorded = self._record()
+        """Whether steps are graphs; False where something in the model cannot be recorded, or the
+        device has none."""
+
+    def __call__(
+        self, tokens: list[int], stretches: Sequence[Stretch], rows: list[int]
+    ) -> torch.Tensor:
+        num_decodes = sum(stretch.count == 1 for stretch in stretches)
+        self._numbers.load(tokens, stretches, num_decodes, rows)
+        if num_decodes == len(tokens):
+            step = self._decodes[_next(self._batches, num_decodes)]
+        else:
+            step = self._mixed[_next(self._lengths, len(tokens))]
+        return step()[: len(rows)]
+
+    def _run_modules(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """``tokens`` and ``positions`` are ``[tokens]``, ``rows`` those whose logits are wanted."""
+        output = self._model(
+            input_ids=tokens.long()[None],
+            position_ids=positions.long()[None],
+            use_cache=False,
+            logits_to_keep=rows.long(),
+        )
+        return output.logits[0]
+
+    def _compile(self, backend: str) -> bool:
+        compiled = torch.compile(self._run_modules, dynamic=True, fullgraph=True, backend=backend)
+        numbers = self._numbers
+        # Of equal numbers the compiler would conclude that they always are.
+        inputs = numbers.tokens[:4], numbers.positions[:4], numbers.rows[:2]
+        layout = PagedLayout(self._cache, numbers.lengths[:2], numbers.tiles[:0], numbers.table)
+        try:
+            with torch.inference_mode(), running(layout):
+                compiled(*inputs)
+        except Exception:  # noqa: BLE001 - whatever stops the compiler, the modules run without it
+            return False
+        self._compute = compiled
+        return True
+
+    def _record(self) -> bool:
+        """Prepare each step, the largest first: the others then find room in its memory."""
+        pool = torch.cuda.graph_pool_handle() if self._cache.device.type == "cuda" else None
+        is_recorded = pool is not None
+        for size in reversed(self._lengths):
+            step, done = _recorded(self._mixed_step(size), pool)
+            self._mixed[size], is_recorded = step, is_recorded and done
+        for size in reversed(self._batches):
+            step, done = _recorded(self._decode_step(size), pool)
+            self._decodes[size], is_recorded = step, is_recorded and done
+        return is_recorded
+
+    def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
+        return self._step(size, size, 0, size)
+
+    def _mixed_step(self, size: int) -> Callable[[], torch.Tensor]:
+        """Room for all decode rows beside prompts, and for logits of everybody."""
+        num_rows = self._batches[-1]
+        num_tiles = min(size // 2, size // TILE_TOKENS + num_rows)
+        return self._step(size, min(size, num_rows), num_tiles, num_rows)
+
+    def _step(
+        self, num_tokens: int, num_decodes: int, num_tiles: int, num_rows: int
+    ) -> Callable[[], torch.Tensor]:
+        numbers = self._numbers
+        layout = PagedLayout(
+            self._cache, numbers.lengths[:num_decodes], numbers.tiles[:num_tiles], numbers.table
+        )
+        tokens, positions = numbers.tokens[:num_tokens], numbers.positions[:num_tokens]
+        rows = numbers.rows[:num_rows]
+
+        def step() -> torch.Tensor:
+            # What the compiler has not seen by now must not stop a step for the time of compiling.
+            with running(layout), torch.compiler.set_stance("eager_on_recompile"):
+                return self._compute(tokens, positions, rows)
+
+        return step
+
+
+def batch_sizes(max_sequences: int) -> list[int]:
+    """Sizes of decode batches, ascending; the last one holds ``max_sequences``."""
+    sizes = [size for size in _BATCHES if size < max_sequences]
+    return [*sizes, next((size for size in _BATCHES if size >= max_sequences), max_sequences)]
+
+
+def token_sizes(step_tokens: int) -> list[int]:
+    """Sizes of steps with prompts, ascending; at most a third of one is padding."""
+    sizes: list[int] = []
+    size = _FEWEST_TOKENS
+    while size < step_tokens:
+        sizes += [size, size * 3 // 2]
+        size *= 2
+    return [*(size for size in sizes if size < step_tokens), step_tokens]
+
+
+def _next(sizes: list[int], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+def _recorded(
+    step: Callable[[], torch.Tensor], pool: tuple[int, int] | None
+) -> tuple[Callable[[], torch.Tensor], bool]:
+    """A graph of ``step``; ``step`` itself where there are none or it cannot be recorded."""
+    if pool is None:
+        return step, False
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        step()  # whatever is prepared on first use must not be part of the recording
+        try:
+            with torch.cuda.graph(graph, pool=pool):  # pyright: ignore[reportArgumentType] - a nominal type
+                logits = step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return step, False
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return logits
+
+    return replay, True
+
+
+class _StepNumbers:
+    """All integers of a step, on the host and on the device, at the same places in every step."""
+
+    def __init__(
+        self, *, num_sequences: int, num_tokens: int, num_pages: int, device: torch.device
+    ) -> None:
+        num_tiles = num_sequences + num_tokens // TILE_TOKENS
+        sizes = [num_tokens, num_tokens, num_sequences, num_sequences, num_tiles * 4]
+        self._num_head = sum(sizes)
+        total = self._num_head + num_sequences * num_pages
+        is_cuda = device.type == "cuda"
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=is_cuda)
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        self._sent = torch.cuda.Event() if is_cuda else None
+        host = [part.numpy() for part in self._host[: self._num_head].split(sizes)]
+        self._tokens, self._positions, self._lengths, self._rows, self._tiles = host
+        self._table = self._host[self._num_head :].view(num_sequences, num_pages).numpy()
+        self._pages: list[tuple[int, ...]] = [()] * num_sequences
+        """What each row of the table holds."""
+        parts = self._device[: self._num_head].split(sizes)
+        self.tokens, self.positions, self.lengths, self.rows = parts[:4]
+        self.tiles = parts[4].view(-1, 4)
+        self.table = self._device[self._num_head :].view(num_sequences, num_pages)
+
+    def load(
+        self, tokens: list[int], stretches: Sequence[Stretch], num_decodes: int, rows: list[int]
+    ) -> None:
+        """Send what the step is.
+
+        Padding tokens keep an old number, which does no harm: nobody attends to them. Padding rows
+        have no length and padding tiles no tokens.
+        """
+        if self._sent is not None:
+            self._sent.synchronize()  # the last copy has read what is overwritten now
+        self._tokens[: len(tokens)] = tokens
+        self._positions[:num_decodes] = [stretch.start for stretch in stretches[:num_decodes]]
+        self._lengths[:num_decodes] = self._positions[:num_decodes] + 1
+        self._lengths[num_decodes:] = 0
+        self._rows[: len(rows)] = rows
+        self._rows[len(rows) :] = 0
+        if num_decodes < len(stretches):
+            prompts = stretches[num_decodes:]
+            self._positions[num_decodes : len(tokens)] = [
+                position for s in prompts for position in range(s.start, s.end)
+            ]
+            tiles = list(chain.from_iterable(_tiles(prompts, num_decodes)))
+            self._tiles[: len(tiles)] = tiles
+            self._tiles[len(tiles) :] = 0
+        self._send([stretch.pages for stretch in stretches])
+
+    def _send(self, pages: list[tuple[int, ...]]) -> None:
+        head = self._num_head
+        self._device[:head].copy_(self._host[:head], non_blocking=True)
+        if self._update_table(pages):
+            self._device[head:].copy_(self._host[head:], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    def _update_table(self, pages: list[tuple[int, ...]]) -> bool:
+        """Write the rows that changed; the places keep one tuple for as long as it is right."""
+        changed = [row for row, new in enumerate(pages) if new is not self._pages[row]]
+        for row in changed:
+            self._pages[row] = pages[row]
+            self._table[row, : len(pages[row])] = pages[row]
+        return bool(changed)
+
+
+def _tiles(prompts: Sequence[Stretch], num_decodes: int) -> list[tuple[int, int, int, int]]:
+    """(sequence, first token, its position, tokens) of stretches that stand behind decode rows."""
+    tiles: list[tuple[int, int, int, int]] = []
+    first = num_decodes
+    for sequence, stretch in enumerate(prompts, num_decodes):
+        tiles += [
+            (sequence, first + done, stretch.start + done, min(TILE_TOKENS, stretch.count - done))
+            for done in range(0, stretch.count, TILE_TOKENS)
+        ]
+        first += stretch.count
+    return tiles
