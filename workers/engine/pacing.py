@@ -6,8 +6,9 @@ step to step. Two things are wanted: who streams should not notice that others a
 arrives should not wait for ever.
 """
 
-_MAX_STRETCH = 2.5
-"""A step with prompt tokens may take so many times as long as one without."""
+_STRETCH = 1.5
+"""Prompt tokens may add so much to a step, as a share of what it takes without them: a reader's
+longest gap stays well under three times the usual one."""
 _MIN_PREFILL_TOKENS = 16
 """Prompts go on at least by this much per step, however slow the machine."""
 _GAIN = 0.3
@@ -34,9 +35,9 @@ class Pace:
     def prefill_tokens(self, num_decoding: int) -> int:
         """Most prompt tokens beside ``num_decoding`` rows of one token."""
         room = self.step_tokens - num_decoding
-        if num_decoding == 0 or self._decode_s == 0.0 or self._token_s <= 0.0:
+        if num_decoding == 0 or self._decode_s == 0.0 or self._token_s == 0.0:
             return room
-        affordable = int((_MAX_STRETCH - 1) * self._decode_s / self._token_s)
+        affordable = int(_STRETCH * self._decode_s / self._token_s)
         return min(room, max(affordable, _MIN_PREFILL_TOKENS))
 
     def note(self, num_prefill_tokens: int, duration_s: float) -> None:

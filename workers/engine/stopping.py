@@ -23,6 +23,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Take text; returns what may be shown. Sets ``matched`` when a stop string is complete."""
+        if not self._stops:
+            return text
         num_shown = len(self._tail) if self._tail_shown else 0
         window = self._tail + text
         match = self._first_match(window)
