@@ -95,7 +95,7 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
         num_threads=ready.num_threads,
     )
     return BatchingEngine(
-        ModelRunner(ready.bind(cache), cache),
+        ModelRunner(ready.bind(cache), cache, ready.row_statistics),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
         model_version=stored.manifest.version,

@@ -11,7 +11,7 @@ of the noise.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ _BLOCK = 128
 
 _NUCLEUS_GUESS = 64
 """Candidates among which the end of a nucleus is looked for before the whole row is sorted."""
+
+_FEW_BLOCKS = 64
+"""Up to so many, blocks that hold kept tokens are taken out before anything is computed on them."""
 
 _FAINTEST = -80.0
 """Scores below this weigh as much as this, 1e-35 of the best: nothing. Numbers too small for a
@@ -54,28 +57,45 @@ class Samples:
     finite: list[bool]
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
+RowStatistics = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Of each row in float32: where its best stands (the first of equals), the best, and the sum of
+``exp(x - best)``, NaN where anything is NaN or infinite."""
+
+
+def sample(
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    row_statistics: RowStatistics | None = None,
+) -> Samples:
     """Choose one token per row of ``logits``, ``[rows, vocabulary]`` of any float type.
 
     Rows without ``do_sample`` take the best token (the first of equals); temperature, top-k and
-    top-p do not touch them. ``logits`` may be overwritten.
+    top-p do not touch them. ``logits`` may be overwritten. ``row_statistics`` is used where it is
+    all that is needed.
     """
+    drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
+    if row_statistics is not None and not drawn:
+        scores = logits.float().contiguous()
+        _penalize(scores, rows)
+        tokens, _, total = row_statistics(scores)
+        return _samples(tokens, -total.log())
     blocks = _blocks(logits)
-    scores = blocks.view(len(rows), -1)
-    _penalize(scores, rows)
+    _penalize(blocks.view(len(rows), -1), rows)
     block_max = blocks.amax(-1)
-    row_max = block_max.amax(-1, keepdim=True)
-    # Relative to the best token: then no temperature, however small, can overflow.
-    scores.sub_(row_max)
-    block_max.sub_(row_max)
-    _heat(scores, block_max, rows)
-    weights = blocks.clamp(min=_FAINTEST).exp_()
-    _cut(scores, block_max, weights.view_as(scores), rows)
-    block_mass = weights.sum(-1)
-    total = block_mass.sum(-1)
-    tokens = _choose(blocks, block_max, weights, block_mass, rows)
-    logprobs = scores.gather(1, tokens[:, None])[:, 0] - total.log()
-    return Samples(tokens.tolist(), logprobs.tolist(), total.isfinite().tolist())
+    if not drawn:
+        tokens, logprobs = _most_likely(blocks, block_max)
+    elif len(drawn) == len(rows):
+        tokens, logprobs = _draw(blocks, block_max, rows)
+    else:
+        index = torch.tensor(drawn, device=blocks.device)
+        tokens, logprobs = _most_likely(blocks, block_max)
+        subset = [rows[i] for i in drawn]
+        tokens[index], logprobs[index] = _draw(blocks[index], block_max[index], subset)
+    return _samples(tokens, logprobs)
+
+
+def _samples(tokens: torch.Tensor, logprobs: torch.Tensor) -> Samples:
+    return Samples(tokens.tolist(), logprobs.tolist(), logprobs.isfinite().tolist())
 
 
 def _blocks(logits: torch.Tensor) -> torch.Tensor:
@@ -102,74 +122,141 @@ def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     scores[numbers, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
 
 
-def _heat(scores: torch.Tensor, block_max: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Divide by the temperature of each row that samples."""
-    temperatures = [row.sampling.temperature if row.sampling.do_sample else 1.0 for row in rows]
-    if any(temperature != 1.0 for temperature in temperatures):
-        divisor = torch.tensor(temperatures, device=scores.device)[:, None]
-        scores.div_(divisor)
-        block_max.div_(divisor)
+def _most_likely(
+    blocks: torch.Tensor, block_max: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[rows]`` each: the best token and its log-probability."""
+    # Twice over a small part: torch's argmax of a row takes as long as ten of its maxima.
+    block = block_max.argmax(-1, keepdim=True)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).argmax(-1)
+    tokens = block * _BLOCK + inside
+    return tokens[:, 0], blocks.flatten(1).log_softmax(-1).gather(1, tokens)[:, 0]
 
 
-def _cut(
-    scores: torch.Tensor,
-    block_max: torch.Tensor,
-    weights: torch.Tensor,
-    rows: Sequence[SamplingRow],
-) -> None:
-    """Take the weight of what top-k or top-p exclude; equals of the last token kept stay."""
-    samplings = [row.sampling for row in rows]
-    if any(_has_cut(sampling, scores.shape[1]) for sampling in samplings):
-        weights.mul_(scores >= _floors(scores, block_max, weights, samplings))
+def _draw(
+    blocks: torch.Tensor, block_max: torch.Tensor, rows: Sequence[SamplingRow]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[rows]`` each: a token drawn from what top-k and top-p keep, and its log-probability.
+
+    Only blocks that hold a kept token are looked at, which for most rows are few.
+    """
+    temperatures = torch.tensor([row.sampling.temperature for row in rows])[:, None]
+    heat = _Heat(block_max.amax(-1, keepdim=True), temperatures.to(blocks.device))
+    heated_max = heat(block_max)
+    floors = _floors(blocks.flatten(1), heated_max, heat, [row.sampling for row in rows])
+    keys = torch.tensor([noise_key(row.sampling.seed, row.position) for row in rows])
+    keys = keys.to(blocks.device)[:, None]
+    num_kept = (heated_max >= floors).sum(-1)
+    is_few = num_kept <= _FEW_BLOCKS
+    tokens, logprobs = torch.empty_like(num_kept), torch.empty_like(floors[:, 0])
+    for group in (is_few, ~is_few):
+        index = group.nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        tokens[index], logprobs[index] = _race(
+            blocks if len(index) == len(rows) else blocks[index],
+            heated_max[index],
+            floors[index],
+            keys[index],
+            heat.of(index),
+            count=max(1, int(num_kept[index].max())),
+        )
+    return tokens, logprobs
 
 
-def _has_cut(sampling: Sampling, vocab_size: int) -> bool:
-    return sampling.do_sample and (0 < sampling.top_k < vocab_size or sampling.top_p < 1.0)
+@dataclass(frozen=True, slots=True)
+class _Heat:
+    """Makes scores relative to the best of their row, and divides them by its temperature.
+
+    Relative, no temperature, however small, can overflow. Both fields are ``[rows, 1]``.
+    """
+
+    best: torch.Tensor
+    temperature: torch.Tensor
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` is ``[rows, …]`` and is left as it is."""
+        shape = (-1,) + (1,) * (scores.ndim - 1)
+        return (scores - self.best.view(shape)).div_(self.temperature.view(shape))
+
+    def of(self, index: torch.Tensor) -> "_Heat":
+        """The same for some of the rows."""
+        return _Heat(self.best[index], self.temperature[index])
+
+
+def _race(
+    blocks: torch.Tensor,
+    heated_max: torch.Tensor,
+    floors: torch.Tensor,
+    keys: torch.Tensor,
+    heat: _Heat,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from what lies at or above ``floors`` in the ``count`` blocks with the best maxima."""
+    every = torch.arange(len(blocks), device=blocks.device)
+    if count > _FEW_BLOCKS:
+        numbers = torch.arange(blocks.shape[1], device=blocks.device).expand(len(blocks), -1)
+    else:
+        numbers = heated_max.topk(count).indices
+        blocks = blocks.gather(1, numbers[..., None].expand(-1, -1, _BLOCK))
+    heated = heat(blocks)
+    weights = heated.clamp(min=_FAINTEST).exp_()
+    if not floors.isneginf().all():
+        weights.masked_fill_(heated < floors[..., None], 0.0)
+    mass = weights.sum(-1)
+    block = (mass / exponential_noise(keys, numbers)).argmax(-1)
+    ids = numbers[every, block][:, None] * _BLOCK + torch.arange(_BLOCK, device=blocks.device)
+    # Behind the block numbers, so that the second round draws noise of its own.
+    inside = (weights[every, block] / exponential_noise(keys, (1 << 32) + ids)).argmax(-1)
+    return ids[every, inside], heated[every, block, inside] - mass.sum(-1).log()
 
 
 def _floors(
-    scores: torch.Tensor,
-    block_max: torch.Tensor,
-    weights: torch.Tensor,
-    samplings: Sequence[Sampling],
+    scores: torch.Tensor, heated_max: torch.Tensor, heat: _Heat, samplings: Sequence[Sampling]
 ) -> torch.Tensor:
-    """The lowest score that each row keeps, ``[rows, 1]``.
+    """The lowest heated score that each row keeps, ``[rows, 1]``; equals of it stay as well.
 
     The end of the nucleus is sought among the best few, and in the row only if they do not hold
     enough of its mass.
     """
     vocab_size, device = scores.shape[1], scores.device
-    is_cut = [_has_cut(sampling, vocab_size) for sampling in samplings]
-    limits = [
-        s.top_k if c and 0 < s.top_k < vocab_size else 0
-        for s, c in zip(samplings, is_cut, strict=True)
-    ]
-    shares = [s.top_p if c else 1.0 for s, c in zip(samplings, is_cut, strict=True)]
-    count = max(*limits, min(_NUCLEUS_GUESS, vocab_size))
-    best = _best(scores, block_max, count)
-    mass = best.clamp(min=_FAINTEST).exp().cumsum(-1)
-    last = torch.tensor([(limit or count) - 1 for limit in limits], device=device)[:, None]
+    limits = [s.top_k if 0 < s.top_k < vocab_size else 0 for s in samplings]
+    shares = [s.top_p for s in samplings]
+    if not any(limits) and min(shares) >= 1.0:
+        return scores.new_full((len(samplings), 1), float("-inf"))
     is_limited = torch.tensor([limit > 0 for limit in limits], device=device)[:, None]
     share = torch.tensor(shares, device=device)[:, None]
-    total = torch.where(is_limited, mass.gather(1, last), weights.sum(-1, keepdim=True))
+    count = max(*limits, min(_NUCLEUS_GUESS, vocab_size))
+    best = heat(_best(scores, heated_max, count))
+    mass = best.clamp(min=_FAINTEST).exp().cumsum(-1)
+    last = torch.tensor([(limit or count) - 1 for limit in limits], device=device)[:, None]
+    total = mass.gather(1, last)
+    open_rows = (~is_limited & (share < 1.0))[:, 0].nonzero()[:, 0]
+    if len(open_rows):
+        total[open_rows] = _total_mass(scores, heat, open_rows)
     goal = torch.where(share < 1.0, share * total, float("inf"))
     floors = best.gather(1, (mass < goal).sum(-1, keepdim=True).minimum(last))
-    is_open = ~is_limited & (mass[:, -1:] < goal)
-    floors.masked_fill_(is_open, float("-inf"))
-    for i in (is_open & (share < 1.0))[:, 0].nonzero()[:, 0].tolist():
-        floors[i] = _nucleus_floor(scores[i], weights[i], goal[i], total[i])
+    is_beyond = ~is_limited & (mass[:, -1:] < goal)
+    floors.masked_fill_(is_beyond, float("-inf"))
+    for i in (is_beyond & (share < 1.0))[:, 0].nonzero()[:, 0]:
+        floors[i] = _nucleus_floor(heat.of(i[None])(scores[i][None])[0], goal[i], total[i])
     return floors
 
 
-def _nucleus_floor(
-    scores: torch.Tensor, weights: torch.Tensor, goal: torch.Tensor, total: torch.Tensor
-) -> torch.Tensor:
+def _total_mass(scores: torch.Tensor, heat: _Heat, index: torch.Tensor) -> torch.Tensor:
+    """``[len(index), 1]``: mass of whole rows, where the best token weighs 1."""
+    part = scores if len(index) == len(scores) else scores[index]
+    return 1.0 / heat.of(index)(part).softmax(-1).amax(-1, keepdim=True)
+
+
+def _nucleus_floor(heated: torch.Tensor, goal: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """The lowest score of the smallest set whose mass reaches ``goal``.
 
     Tokens that weigh less than an even share of the rest, ``total - goal``, cannot fill that rest
     together, so the nucleus lies among the others, and only those are sorted.
     """
-    candidates = scores[weights * len(scores) >= total - goal]
+    weights = heated.clamp(min=_FAINTEST).exp()
+    candidates = heated[weights * len(heated) >= total - goal]
     descending = candidates.sort(descending=True).values
     mass = descending.clamp(min=_FAINTEST).exp().cumsum(-1)
     end = (mass < goal).sum()
@@ -188,32 +275,6 @@ def _best(scores: torch.Tensor, block_max: torch.Tensor, count: int) -> torch.Te
     blocks = scores.view(scores.shape[0], num_blocks, _BLOCK)
     candidates = blocks.gather(1, chosen[..., None].expand(-1, -1, _BLOCK)).flatten(1)
     return candidates.topk(count).values
-
-
-def _choose(
-    blocks: torch.Tensor,
-    block_max: torch.Tensor,
-    weights: torch.Tensor,
-    block_mass: torch.Tensor,
-    rows: Sequence[SamplingRow],
-) -> torch.Tensor:
-    """``[rows]``: the winner of the race, or the best token of a row that does not sample."""
-    every = torch.arange(len(rows), device=blocks.device)
-    samples = [row.sampling.do_sample for row in rows]
-    if not any(samples):
-        block = block_max.argmax(-1)
-        return block * _BLOCK + blocks[every, block].argmax(-1)
-    is_sampled = torch.tensor(samples, device=blocks.device)[:, None]
-    keys = torch.tensor([noise_key(row.sampling.seed, row.position) for row in rows])
-    keys = keys.to(blocks.device)[:, None]
-    num_blocks = torch.arange(blocks.shape[1], device=blocks.device)
-    race = block_mass / exponential_noise(keys, num_blocks)
-    block = torch.where(is_sampled, race, block_max).argmax(-1)
-    ids = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=blocks.device)
-    # Behind the block numbers, so that the second round draws noise of its own.
-    race = weights[every, block] / exponential_noise(keys, (1 << 32) + ids)
-    inside = torch.where(is_sampled, race, blocks[every, block]).argmax(-1)
-    return block * _BLOCK + inside
 
 
 def noise_key(seed: int, position: int) -> int:

@@ -24,15 +24,24 @@ from workers.model.loader import (
     vocabulary_size,
 )
 from workers.model.modules import ModulesForward, pack_modules
-from workers.model.native import library
+from workers.model.native import library, step
 from workers.model.operations import OperationsForward, swap_modules, unrecognised_module
 from workers.model.runner import Forward
+from workers.model.sampler import RowStatistics
 
 Bind = Callable[[SlotCache], Forward]
 """What a way becomes: a forward for any cache, on weights that exist once."""
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of a container: "quota period" in microseconds, or "max period" (Linux, cgroup-v2.rst)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A model in the hands of a way."""
+
+    bind: Bind
+    row_statistics: RowStatistics | None = None
 
 
 class WayRefusedError(Exception):
@@ -45,6 +54,8 @@ class ReadyModel:
 
     way: str
     bind: Bind
+    row_statistics: RowStatistics | None
+    """A faster way to choose greedily, where there is one."""
     num_threads: int
     layers: Mapping[int, LayerShape]
     vocab_size: int
@@ -75,9 +86,9 @@ def prepare_model(
     for way in _WAYS if wish == "auto" else (wish,):
         model = load() if model is None else model
         try:
-            bind = _WAYS[way](model, layers, num_threads)
+            taken = _WAYS[way](model, layers, num_threads)
             model = None  # in whatever form, it belongs to the way now
-            off_by = difference(bind, expected, layers, dtype)
+            off_by = difference(taken.bind, expected, layers, dtype)
             if not off_by <= TOLERANCE[dtype]:
                 raise WayRefusedError(f"its logits are off by {off_by:.1%}")  # noqa: TRY301
         except WayRefusedError as refusal:
@@ -87,7 +98,16 @@ def prepare_model(
             model = None
         else:
             gc.collect()  # modules refer to one another, and would keep what was replaced
-            return ReadyModel(way, bind, num_threads, layers, vocab_size, max_tokens, refused)
+            return ReadyModel(
+                way,
+                taken.bind,
+                taken.row_statistics,
+                num_threads,
+                layers,
+                vocab_size,
+                max_tokens,
+                refused,
+            )
         torch.set_num_threads(num_threads)
     reasons = "; ".join(f"{way}: {reason}" for way, reason in refused.items())
     raise Failure("MODEL_LOAD_FAILED", f"There is no way to compute this model here. {reasons}")
@@ -109,7 +129,19 @@ def _cpu_quota() -> int:
         return 1 << 16
 
 
-def _operations(model: PreTrainedModel, layers: Mapping[int, LayerShape], num_threads: int) -> Bind:
+def _step(model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int) -> _Taken:
+    kernels = _kernels_for(model)
+    if (reason := step.unfit_reason(model)) is not None:
+        raise WayRefusedError(reason)
+    engine = library.Engine(kernels, num_threads)
+    packed = step.PackedModel(model, engine)
+    torch.set_num_threads(1)
+    return _Taken(partial(step.StepForward, packed), engine.row_statistics)
+
+
+def _operations(
+    model: PreTrainedModel, layers: Mapping[int, LayerShape], num_threads: int
+) -> _Taken:
     kernels = _kernels_for(model)
     if (name := unrecognised_module(model)) is not None:
         raise WayRefusedError(f"{name} is not recognised")
@@ -120,18 +152,18 @@ def _operations(model: PreTrainedModel, layers: Mapping[int, LayerShape], num_th
     engine = library.Engine(kernels, num_threads)
     swap_modules(model, engine)
     torch.set_num_threads(1)
-    return partial(OperationsForward, model, engine)
+    return _Taken(partial(OperationsForward, model, engine), engine.row_statistics)
 
 
-def _modules(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> Bind:
+def _modules(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> _Taken:
     if model.device.type != "cpu":
         raise WayRefusedError("the device is no processor")
     pack_modules(model)
-    return partial(ModulesForward, model)
+    return _Taken(partial(ModulesForward, model))
 
 
-def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> Bind:
-    return partial(ModulesForward, model)
+def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> _Taken:
+    return _Taken(partial(ModulesForward, model))
 
 
 def _kernels_for(model: PreTrainedModel) -> library.Library:
@@ -146,7 +178,8 @@ def _kernels_for(model: PreTrainedModel) -> library.Library:
     return found
 
 
-_WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int], Bind]] = {
+_WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int], _Taken]] = {
+    "step": _step,
     "operations": _operations,
     "modules": _modules,
     "plain": _plain,
