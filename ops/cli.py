@@ -5,9 +5,11 @@ goes wrong for a reason that a person can act on ends in one line on standard er
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -24,6 +26,11 @@ from common.settings import (
 from ops.options import build, options_of
 from ops.processes import UpSettings
 
+if TYPE_CHECKING:
+    from ops.bench.dialects import ApiName
+
+Number = TypeVar("Number", int, float)
+
 _EXIT_WRONG_USE = 2
 _EXIT_REFUSED = 1
 _EXIT_INTERRUPTED = 130
@@ -31,6 +38,7 @@ _PACKAGES_OF_EXTRAS = {
     "arq": "worker",
     "gguf": "worker",
     "httpx": "dev",
+    "matplotlib": "bench",
     "safetensors": "worker",
     "torch": "worker",
     "transformers": "worker",
@@ -199,6 +207,7 @@ class LazyGroup(click.Group):
 
     places: ClassVar[dict[str, str]] = {
         "chaos": "ops.bench.chaos:chaos",
+        "engine": "ops.bench.engine:main",
         "latency": "ops.bench.latency:latency",
     }
 
@@ -213,9 +222,83 @@ class LazyGroup(click.Group):
         return getattr(import_module(module), name)
 
 
-@cli.group("bench", cls=LazyGroup)
-def bench_group() -> None:
-    """Measure Headrace on this machine, in peace and under fire."""
+@cli.group("bench", cls=LazyGroup, invoke_without_command=True)
+@click.option("--url", "urls", multiple=True, help="A server to measure; more than once: compare.")
+@click.option(
+    "--api",
+    type=click.Choice(["auto", "completions", "chat", "tgi"]),
+    default="auto",
+    show_default=True,
+    help="/v1/completions, /v1/chat/completions or /generate_stream.",
+)
+@click.option("--model", help="Name to ask for; else the first that the server lists.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Bearer token. [OPENAI_API_KEY]")
+@click.option(
+    "--concurrency", default="1,8,32", show_default=True, help="Clients at once, comma-separated."
+)
+@click.option("--rate", default="", help="Requests per second at random times, instead of clients.")
+@click.option("--requests", default=3, show_default=True, help="Requests of each client.")
+@click.option("--seconds", default=60.0, show_default=True, help="None begins later in its level.")
+@click.option("--prompt-tokens", default=64, show_default=True)
+@click.option("--new-tokens", default=128, show_default=True)
+@click.option(
+    "--shared-prefix", default=0, help="So many tokens at the start of all prompts are the same."
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw them: svg, png.")
+@click.pass_context
+def bench_group(
+    ctx: click.Context,
+    urls: tuple[str, ...],
+    api: "ApiName | Literal['auto']",
+    concurrency: str,
+    rate: str,
+    requests: int,
+    seconds: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    shared_prefix: int,
+    **options: Any,
+) -> None:
+    """Measure any OpenAI- or TGI-compatible server with --url; or Headrace on this machine.
+
+    Prompts are of one length in the server's own tokens and no two begin alike. Answers are greedy
+    and, where the API can say so, have their full length. Tokens are counted by the server (usage
+    at the stream's end), else by events. "Gap" is the time between two events with text, "per
+    token" a request's time from first to last text over its tokens less one.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if not urls:
+        raise click.UsageError("name a server with --url, or one of the commands")
+    from ops.bench.load import Load
+    from ops.bench.serving import bench
+
+    bench(
+        urls,
+        Load(
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            shared_prefix=shared_prefix,
+            requests=requests,
+            limit_s=seconds,
+        ),
+        counts=_numbers(concurrency, int),
+        rates=_numbers(rate, float),
+        api=None if api == "auto" else api,
+        **options,
+    )
+
+
+def _numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """The positive numbers of a comma-separated list. Raises: click.BadParameter."""
+    try:
+        numbers = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers") from error
+    if any(number <= 0 for number in numbers):
+        raise click.BadParameter(f"{text!r}: only numbers above 0")
+    return numbers
 
 
 if __name__ == "__main__":
