@@ -13,12 +13,14 @@ from common.messages import Finish, Sampling, unescape_pieces
 from common.models.tokenizer import Tokenizer
 from tests.support.tiny_model import EOS_TOKEN_IDS
 from workers.engine.batching import BatchingEngine, Runner
+from workers.engine.places import PagePlaces
 from workers.engine.port import Engine, EngineRequest, StepOutput
 from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
 from workers.model.kv_cache import SlotCache
 from workers.model.loader import check_attention, inspect_layers, load_model, vocabulary_size
 from workers.model.modules import ModulesForward
+from workers.model.paged_model import PAGE_TOKENS, PagedModel, prepare_paged
 from workers.model.runner import ModelRunner
 
 CPU = torch.device("cpu")
@@ -70,6 +72,35 @@ def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) 
 
 def tiny_engine(path: Path, limits: Limits = ROOMY) -> BatchingEngine:
     return engine_around(tiny_runner(path, limits), Tokenizer.load(path), limits)
+
+
+def tiny_paged(path: Path, limits: Limits = ROOMY, compiler: Any = None) -> PagedModel:
+    """The way for CUDA, computing the same on the processor; ``compiler`` as torch has them."""
+    return prepare_paged(
+        load_model(path, dtype=torch.float32, device=CPU),
+        max_sequences=limits.max_sequences,
+        max_tokens=MAX_COST,
+        step_tokens=limits.step_tokens,
+        cache_tokens=limits.cache_tokens,
+        memory_share=0.5,
+        compiler=compiler,
+    )
+
+
+def tiny_paged_engine(path: Path, limits: Limits = ROOMY, compiler: Any = None) -> BatchingEngine:
+    ready = tiny_paged(path, limits, compiler)
+    tokenizer = Tokenizer.load(path)
+    return BatchingEngine(
+        ModelRunner(ready.forward),
+        TextRules(tokenizer, frozenset(EOS_TOKEN_IDS)),
+        limits,
+        model_version="tiny@1",
+        max_cost=MAX_COST,
+        vocab_size=ready.vocab_size,
+        places=PagePlaces(
+            ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
+        ),
+    )
 
 
 def is_busy(engine: Engine) -> bool:
