@@ -433,6 +433,8 @@ class Step:
             ValueError: for a token, place or row that the model or its cache does not have.
             MemoryError: if there is no scratch memory for so many tokens.
         """
+        if self._handle is None or not self._engine.handle:
+            raise ValueError("the step is closed")
         result = self._engine.functions.headrace_step_run(
             self._handle,
             len(tokens),

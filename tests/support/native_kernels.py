@@ -1,0 +1,48 @@
+"""The kernels for tests: as installed, and with AMX in software for machines without it."""
+
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from workers.model.native.library import Library, Unavailable, load, open_library
+
+ROOT = Path(__file__).resolve().parents[2]
+_SOURCE = ROOT / "workers" / "model" / "native" / "kernels.cpp"
+_EMULATION = ROOT / "tests" / "support" / "amx_emulation.h"
+_FLAGS = (
+    *("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"),
+    *("-march=x86-64-v4", "-mavx512bf16", "-w"),
+)
+
+
+def are_runnable() -> bool:
+    """Whether the kernels were built and run here; test_native_library.py says if they should."""
+    return isinstance(load(), Library)
+
+
+@cache
+def library(name: str) -> Library:
+    """``installed``, or ``emulated_amx``, which is compiled once per state of its sources."""
+    found = load() if name == "installed" else open_library(_emulated_amx())
+    assert not isinstance(found, Unavailable), found.reason
+    return found
+
+
+def _emulated_amx() -> Path:
+    digest = hashlib.sha256(_SOURCE.read_bytes() + _EMULATION.read_bytes()).hexdigest()[:16]
+    library = ROOT / "var" / "test-kernels" / f"{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Another test process may be at the same: the first to finish puts its file in place.
+        mine = library.with_suffix(f".{os.getpid()}")
+        compile_shared(_SOURCE, mine, *_FLAGS, "-DHEADRACE_EMULATE_AMX", f"-I{_EMULATION.parent}")
+        mine.replace(library)
+    return library
+
+
+def compile_shared(source: Path, to: Path, *flags: str) -> None:
+    """Compile one C++ file to a shared library."""
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, *flags, str(source), "-o", str(to)], check=True)
