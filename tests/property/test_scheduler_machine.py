@@ -54,11 +54,15 @@ class Recorder:
     is_bad: Callable[[Sequence], bool] = lambda _: False
     """Whose logits are not finite."""
     does_fit: Callable[[list[Chunk]], bool] = lambda _: True
+    token_s: float = 0.0
+    time_s: float = 0.0
+    """What the engine's clock shows; computing a token takes ``token_s``."""
     cells: dict[Address, Cell] = field(default_factory=dict[Address, Cell])
     homes: dict[str, Chunk] = field(default_factory=dict[str, Chunk])
     """The last chunk of each sequence: where it lies."""
 
     def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+        self.time_s += 0.01 + self.token_s * sum(chunk.count for chunk in chunks)
         for chunk in chunks:
             self.copy(chunk)
         for chunk in chunks:
@@ -121,6 +125,7 @@ class Fault:
     """What fits the device at once."""
     misfit: int = 0
     """Every so-manieth sequence does not fit even alone; 0: none."""
+    token_s: float = 0.001
 
 
 faults = st.one_of(
@@ -130,6 +135,7 @@ faults = st.one_of(
         bad=st.integers(0, 3),
         most_tokens=st.sampled_from([1, 2, 7, 10_000]),
         misfit=st.integers(0, 3),
+        token_s=st.sampled_from([0.0, 0.001, 0.1]),
     ),
 )
 prompts = st.builds(
@@ -158,7 +164,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.limits = Limits(max_sequences=slots, cache_tokens=tokens, step_tokens=budget)
         self.kept = self.places(self.limits)
         self.runner = Recorder(BLOCK if isinstance(self.kept, PagePlaces) else None)
-        self.time_s = 0.0
         self.engine = BatchingEngine(
             self.runner,
             RULES,
@@ -167,7 +172,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_cost=LARGEST,
             vocab_size=300,
             places=self.kept,
-            clock=lambda: self.time_s,
+            clock=lambda: self.runner.time_s,
         )
 
     @rule(
@@ -194,6 +199,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(fault=faults)
     def step(self, fault: Fault) -> None:
         runner = self.runner
+        runner.token_s = fault.token_s
         runner.is_bad = lambda seq: fault.bad > 0 and int(seq.id) % fault.bad == 0
         is_misfit = lambda seq: fault.misfit > 0 and int(seq.id) % fault.misfit == 0  # noqa: E731
         runner.does_fit = lambda chunks: (

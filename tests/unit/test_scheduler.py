@@ -1,5 +1,6 @@
 """Who computes what in a step."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 from common.models.tokenizer import Tokenizer
@@ -23,11 +24,13 @@ def sequence(id: str, num_prompt: int, max_new_tokens: int = 50) -> Sequence:
     return Sequence(request(id, [LETTER] * num_prompt, max_new_tokens=max_new_tokens), RULES)
 
 
-def step(scheduler: PlacedScheduler) -> list[Chunk]:
+def step(
+    scheduler: PlacedScheduler, took_s: Callable[[list[Chunk]], float] = lambda _: 0.0
+) -> list[Chunk]:
     """Plan a step and let it happen: every closed gap brings a token."""
     chunks = scheduler.plan()
     closed = [chunk.sequence for chunk in chunks if chunk.samples]
-    scheduler.complete(chunks, 0.0)
+    scheduler.complete(chunks, took_s(chunks))
     for seq in closed:
         seq.append(LETTER)
     return chunks
@@ -49,9 +52,25 @@ def test_decode_rows_come_before_chunks_of_prompts() -> None:
     scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=4))
     scheduler.add(sequence("a", 2))
     step(scheduler)
+    step(scheduler)
     scheduler.add(sequence("b", 9))
-    assert shape(step(scheduler)) == [("a", 2, 1), ("b", 0, 3)]
-    assert shape(step(scheduler)) == [("a", 3, 1), ("b", 3, 3)]
+    assert shape(step(scheduler)) == [("a", 3, 1), ("b", 0, 3)]
+    assert shape(step(scheduler)) == [("a", 4, 1), ("b", 3, 3)]
+
+
+def test_a_prompt_beside_decode_rows_is_cut_to_what_they_can_bear() -> None:
+    """A step takes 10 ms, and half of one for each token of a prompt: 25 ms are borne."""
+    scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=100))
+
+    def took_s(chunks: list[Chunk]) -> float:
+        return 0.010 + 0.0005 * sum(chunk.count for chunk in chunks if chunk.count > 1)
+
+    scheduler.add(sequence("a", 60))
+    for _ in range(10):
+        step(scheduler, took_s)
+    scheduler.add(sequence("b", 400))
+    carried = [[chunk.count for chunk in step(scheduler, took_s)] for _ in range(10)]
+    assert all(rows == 1 and 20 <= prompt <= 30 for rows, prompt in carried)
 
 
 def test_one_prompt_is_finished_before_the_next_begins() -> None:

@@ -1,20 +1,24 @@
 """How many prompt tokens a step carries beside those that decode: learnt from how long steps take.
 
-A prompt token makes everybody's step longer, by how much depends on machine, model and context. The
-duration of a step is taken as ``decode + token * prompt tokens``, and the two are followed from
-step to step. Two things are wanted: who streams should not notice that others arrive, and who
-arrives should not wait for ever.
+A prompt token makes everybody's step longer, by how much depends on machine, model and context. So
+two moving averages are kept: of steps without prompt tokens, and of what a prompt token adds. Two
+things are wanted: who streams should not notice that others arrive, and who arrives should not wait
+for ever.
 """
 
-_STRETCH = 1.5
-"""Prompt tokens may add so much to a step, as a share of what it takes without them: a reader's
-longest gap stays well under three times the usual one."""
+_STRETCH = 2.5
+"""A step with prompt tokens may take so many times as long as usual: then the longest gaps between
+a reader's tokens stay under three times the usual one."""
 _MIN_PREFILL_TOKENS = 16
 """Prompts go on at least by this much per step, however slow the machine."""
 _GAIN = 0.3
-"""Weight of the newest step."""
-_TYPICAL_TOKENS = 64.0
-"""Scale of prompt tokens against the constant one, by which an error is divided between the two."""
+"""Weight of the newest step in the averages."""
+_FORGETTING = 0.05
+"""How much of what was usual is forgotten per step without prompts. In a burst of prompts few rows
+decode at first; measured by their short steps, the last prompts would wait much longer."""
+_LOOK_EVERY_STEPS = 16
+"""While prompts keep coming, every so-manieth step carries none of them: what decoding takes by
+itself changes with the rows and their contexts, and cannot be told from mixed steps."""
 
 
 class Pace:
@@ -24,8 +28,11 @@ class Pace:
         self.step_tokens = max_step_tokens
         """Most tokens in the next step; less than allowed after the device had no memory for it."""
         self._max_step_tokens = max_step_tokens
-        self._decode_s = 0.0
-        self._token_s = 0.0
+        self._decode_s: float | None = None
+        self._usual_s = 0.0
+        """The longest of late that steps without prompts took on average."""
+        self._token_s: float | None = None
+        self._steps_since_look = 0
 
     def max_rows(self, *, is_alone: bool) -> int:
         """Most rows of one token; not ``is_alone``: some room is kept for prompts."""
@@ -33,29 +40,39 @@ class Pace:
         return self.step_tokens - kept
 
     def prefill_tokens(self, num_decoding: int) -> int:
-        """Most prompt tokens beside ``num_decoding`` rows of one token."""
+        """Most prompt tokens beside ``num_decoding`` rows of one token; 0: this step is a look."""
         room = self.step_tokens - num_decoding
-        if num_decoding == 0 or self._decode_s == 0.0 or self._token_s == 0.0:
+        if num_decoding == 0:
             return room
-        affordable = int(_STRETCH * self._decode_s / self._token_s)
-        return min(room, max(affordable, _MIN_PREFILL_TOKENS))
+        if self._decode_s is None or self._steps_since_look >= _LOOK_EVERY_STEPS:
+            return 0
+        if not self._token_s:
+            return room
+        affordable_s = _STRETCH * self._usual_s - self._decode_s
+        return min(room, max(int(affordable_s / self._token_s), _MIN_PREFILL_TOKENS))
 
-    def note(self, num_prefill_tokens: int, duration_s: float) -> None:
-        """Learn from a step that ran (normalized least mean squares, Widrow and Hoff 1960)."""
+    def note(self, num_decoding: int, num_prefill_tokens: int, duration_s: float) -> None:
+        """Learn from a step that ran."""
         self.step_tokens = min(self.step_tokens + 1, self._max_step_tokens)
-        if self._decode_s == 0.0 and num_prefill_tokens == 0:
-            self._decode_s = duration_s
-        if self._token_s == 0.0 and num_prefill_tokens > 0:
-            self._token_s = max(duration_s - self._decode_s, 0.0) / num_prefill_tokens
-        expected_s = self._decode_s + self._token_s * num_prefill_tokens
-        # A step of twice the time or more may be the machine's hiccup; if it is not, more come.
-        error_s = min(duration_s - expected_s, expected_s)
-        scaled = num_prefill_tokens / _TYPICAL_TOKENS
-        share_s = _GAIN * error_s / (1 + scaled * scaled)
-        if self._decode_s > 0.0:
-            self._decode_s = max(self._decode_s + share_s, 0.0)
-        self._token_s = max(self._token_s + share_s * scaled / _TYPICAL_TOKENS, 0.0)
+        if num_prefill_tokens == 0:
+            self._steps_since_look = 0
+            self._decode_s = _moved(self._decode_s, duration_s)
+            usual_s = self._usual_s + _FORGETTING * (self._decode_s - self._usual_s)
+            self._usual_s = max(usual_s, self._decode_s)
+        else:
+            self._steps_since_look += 1
+            alone_s = self._decode_s or 0.0 if num_decoding else 0.0
+            added_s = max(duration_s - alone_s, 0.0)
+            self._token_s = _moved(self._token_s, added_s / num_prefill_tokens)
 
     def shrink(self) -> None:
         """The device had no memory for the last step: half as much, then a token more per step."""
         self.step_tokens = max(1, self.step_tokens // 2)
+
+
+def _moved(average_s: float | None, newest_s: float) -> float:
+    """The average with one more value; the first value is the average."""
+    if not average_s:
+        return newest_s
+    # Twice the usual or more may be the machine's hiccup; if it is not, more of it come.
+    return average_s + _GAIN * (min(newest_s, 2 * average_s) - average_s)

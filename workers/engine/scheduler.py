@@ -118,8 +118,9 @@ class Scheduler:
 
     def complete(self, chunks: list[Chunk], duration_s: float) -> None:
         """Note that the step ran: its tokens are in the cache now."""
-        num_prefill_tokens = sum(chunk.count for chunk in chunks if chunk.count > 1)
-        self._pace.note(num_prefill_tokens, duration_s)
+        counts = [chunk.count for chunk in chunks]
+        num_decoding = counts.count(1)
+        self._pace.note(num_decoding, sum(counts) - num_decoding, duration_s)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
 
