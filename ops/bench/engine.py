@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.clock import monotonic_s
+from common.ids import new_nonce
 from common.messages import Sampling
 from common.models.store import DEFAULT_MODEL, ModelStore, StoredModel
 from common.settings import WorkerSettings
@@ -40,8 +41,9 @@ def measure(
     engine: Engine, concurrency: int, *, prompt_tokens: int, new_tokens: int, sampled: bool
 ) -> Figures:
     """Run ``concurrency`` generations from submission to end."""
+    unseen = new_nonce()  # or the prompts of the last measurement would be found computed
     for number in range(concurrency):
-        engine.submit(_request(number, prompt_tokens, new_tokens, sampled))
+        engine.submit(_request(number, prompt_tokens, new_tokens, sampled, unseen))
     began_s = monotonic_s()
     first_ms: dict[str, float] = {}
     step_ms: list[float] = []
@@ -65,7 +67,9 @@ def measure(
     )
 
 
-def _request(number: int, prompt_tokens: int, new_tokens: int, sampled: bool) -> EngineRequest:
+def _request(
+    number: int, prompt_tokens: int, new_tokens: int, sampled: bool, cache_scope: str
+) -> EngineRequest:
     """A prompt that means nothing, in ids that any vocabulary has; no two begin alike."""
     prompt = [3 + (number * 7919 + place * 104_729) % 250 for place in range(prompt_tokens)]
     sampling = Sampling(
@@ -76,7 +80,7 @@ def _request(number: int, prompt_tokens: int, new_tokens: int, sampled: bool) ->
         top_k=50 if sampled else 0,
         top_p=0.95 if sampled else 1.0,
     )
-    return EngineRequest(f"bench-{number}", prompt, sampling)
+    return EngineRequest(f"bench-{number}", prompt, sampling, cache_scope=cache_scope)
 
 
 @click.command()
@@ -85,6 +89,12 @@ def _request(number: int, prompt_tokens: int, new_tokens: int, sampled: bool) ->
 @click.option("--new-tokens", default=128, show_default=True)
 @click.option("--sampled", is_flag=True, help="Temperature, top-k and top-p instead of greedy.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
+@click.option(
+    "--way",
+    default="auto",
+    type=click.Choice(["auto", "step", "operations", "modules", "plain"]),
+    help="How a step is computed.",
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--data-dir", default=Path("var"), type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -94,6 +104,7 @@ def main(
     new_tokens: int,
     sampled: bool,
     dtype: str,
+    way: str,
     model: str,
     data_dir: Path,
     as_json: bool,
@@ -101,7 +112,13 @@ def main(
     """Measure the engine of this machine."""
     counts = [int(count) for count in concurrency.split(",")]
     settings = WorkerSettings.model_validate(
-        {"data_dir": data_dir, "model": model, "dtype": dtype, "max_batch_size": max(counts)}
+        {
+            "data_dir": data_dir,
+            "model": model,
+            "dtype": dtype,
+            "engine_way": way,
+            "max_batch_size": max(counts),
+        }
     )
     engine = build_torch(settings, _endless(ModelStore(data_dir).get(model)))
     shape: dict[str, Any] = {
@@ -115,7 +132,7 @@ def main(
     if as_json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
     else:
-        _show(rows, f"{engine.model_version}, {dtype}, {json.dumps(shape)}")
+        _show(rows, f"{engine.model_version}, {dtype}, {way}, {json.dumps(shape)}")
 
 
 def _endless(stored: StoredModel) -> StoredModel:
