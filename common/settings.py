@@ -74,7 +74,8 @@ class WorkerSettings(Settings):
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``."""
     engine_way: EngineWay = "auto"
-    """How a step is computed on a processor: ``step``, the whole of it in own kernels;
+    """How a step is computed on a processor (on CUDA ``auto`` is paged attention in recorded steps,
+    and ``plain`` torch as it is): ``step``, the whole of it in own kernels;
     ``operations``, own kernels inside the model's modules; ``modules``, torch with packed weights;
     ``plain``, torch as it is; ``auto``: the first of these that takes the model on this machine."""
     num_threads: int = Field(default=0, ge=0)
@@ -83,6 +84,9 @@ class WorkerSettings(Settings):
     """Most generations in one step; also the number of cache slots."""
     max_batch_total_tokens: int = Field(default=65_536, ge=2)
     """Most tokens of cache promised to running generations (prompt plus allowed new tokens)."""
+    cuda_memory_share: float = Field(default=0.85, gt=0, le=1)
+    """On CUDA: share of the memory free after loading that the cache takes. It holds as much as
+    fits there, unless ``max_batch_total_tokens`` is set and needs less."""
     max_step_tokens: int = Field(default=512, ge=1)
     """Most tokens in one forward pass: decode rows first, then as much of new prompts as does not
     hold up those who read."""

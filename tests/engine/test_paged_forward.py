@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.failures import Failure
+from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
+from common.settings import WorkerSettings
 from tests.support.engines import (
     CPU,
     ROOMY,
@@ -29,6 +31,7 @@ from tests.support.engines import (
     tiny_paged_engine,
 )
 from tests.support.tiny_model import build_tiny_model
+from workers.engine.factory import build_paged
 from workers.engine.scheduler import Limits
 from workers.model import paged_attention
 from workers.model.attention import Stretch
@@ -91,7 +94,7 @@ def test_full_pages_and_preemption_change_nothing(tiny_model: Path, tokenizer: T
         for i, text in enumerate(PROMPTS)
     ]
     expected = run_all(tiny_engine(tiny_model), requests)
-    engine = tiny_paged_engine(tiny_model, Limits(4, cache_tokens=1, step_tokens=24))
+    engine = tiny_paged_engine(tiny_model, Limits(4, cache_tokens=256, step_tokens=24))
     transcripts: dict[str, Transcript] = {}
     for one in requests:
         engine.submit(one)
@@ -237,7 +240,28 @@ def test_every_step_with_prompts_has_a_recorded_size(step_tokens: int) -> None:
     assert all(larger <= 1.5 * size for size, larger in pairwise(sizes))
 
 
-def test_a_cache_has_room_for_the_longest_sequence(tiny_model: Path) -> None:
-    """However little was asked for; and for all that was, if it is more."""
-    assert tiny_paged(tiny_model, Limits(4, cache_tokens=1, step_tokens=24)).num_pages == 256 // 16
-    assert tiny_paged(tiny_model, ROOMY).num_pages == ROOMY.cache_tokens // 16
+def test_an_engine_over_pages_is_built_from_the_store(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the worker's settings; the compiler is not what is tried here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # pyright: ignore[reportUnknownArgumentType]
+    store = ModelStore(tmp_path)
+    store.add(str(tiny_model), "tiny")
+    settings = WorkerSettings(
+        data_dir=tmp_path, model="tiny", dtype="float32", max_batch_size=5, max_total_tokens=100
+    )
+    stored = store.get("tiny")
+    model = load_model(stored.path, dtype=torch.float32, device=CPU)
+    engine = build_paged(settings, stored, model)
+    assert engine.model_version == stored.manifest.version
+    assert (engine.max_cost, engine.load().free_slots) == (100, 5)
+    one = request("one", Tokenizer.load(tiny_model).encode("The"))
+    assert run_one(engine, one).tokens == run_one(tiny_engine(tiny_model), one).tokens
+
+
+@pytest.mark.parametrize(("cache_tokens", "num_pages"), [(1, 2), (100, 7), (4096, 256)])
+def test_the_cache_is_as_large_as_asked_for(
+    tiny_model: Path, cache_tokens: int, num_pages: int
+) -> None:
+    limits = Limits(ROOMY.max_sequences, cache_tokens, ROOMY.step_tokens)
+    assert tiny_paged(tiny_model, limits).num_pages == num_pages

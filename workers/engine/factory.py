@@ -3,8 +3,11 @@
 torch is imported only for the engine that needs it, so that a simulated worker starts at once.
 """
 
+import gc
 import hashlib
 import os
+from functools import partial
+from typing import Any
 
 from common.failures import Failure
 from common.logs import get_logger
@@ -12,6 +15,7 @@ from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from workers.engine.batching import BatchingEngine
+from workers.engine.places import PagePlaces
 from workers.engine.port import Engine
 from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
@@ -61,18 +65,80 @@ def build_simulated(settings: WorkerSettings, stored: StoredModel) -> BatchingEn
 def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine:
     """A model of transformers on our attention and cache, verified before and after loading."""
     _limit_busy_waiting()
-    from workers.model.kv_cache import SlotCache
     from workers.model.loader import load_model, select_device, select_dtype
-    from workers.model.runner import ModelRunner
-    from workers.model.ways import prepare_model
 
     stored.verify()
     log.info("model.verified", model_version=stored.manifest.version)
     device = select_device(settings.device)
     dtype = select_dtype(settings.dtype, device)
     log.info("model.load_started", model_version=stored.manifest.version)
+    refused: dict[str, str] = {}
+    if device.type == "cuda" and settings.engine_way == "auto":
+        try:
+            return build_paged(
+                settings, stored, load_model(stored.path, dtype=dtype, device=device)
+            )
+        except Exception as error:  # noqa: BLE001 - slower on slots is better than not at all
+            refused["cuda"] = f"{type(error).__name__}: {error}"
+        gc.collect()  # modules refer to one another, and would stay beside the next ones
+    return _build_slots(settings, stored, dtype=dtype, device=device, refused=refused)
+
+
+def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> BatchingEngine:
+    """The loaded ``model`` over pages, with as large a cache as fits its device."""
+    from workers.model.paged_model import PAGE_TOKENS, prepare_paged
+    from workers.model.runner import ModelRunner
+
+    limits = _limits(settings)
+    is_bounded = "max_batch_total_tokens" in settings.model_fields_set
+    ready = prepare_paged(
+        model,
+        max_sequences=limits.max_sequences,
+        max_tokens=settings.max_total_tokens,
+        step_tokens=limits.step_tokens,
+        cache_tokens=limits.cache_tokens if is_bounded else None,
+        memory_share=settings.cuda_memory_share,
+    )
+    log.info("model.loaded", model_version=stored.manifest.version)
+    log.info(
+        "engine.selected",
+        engine="torch",
+        way=ready.forward.name,
+        is_compiled=ready.forward.is_compiled,
+        is_recorded=ready.forward.is_recorded,
+        cache_tokens=ready.num_pages * PAGE_TOKENS,
+        device=str(model.device),
+        dtype=str(model.dtype),
+    )
+    return BatchingEngine(
+        ModelRunner(ready.forward),
+        _text_rules(Tokenizer.load(stored.path), stored),
+        limits,
+        model_version=stored.manifest.version,
+        max_cost=ready.max_tokens,
+        vocab_size=ready.vocab_size,
+        places=PagePlaces(
+            ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
+        ),
+    )
+
+
+def _build_slots(
+    settings: WorkerSettings,
+    stored: StoredModel,
+    *,
+    dtype: Any,
+    device: Any,
+    refused: dict[str, str],
+) -> BatchingEngine:
+    """The model on contiguous slots, in the best way that takes it; ``refused`` are better ones."""
+    from workers.model.kv_cache import SlotCache
+    from workers.model.loader import load_model
+    from workers.model.runner import ModelRunner
+    from workers.model.ways import prepare_model
+
     ready = prepare_model(
-        lambda: load_model(stored.path, dtype=dtype, device=device),
+        partial(load_model, stored.path, dtype=dtype, device=device),
         wish=settings.engine_way,
         num_threads=settings.num_threads,
     )
@@ -89,7 +155,7 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
         "engine.selected",
         engine="torch",
         way=ready.way,
-        refused=ready.refused,
+        refused=refused | ready.refused,
         device=str(device),
         dtype=str(dtype),
         num_threads=ready.num_threads,

@@ -92,14 +92,14 @@ def _num_pages(
     device: torch.device,
 ) -> int:
     """As many pages of ``num_bytes`` as are wanted and fit; one sequence must, and the check."""
-    needed = max(2, -(-max_tokens // PAGE_TOKENS))
-    wanted = None if cache_tokens is None else max(needed, -(-cache_tokens // PAGE_TOKENS))
+    longest = max(2, -(-max_tokens // PAGE_TOKENS))
+    wanted = longest if cache_tokens is None else max(2, -(-cache_tokens // PAGE_TOKENS))
     if device.type != "cuda":
-        return wanted or needed
+        return wanted
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(device)
     fitting = int(free_bytes * memory_share) // num_bytes
-    if fitting < needed:
+    if fitting < min(longest, wanted):
         message = f"{free_bytes >> 20} MiB are free, too few for {max_tokens} tokens of cache."
         raise Failure("MODEL_LOAD_FAILED", message)
-    return fitting if wanted is None else min(fitting, wanted)
+    return fitting if cache_tokens is None else min(fitting, wanted)

@@ -10,6 +10,7 @@ mass, then inside the block that won. That is the categorical distribution, exac
 of the noise.
 """
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,9 @@ def sample(
 
 
 def _samples(tokens: torch.Tensor, logprobs: torch.Tensor) -> Samples:
-    return Samples(tokens.tolist(), logprobs.tolist(), logprobs.isfinite().tolist())
+    """One copy from the device, where each would wait for all that was asked of it before."""
+    ids, numbers = torch.stack((tokens.double(), logprobs.double())).tolist()
+    return Samples([int(id) for id in ids], numbers, [math.isfinite(n) for n in numbers])
 
 
 def _blocks(logits: torch.Tensor) -> torch.Tensor:
