@@ -5,10 +5,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.engines import CPU
+from tests.support.logits import compute_in_pieces, divergence
 from tests.support.native_kernels import library
 from workers.model.attention import Stretch
 from workers.model.kv_cache import LayerShape, SlotCache
@@ -61,12 +61,6 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return exact
 
 
-def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """Mean Kullback-Leibler divergence of the next token's distribution, in nats."""
-    logs = (actual.log_softmax(-1), expected.log_softmax(-1))
-    return F.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean().item()
-
-
 def cache_for(model: PreTrainedModel) -> SlotCache:
     config = model.config
     size = cast("Any", model).model.layers[0].self_attn.head_dim
@@ -85,33 +79,6 @@ def engine() -> Iterator[Engine]:
     engine = Engine(library("installed"), 2, use_amx=False)
     yield engine
     engine.close()
-
-
-def compute_in_pieces(forward: StepForward, sequences: list[list[int]]) -> torch.Tensor:
-    """Logits of all positions, from steps that mix chunks with single tokens: each sequence gets
-    through its tokens at a pace of its own. The slots are not those of the sequences.
-    """
-    slots, paces = [3, 0, 2], [(40, 1), (1, 1, 33), (7, 1, 20)]
-    done = [0] * len(sequences)
-    logits: list[list[torch.Tensor]] = [[] for _ in sequences]
-    step = 0
-    while any(count < LENGTH for count in done):
-        pieces: list[tuple[int, int]] = []
-        for number, pace in enumerate(paces):
-            count = min(pace[step % len(pace)], LENGTH - done[number])
-            if count > 0:
-                pieces.append((number, count))
-        pieces.sort(key=lambda piece: piece[1] > 1)  # single tokens first
-        tokens = [t for n, count in pieces for t in sequences[n][done[n] : done[n] + count]]
-        stretches = [Stretch(slots[n], done[n], count) for n, count in pieces]
-        found = forward(tokens, stretches, list(range(len(tokens)))).clone()
-        for (number, count), part in zip(
-            pieces, found.split([count for _, count in pieces]), strict=True
-        ):
-            logits[number].append(part)
-            done[number] += count
-        step += 1
-    return torch.stack([torch.cat(parts) for parts in logits])
 
 
 def check(model: PreTrainedModel, engine: Engine) -> None:

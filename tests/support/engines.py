@@ -1,7 +1,7 @@
 """Engines for tests: the tiny model behind the real engine, and what came out of it."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from workers.engine.port import Engine, EngineRequest, StepOutput
 from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
 from workers.model.kv_cache import SlotCache
-from workers.model.loader import check_attention, inspect_layers, load_model, vocabulary_size
-from workers.model.modules import ModulesForward
+from workers.model.loader import load_model
 from workers.model.paged_model import PAGE_TOKENS, PagedModel, prepare_paged
 from workers.model.runner import ModelRunner
+from workers.model.ways import ReadyModel, prepare_model
 
 CPU = torch.device("cpu")
 
@@ -43,20 +43,25 @@ class Transcript:
         return unescape_pieces(self.pieces)
 
 
+def ready_model(path: Path, way: str = "auto", dtype: torch.dtype = torch.float32) -> ReadyModel:
+    """The model in ``path``, ready to compute in ``way`` on one thread."""
+    return prepare_model(
+        partial(load_model, path, dtype=dtype, device=CPU), wish=way, num_threads=1
+    )
+
+
+def cache_for(ready: ReadyModel, num_slots: int, dtype: torch.dtype = torch.float32) -> SlotCache:
+    return SlotCache(
+        ready.layers, num_slots=num_slots, max_tokens=MAX_COST, dtype=dtype, device=CPU
+    )
+
+
 def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
     """The model in ``path`` in float32, checked and with a cache for ``limits``."""
-    model = load_model(path, dtype=torch.float32, device=CPU)
-    layers = inspect_layers(model)
-    check_attention(model, layers)
-    assert vocabulary_size(model) == Tokenizer.load(path).vocab_size
-    cache = SlotCache(
-        layers,
-        num_slots=limits.max_sequences,
-        max_tokens=MAX_COST,
-        dtype=torch.float32,
-        device=CPU,
-    )
-    return ModelRunner(ModulesForward(model, cache), cache)
+    ready = ready_model(path)
+    assert ready.vocab_size == Tokenizer.load(path).vocab_size
+    cache = cache_for(ready, limits.max_sequences)
+    return ModelRunner(ready.bind(cache), cache, ready.row_statistics)
 
 
 def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) -> BatchingEngine:

@@ -37,7 +37,7 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
+class TakenModel:
     """A model in the hands of a way."""
 
     bind: Bind
@@ -83,10 +83,10 @@ def prepare_model(
     vocab_size, max_tokens = vocabulary_size(model), position_limit(model.config)
     dtype = model.dtype
     refused: dict[str, str] = {}
-    for way in _WAYS if wish == "auto" else (wish,):
+    for way in WAYS if wish == "auto" else (wish,):
         model = load() if model is None else model
         try:
-            taken = _WAYS[way](model, layers, num_threads)
+            taken = WAYS[way](model, layers, num_threads)
             model = None  # in whatever form, it belongs to the way now
             off_by = difference(taken.bind, expected, layers, dtype)
             if not off_by <= TOLERANCE[dtype]:
@@ -129,19 +129,19 @@ def _cpu_quota() -> int:
         return 1 << 16
 
 
-def _step(model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int) -> _Taken:
+def _step(model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int) -> TakenModel:
     kernels = _kernels_for(model)
     if (reason := step.unfit_reason(model)) is not None:
         raise WayRefusedError(reason)
     engine = library.Engine(kernels, num_threads)
     packed = step.PackedModel(model, engine)
     torch.set_num_threads(1)
-    return _Taken(partial(step.StepForward, packed), engine.row_statistics)
+    return TakenModel(partial(step.StepForward, packed), engine.row_statistics)
 
 
 def _operations(
     model: PreTrainedModel, layers: Mapping[int, LayerShape], num_threads: int
-) -> _Taken:
+) -> TakenModel:
     kernels = _kernels_for(model)
     if (name := unrecognised_module(model)) is not None:
         raise WayRefusedError(f"{name} is not recognised")
@@ -152,18 +152,18 @@ def _operations(
     engine = library.Engine(kernels, num_threads)
     swap_modules(model, engine)
     torch.set_num_threads(1)
-    return _Taken(partial(OperationsForward, model, engine), engine.row_statistics)
+    return TakenModel(partial(OperationsForward, model, engine), engine.row_statistics)
 
 
-def _modules(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> _Taken:
+def _modules(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> TakenModel:
     if model.device.type != "cpu":
         raise WayRefusedError("the device is no processor")
     pack_modules(model)
-    return _Taken(partial(ModulesForward, model))
+    return TakenModel(partial(ModulesForward, model))
 
 
-def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> _Taken:
-    return _Taken(partial(ModulesForward, model))
+def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> TakenModel:
+    return TakenModel(partial(ModulesForward, model))
 
 
 def _kernels_for(model: PreTrainedModel) -> library.Library:
@@ -178,7 +178,7 @@ def _kernels_for(model: PreTrainedModel) -> library.Library:
     return found
 
 
-_WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int], _Taken]] = {
+WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int], TakenModel]] = {
     "step": _step,
     "operations": _operations,
     "modules": _modules,
