@@ -20,6 +20,9 @@ from workers.model.sampler import SamplingRow, exponential_noise, noise_key, sam
 
 VOCAB = 1000
 
+LARGE_VOCAB = 12_000
+"""So many blocks that those with kept tokens are taken out first, or too many for that."""
+
 
 def row(
     position: int = 0,
@@ -33,9 +36,9 @@ def row(
     return SamplingRow(sampling, position, array("q", seen) if seen else None)
 
 
-def random_logits(num_rows: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, VOCAB, generator=generator) * spread
+def random_logits(num_rows: int, vocab_size: int = VOCAB) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, vocab_size, generator=generator) * 3.0
 
 
 def warped(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> torch.Tensor:
@@ -71,10 +74,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB, LARGE_VOCAB])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_kept_tokens_and_logprobs_are_those_of_transformers(case: dict[str, Any]) -> None:
+def test_kept_tokens_and_logprobs_are_those_of_transformers(
+    case: dict[str, Any], vocab_size: int
+) -> None:
     """Drawn often enough: the tokens that the warpers keep, each with its log-probability."""
-    logits = random_logits(1)[0]
+    logits = random_logits(1, vocab_size)[0]
     seen = [1, 5, 999, int(logits.argmax())]
     expected = warped(logits, row(**case).sampling, seen)
     num_draws = 400
@@ -123,11 +129,12 @@ def test_seeds_and_positions_draw_independently() -> None:
         assert float(((counts - 250) ** 2 / 250).sum()) < 45.0, "99.99 % of chi-square with 15"
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """Alone, in a batch, in another order: the same token and, to the last bit, log-probability."""
+@pytest.mark.parametrize("vocab_size", [VOCAB, LARGE_VOCAB])
+def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
+    """Alone, in a batch, in another order: the same token and, but for the last bit, logprob."""
     mixed = [row(3, [1, 2], seed=i, **case) for i, case in enumerate(CASES.values())]
     mixed += [row(3, greedy=True), row(3, [4, 5], greedy=True, repetition_penalty=1.3)]
-    logits = random_logits(len(mixed))
+    logits = random_logits(len(mixed), vocab_size)
     together = sample(logits.clone(), mixed)
     for i, alone in enumerate(mixed):
         one = sample(logits[i : i + 1].clone(), [alone])
@@ -151,6 +158,27 @@ def test_greedy_sees_the_penalty() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 8] = 2.0, 1.9
     assert sample(logits, [row(seen=[7], greedy=True, repetition_penalty=1.5)]).tokens == [8]
+
+
+def test_statistics_of_rows_are_enough_for_greedy_choices() -> None:
+    """Where a way computes them itself, nothing else is looked at, and nothing else comes out."""
+
+    def row_statistics(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        best = scores.max(-1)
+        return best.indices, best.values, (scores - best.values[:, None]).exp().sum(-1)
+
+    logits = random_logits(4)
+    logits[2, 17] = float("nan")
+    rows = [row(greedy=True) for _ in range(3)]
+    rows.append(row(seen=[int(logits[3].argmax())], greedy=True, repetition_penalty=1.5))
+    expected = sample(logits.clone(), rows)
+    got = sample(logits.clone(), rows, row_statistics)
+    assert got.finite == expected.finite == [True, True, False, True]
+    for i in (0, 1, 3):
+        assert got.tokens[i] == expected.tokens[i]
+        assert got.logprobs[i] == pytest.approx(expected.logprobs[i], abs=1e-5)
+    drawn = [row(i, top_k=20) for i in range(4)]
+    assert sample(logits.clone(), drawn, row_statistics).tokens == sample(logits, drawn).tokens
 
 
 def test_tokens_as_good_as_the_last_one_kept_stay() -> None:
