@@ -3,6 +3,9 @@
 # On x86-64 torch comes as the CUDA build, which runs on a CPU too. For a smaller image name an index
 # that has CPU builds: --build-arg PIP_EXTRA_INDEX_URL=…
 FROM python:3.11-slim AS build
+# The compiler of the engine's kernels; on other processors than x86-64 they are left out.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 ARG PIP_EXTRA_INDEX_URL=
 RUN python -m venv /opt/headrace
 WORKDIR /src

@@ -1,5 +1,5 @@
-// The engine's arithmetic on processors with AVX512-bf16 or AMX: matrix products over packed weights,
-// norms, gated MLPs, attention over the slot cache, and a whole step of a Llama-like model.
+// The engine's arithmetic on processors with AVX512-bf16 or AMX: matrix products over packed
+// weights, norms, gated MLPs, attention over the slot cache, a whole step of a Llama-like model.
 //
 // Plain C ABI at the end of the file; library.py declares it for Python and checks the processor.
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
@@ -227,7 +227,8 @@ inline __m512 sum_each(const __m512 (&sums)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     const __m512 *s = sums + 4 * i;
-    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+    const __m512 low =
+        _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
     const __m512 high =
         _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
     const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
@@ -250,6 +251,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// 30-100 us, more than a fair barrier takes. Longer spins gain nothing on quiet cores and, beside a
+// busy process, burn the time that a thread will want later; sleeping here instead is no better.
 constexpr int kSpinsBeforeYield = 2000;
 constexpr uint64_t kIdleSpinCycles = 150'000;  // about 50 us: a wake-up from sleep costs as much
 
@@ -427,7 +430,7 @@ std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSo
   weight->inputs = inputs;
   weight->is_paired = is_paired;
   weight->steps = round_up(inputs, kStep) / kStep;
-  // An even number of paired blocks: their products are the inputs of another weight, in whole steps.
+  // An even number of paired blocks: what they give is taken by another weight in whole steps.
   weight->blocks = round_up(outputs, kBlock) / per_block;
   std::vector<bf16*> parts;
   for (int thread = 0; thread <= team.size(); thread++)
@@ -463,7 +466,7 @@ std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSo
   return weight;
 }
 
-// Which part of each step a product asks memory for while it computes, and how far ahead, in bytes.
+// Which part of each step a product asks memory for while it computes, how far ahead, in bytes.
 // Several groups of rows pass over the same block: each asks for its share of the next block, so
 // that reading and computing overlap. At a thread's last block the next is that of the next weight.
 struct Prefetch {
@@ -475,7 +478,8 @@ struct Prefetch {
         last_line(kStepSize / 32 * (group + 1) / num_groups) {}
 };
 
-// Inlined always: GCC 12 takes a function that only prefetches for one without effect, and drops it.
+// Inlined always: GCC 12 takes a function that only prefetches for one without effect, and then
+// drops the call.
 [[gnu::always_inline]] inline void prefetch_step(const bf16* step, const Prefetch& ahead) {
   const char* from = reinterpret_cast<const char*>(step) + ahead.distance;
   for (int line = ahead.first_line; line < ahead.last_line; line++)
@@ -716,10 +720,10 @@ RowStatistics row_statistics(const float* x, int width) {
 //
 // Keys and values of a layer lie as [slot, kv head, position, size]. A step brings stretches:
 // neighbouring positions of one slot. A stretch of one token (decoding) is bound by reading the
-// cache: attend_token() streams it once, keys as rows in dot products. A longer stretch (prefill) is
-// bound by arithmetic: attend_span() packs keys and values like weights and lets the matrix product
-// work on many query vectors. Both go through the cache in spans, with a running maximum and sum
-// ("online softmax": Milakov and Gimelshein 2018; Dao et al. 2022).
+// cache: attend_token() streams it once, with keys as rows of dot products. A longer stretch
+// (prefill) is bound by arithmetic: attend_span() packs keys and values like weights and lets the
+// matrix product work on many query vectors. Both go through the cache in spans, with a running
+// maximum and sum ("online softmax": Milakov and Gimelshein 2018; Dao et al. 2022).
 
 constexpr int kMaxHeadSize = 256;
 constexpr int kTokenSpan = 128;   // positions whose scores are known before their values are read
@@ -734,7 +738,9 @@ struct Attention {
   float softcap;  // 0: none
   int window;     // positions that a token sees, itself included; 0: all
   int group() const { return num_heads / num_kv_heads; }
-  int first_visible(int position) const { return window > 0 ? std::max(0, position - window + 1) : 0; }
+  int first_visible(int position) const {
+    return window > 0 ? std::max(0, position - window + 1) : 0;
+  }
 };
 
 struct LayerCache {
@@ -776,8 +782,8 @@ inline __m512 cap(__m512 scores, float scale, float softcap) {
 }
 
 // Scores become weights exp(score - maximum) in bf16; returns the factor by which what was summed
-// before must shrink because the maximum rose. Only positions [first, last) are visible; the weights
-// of the others, up to `length` rounded up to 32, are 0.
+// before must shrink because the maximum rose. Only positions [first, last) are visible; the
+// weights of the others, up to `length` rounded up to 32, are 0.
 struct RunningSoftmax {
   float max = kMasked, sum = 0.0f;
 
@@ -981,7 +987,8 @@ void pack_values(const bf16* values, int length, int size, bf16* to) {
         const bf16* row = values + position * size + column;
         const __mmask32 present = first_halves(size - column);
         const __m512i even = _mm512_maskz_loadu_epi16(position < length ? present : 0, row);
-        const __m512i odd = _mm512_maskz_loadu_epi16(position + 1 < length ? present : 0, row + size);
+        const __m512i odd =
+            _mm512_maskz_loadu_epi16(position + 1 < length ? present : 0, row + size);
         _mm512_store_si512(to + line * 32, _mm512_permutex2var_epi16(even, interleave.low, odd));
         _mm512_store_si512(to + kTile + line * 32,
                            _mm512_permutex2var_epi16(even, interleave.high, odd));
@@ -1554,7 +1561,8 @@ const void* headrace_weight_new(void* engine, int outputs, int inputs, const bf1
 int headrace_linear(void* engine, const void* weight, const bf16* x, int rows, bf16* to,
                     float* to_float) {
   return succeeds([&] {
-    static_cast<Engine*>(engine)->linear(*static_cast<const Weight*>(weight), x, rows, to, to_float);
+    const auto& packed = *static_cast<const Weight*>(weight);
+    static_cast<Engine*>(engine)->linear(packed, x, rows, to, to_float);
   });
 }
 
