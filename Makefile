@@ -21,11 +21,11 @@ ONE_LINE = awk '/^ *ERROR/ { printf "\r\033[K"; print > "/dev/stderr" } \
 	printf "\r\033[K  %.100s", $$1 " " $$2; fflush() } END { printf "\r\033[K" }'
 
 .DEFAULT_GOAL := help
-.PHONY: help install native up test check format bench chaos constraints clean
+.PHONY: help install native up test check format bench bench-engine bench-gpu chaos constraints clean
 
 help: ## List these targets
 	@printf 'Headrace. Targets (options for the command behind a target: ARGS="…"):\n\n'
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) \
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
 		| awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## Make .venv with everything in it (a second run costs nothing)
@@ -66,6 +66,14 @@ format: $(STAMP) ## Format the code and fix what the linter can fix
 
 bench: $(STAMP) ## Measure the latency that Headrace adds (ARGS="--rate 50 --seconds 30")
 	@exec $(BIN)/headrace bench latency $(ARGS)
+
+bench-engine: $(STAMP) ## Measure Headrace beside the servers installed in var/peers, a quarter of an hour
+	@$(BIN)/headrace model add SmolLM2-135M-Instruct
+	@exec $(BIN)/headrace bench peers --json ops/bench/results/peers.json --readme README.md $(ARGS)
+
+# On a bare GPU machine: its own Python, without our environment; see the command's first lines.
+bench-gpu: ## Check and measure the engine on an NVIDIA GPU beside transformers' own batching
+	@exec $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m ops.bench.gpu $(ARGS)
 
 chaos: $(STAMP) ## Kill processes under load and compare every answer (ARGS="--victim gateway --gateways 2")
 	@exec $(BIN)/headrace bench chaos $(ARGS)

@@ -209,6 +209,7 @@ class LazyGroup(click.Group):
         "chaos": "ops.bench.chaos:chaos",
         "engine": "ops.bench.engine:main",
         "latency": "ops.bench.latency:latency",
+        "peers": "ops.bench.peers:peers",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002

@@ -6,7 +6,6 @@ mixing of chunks and the choice of tokens are all inside. No gateway and no Redi
 
 import json
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def _request(
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--data-dir", default=Path("var"), type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="A last line of JSON instead of a table.")
 def main(
     concurrency: str,
     prompt_tokens: int,
@@ -130,7 +129,7 @@ def main(
     measure(engine, max(counts), prompt_tokens=prompt_tokens, new_tokens=4, sampled=sampled)
     rows = [measure(engine, count, **shape) for count in counts]
     if as_json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
+        click.echo(json.dumps([asdict(row) for row in rows]))
     else:
         _show(rows, f"{engine.model_version}, {dtype}, {way}, {json.dumps(shape)}")
 

@@ -156,7 +156,7 @@ async def find_target(
             # Two tokens: some servers send no text with a single one.
             answer = await target.ask("A river is", 2, timeout_s=_PROBE_TIMEOUT_S)
             if not answer.failure:
-                return await _fit_prompt(target, load)
+                return await fit_prompt(target, load)
             refusals.append(f"{dialect.path}: {answer.failure} {answer.detail[:200]}".strip())
     raise LoadError(f"{base} streams no answer. " + "; ".join(dict.fromkeys(refusals)))
 
@@ -196,7 +196,7 @@ def _get(url: str, headers: dict[str, str]) -> bytes:
         return response.read()
 
 
-async def _fit_prompt(target: Target, load: Load) -> Target:
+async def fit_prompt(target: Target, load: Load) -> Target:
     """Choose the number of words so that prompts have the wanted number of tokens.
 
     Exact where each word is one token (see :mod:`ops.bench.prompts`), else on average.

@@ -127,7 +127,7 @@ def draw(report: Report, path: Path) -> None:
         ):
             for name, style in (("p50", "o-"), ("p99", "o:")):
                 values = [getattr(s, name) if s else float("nan") for s in spreads]
-                axes.plot(x, values, style, color=line.get_color(), label=f"{name}")
+                axes.plot(x, values, style, color=line.get_color(), label=name)
     load = "requests/s" if report.measured[0].levels[0].rate else "clients"
     for axes, title in (
         (rate, "output tokens/s"),
@@ -138,6 +138,6 @@ def draw(report: Report, path: Path) -> None:
         axes.set_xlabel(load)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    rate.legend()
     gap.legend(["p50", "p99"])
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path)
