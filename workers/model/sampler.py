@@ -29,6 +29,9 @@ _NUCLEUS_GUESS = 64
 _FEW_BLOCKS = 64
 """Up to so many, blocks that hold kept tokens are taken out before anything is computed on them."""
 
+_ROWS_AT_ONCE = 8
+"""When whole rows are walked several times: so many stay in the processor's cache meanwhile."""
+
 _FAINTEST = -80.0
 """Scores below this weigh as much as this, 1e-35 of the best: nothing. Numbers too small for a
 float32 would make ``exp`` ten times slower."""
@@ -248,8 +251,11 @@ def _floors(
 
 def _total_mass(scores: torch.Tensor, heat: _Heat, index: torch.Tensor) -> torch.Tensor:
     """``[len(index), 1]``: mass of whole rows, where the best token weighs 1."""
-    part = scores if len(index) == len(scores) else scores[index]
-    return 1.0 / heat.of(index)(part).softmax(-1).amax(-1, keepdim=True)
+    parts = [
+        heat.of(part)(scores[part]).softmax(-1).amax(-1, keepdim=True)
+        for part in index.split(_ROWS_AT_ONCE)
+    ]
+    return 1.0 / torch.cat(parts)
 
 
 def _nucleus_floor(heated: torch.Tensor, goal: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
