@@ -20,7 +20,7 @@ class Machine:
         """Steps with as much of prompts as is allowed; every fourth has none."""
         carried: list[int] = []
         for step in range(num_steps):
-            tokens = 0 if step % 4 == 3 else pace.prefill_tokens(num_decoding)
+            tokens = 0 if step % 4 == 3 else pace.prefill_tokens(num_decoding, 1)
             carried.append(tokens)
             pace.note(num_decoding, tokens, self.step_s(tokens))
         return carried
@@ -36,19 +36,19 @@ MACHINES = [
 def test_a_prompt_alone_has_the_whole_step() -> None:
     pace = Pace(512)
     Machine(0.025, 0.0006).run(pace, 50)
-    assert pace.prefill_tokens(0) == 512
+    assert pace.prefill_tokens(0, 1) == 512
 
 
 def test_what_decoding_takes_is_looked_at_first() -> None:
     """One step without prompts, then all that is allowed: what a prompt token adds is not known."""
     pace = Pace(512)
     pace.note(0, 512, 0.1)
-    assert pace.prefill_tokens(8) == 0
+    assert pace.prefill_tokens(8, 1) == 0
     pace.note(8, 0, 0.02)
-    assert pace.prefill_tokens(8) == 153
+    assert pace.prefill_tokens(8, 1) == 153
     fresh = Pace(512)
     fresh.note(8, 0, 0.02)
-    assert fresh.prefill_tokens(8) == 504
+    assert fresh.prefill_tokens(8, 1) == 504
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -56,7 +56,7 @@ def test_mixed_steps_take_two_and_a_half_times_as_long(machine: Machine) -> None
     """Or carry all that is allowed, or the least that prompts need to go on."""
     pace = Pace(512)
     machine.run(pace, 200)
-    tokens = pace.prefill_tokens(8)
+    tokens = pace.prefill_tokens(8, 1)
     ratio = machine.step_s(tokens) / machine.decode_s
     assert 2.2 < ratio < 2.8 or tokens in (16, 504)
 
@@ -65,9 +65,9 @@ def test_it_follows_when_the_machine_becomes_slower() -> None:
     """Another process on the same cores, or much longer contexts."""
     pace = Pace(512)
     MACHINES[0].run(pace, 100)
-    before = pace.prefill_tokens(8)
+    before = pace.prefill_tokens(8, 1)
     MACHINES[1].run(pace, 200)
-    assert pace.prefill_tokens(8) < before / 2
+    assert pace.prefill_tokens(8, 1) < before / 2
 
 
 def test_it_follows_when_more_rows_decode_and_prompts_never_end() -> None:
@@ -76,10 +76,21 @@ def test_it_follows_when_more_rows_decode_and_prompts_never_end() -> None:
     Machine(0.010, 0.00015).run(pace, 100)
     busy = Machine(0.020, 0.00015)
     for _ in range(300):
-        tokens = pace.prefill_tokens(32)
+        tokens = pace.prefill_tokens(32, 1)
         pace.note(32, tokens, busy.step_s(tokens))
-    ratio = busy.step_s(pace.prefill_tokens(32)) / busy.decode_s
+    ratio = busy.step_s(pace.prefill_tokens(32, 1)) / busy.decode_s
     assert 1.3 < ratio < 3.5
+
+
+def test_a_burst_does_not_wait_for_the_few_who_were_first() -> None:
+    """The more start and the fewer decode, the more of a step is theirs; a few are no burst."""
+    pace = Pace(512)
+    MACHINES[1].run(pace, 200)
+    usual = pace.prefill_tokens(8, 1)
+    assert pace.prefill_tokens(1, 4) == usual
+    assert pace.prefill_tokens(8, 8) == usual
+    assert pace.prefill_tokens(16, 20) == pytest.approx(2 * usual, abs=1)
+    assert pace.prefill_tokens(1, 31) == pytest.approx(4 * usual, abs=3)
 
 
 def test_a_hiccup_changes_little() -> None:
@@ -87,11 +98,11 @@ def test_a_hiccup_changes_little() -> None:
     pace = Pace(512)
     machine = MACHINES[1]
     machine.run(pace, 100)
-    before = pace.prefill_tokens(8)
+    before = pace.prefill_tokens(8, 1)
     pace.note(8, 0, 100 * machine.decode_s)
-    assert before <= pace.prefill_tokens(8) < 1.6 * before
+    assert before <= pace.prefill_tokens(8, 1) < 1.6 * before
     machine.run(pace, 160)
-    assert pace.prefill_tokens(8) == pytest.approx(before, rel=0.15)
+    assert pace.prefill_tokens(8, 1) == pytest.approx(before, rel=0.15)
 
 
 def test_prompts_always_go_on() -> None:
@@ -100,7 +111,7 @@ def test_prompts_always_go_on() -> None:
     pace = Pace(512)
     was_look = False
     for _ in range(2000):
-        tokens = pace.prefill_tokens(8)
+        tokens = pace.prefill_tokens(8, 1)
         assert 16 <= tokens <= 504 or (tokens == 0 and not was_look)
         was_look = tokens == 0
         pace.note(8, tokens, draw.choice([0.0, 1e-6, 0.01, 3.0]))
@@ -110,7 +121,7 @@ def test_too_large_a_step_is_not_tried_again_at_once() -> None:
     """Half as much, then a token more per step up to what was allowed."""
     pace = Pace(64)
     pace.shrink()
-    assert (pace.step_tokens, pace.prefill_tokens(0)) == (32, 32)
+    assert (pace.step_tokens, pace.prefill_tokens(0, 1)) == (32, 32)
     for _ in range(100):
         pace.note(8, 1, 0.01)
     assert pace.step_tokens == 64

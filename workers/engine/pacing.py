@@ -9,6 +9,11 @@ for ever.
 _STRETCH = 2.5
 """A step with prompt tokens may take so many times as long as usual: then the longest gaps between
 a reader's tokens stay under three times the usual one."""
+_CROWD = 4
+_MAX_PRESSURE = 4.0
+"""More prompts than a crowd at once are a burst, in which few read and many wait: then prompts may
+add up to so many times as much to a step. Readers of the same burst see it in one gap of a hundred
+at most; in a burst of 32 prompts half of them have their first token a sixth earlier."""
 _MIN_PREFILL_TOKENS = 16
 """Prompts go on at least by this much per step, however slow the machine."""
 _GAIN = 0.3
@@ -39,8 +44,11 @@ class Pace:
         kept = 0 if is_alone else min(_MIN_PREFILL_TOKENS, self.step_tokens // 2)
         return self.step_tokens - kept
 
-    def prefill_tokens(self, num_decoding: int) -> int:
-        """Most prompt tokens beside ``num_decoding`` rows of one token; 0: this step is a look."""
+    def prefill_tokens(self, num_decoding: int, num_starting: int) -> int:
+        """Most prompt tokens beside ``num_decoding`` rows of one token; 0: this step is a look.
+
+        ``num_starting`` prompts would be computed now if there were no limit.
+        """
         room = self.step_tokens - num_decoding
         if num_decoding == 0:
             return room
@@ -48,7 +56,8 @@ class Pace:
             return 0
         if not self._token_s:
             return room
-        affordable_s = _STRETCH * self._usual_s - self._decode_s
+        pressure = min(max(2 * (num_starting - _CROWD) / num_decoding, 1.0), _MAX_PRESSURE)
+        affordable_s = pressure * (_STRETCH * self._usual_s - self._decode_s)
         return min(room, max(int(affordable_s / self._token_s), _MIN_PREFILL_TOKENS))
 
     def note(self, num_decoding: int, num_prefill_tokens: int, duration_s: float) -> None:

@@ -59,6 +59,7 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, places: Places) -> None:
+        self._max_sequences = limits.max_sequences
         self._places = places
         self._pace = Pace(limits.step_tokens)
         self._waiting: deque[Sequence] = deque()
@@ -105,7 +106,8 @@ class Scheduler:
         starting = self._next_starting()
         decoding = self._next_decoding(self._pace.max_rows(is_alone=not starting))
         chunks = [self._chunk(sequence, 1) for sequence in decoding]
-        budget = self._pace.prefill_tokens(len(decoding))
+        num_free = self._max_sequences - len(decoding)
+        budget = self._pace.prefill_tokens(len(decoding), min(len(starting), num_free))
         for sequence in starting:
             if budget == 0:
                 break
