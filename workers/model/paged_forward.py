@@ -59,10 +59,10 @@ class PagedForward:
         self._model = model
         self._cache = cache
         self._batches = batch_sizes(max_sequences)
-        self._lengths = token_sizes(max(step_tokens, 2))
+        self._lengths = token_sizes(max(step_tokens, _FEWEST_TOKENS))
         self._numbers = _StepNumbers(
             num_sequences=self._batches[-1],
-            num_tokens=max(self._lengths[-1], self._batches[-1]),
+            num_tokens=max(self._lengths[-1], 2 * self._batches[-1]),
             num_pages=-(-max_tokens // cache.page_size),
             device=cache.device,
         )
@@ -100,13 +100,12 @@ class PagedForward:
 
     def _compile(self, backend: str) -> bool:
         compiled = torch.compile(self._run_modules, dynamic=True, fullgraph=True, backend=backend)
-        numbers = self._numbers
-        # Of equal numbers the compiler would conclude that they always are.
-        inputs = numbers.tokens[:4], numbers.positions[:4], numbers.rows[:2]
-        layout = PagedLayout(self._cache, numbers.lengths[:2], numbers.tiles[:0], numbers.table)
+        size = self._batches[-1]
+        # Not as many rows as tokens: of equal numbers the compiler would take them for one.
+        step = self._step(2 * size, size, 0, size, compiled)
         try:
-            with torch.inference_mode(), running(layout):
-                compiled(*inputs)
+            with torch.inference_mode():
+                step()
         except Exception:  # noqa: BLE001 - whatever stops the compiler, the modules run without it
             return False
         self._compute = compiled
@@ -125,16 +124,21 @@ class PagedForward:
         return is_recorded
 
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
-        return self._step(size, size, 0, size)
+        return self._step(size, size, 0, size, self._compute)
 
     def _mixed_step(self, size: int) -> Callable[[], torch.Tensor]:
         """Room for all decode rows beside prompts, and for logits of everybody."""
         num_rows = self._batches[-1]
         num_tiles = min(size // 2, size // TILE_TOKENS + num_rows)
-        return self._step(size, min(size, num_rows), num_tiles, num_rows)
+        return self._step(size, min(size, num_rows), num_tiles, num_rows, self._compute)
 
     def _step(
-        self, num_tokens: int, num_decodes: int, num_tiles: int, num_rows: int
+        self,
+        num_tokens: int,
+        num_decodes: int,
+        num_tiles: int,
+        num_rows: int,
+        compute: Callable[..., torch.Tensor],
     ) -> Callable[[], torch.Tensor]:
         numbers = self._numbers
         layout = PagedLayout(
@@ -144,9 +148,8 @@ class PagedForward:
         rows = numbers.rows[:num_rows]
 
         def step() -> torch.Tensor:
-            # What the compiler has not seen by now must not stop a step for the time of compiling.
-            with running(layout), torch.compiler.set_stance("eager_on_recompile"):
-                return self._compute(tokens, positions, rows)
+            with running(layout):
+                return compute(tokens, positions, rows)
 
         return step
 
@@ -175,18 +178,24 @@ def _recorded(
     step: Callable[[], torch.Tensor], pool: tuple[int, int] | None
 ) -> tuple[Callable[[], torch.Tensor], bool]:
     """A graph of ``step``; ``step`` itself where there are none or it cannot be recorded."""
-    if pool is None:
-        return step, False
-    graph = torch.cuda.CUDAGraph()
+
+    def unrecorded() -> torch.Tensor:
+        # Should the compiler think anew about what it took before, then not in mid-traffic.
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return step()
+
     with torch.inference_mode():
         step()  # whatever is prepared on first use must not be part of the recording
+        if pool is None:
+            return unrecorded, False
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=pool):  # pyright: ignore[reportArgumentType] - a nominal type
                 logits = step()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            return step, False
+            return unrecorded, False
 
     def replay() -> torch.Tensor:
         graph.replay()
