@@ -6,8 +6,8 @@ the device, so that one recording of a step (a CUDA graph) serves whoever is in 
 
 On CUDA the work is done by :mod:`workers.model.paged_kernels`; elsewhere by plain torch, which says
 the same in the simplest words and is what the kernels are tested against. Torch's own
-``varlen_attn`` would do too where it takes block tables (2.13 on); ours runs on older ones, stores
-keys and values in the same launch, and knows soft caps and float32.
+``varlen_attn`` takes block tables from 2.13 on, but neither soft caps nor float32, and would be a
+second path to keep right: there is one, which also stores keys and values in the same launch.
 """
 
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ _BATCHES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 own and would have to be compiled as well."""
 
 _FEWEST_TOKENS = 64
-"""In a recorded step with prompts; up to there one costs hardly more than a step without."""
+"""In a recorded step with prompts: below that a step takes as long as its weights take to read."""
 
 
 class PagedForward:
@@ -39,8 +39,8 @@ class PagedForward:
         step_tokens: most tokens in one step.
         compiler: the backend of ``torch.compile``; None runs the modules as they are.
 
-    Compiling takes half a minute or so the first time; after that torch finds most of it in its
-    cache on disk (``TORCHINDUCTOR_CACHE_DIR``). ``TORCH_COMPILE_DISABLE=1`` does without.
+    The first start on a machine waits for the compiler; after that torch finds most of its work in
+    its cache on disk (``TORCHINDUCTOR_CACHE_DIR``). ``TORCH_COMPILE_DISABLE=1`` does without.
     """
 
     name = "cuda"
