@@ -1,4 +1,6 @@
-"""The default model in float32: greedy answers are those of transformers' own ``generate``."""
+"""The default model: in float32, greedy answers are those of transformers' own ``generate``, and in
+bfloat16 no way to compute it is further from float32 than transformers is.
+"""
 
 from typing import Any
 
@@ -10,8 +12,10 @@ from common.models.chat_template import ChatTemplate
 from common.models.store import StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
-from tests.support.engines import request, run_all, run_one
+from tests.support.engines import cache_for, ready_model, request, run_all, run_one
+from tests.support.logits import NUM_SEQUENCES, compute_in_pieces, divergence
 from tests.support.models import smollm2, smollm2_data_dir
+from tests.support.native_kernels import are_runnable
 from workers.engine.factory import build_engine
 from workers.engine.port import Engine
 
@@ -109,3 +113,37 @@ def test_a_sampled_answer_survives_a_handover(engine: Engine, prompts: list[list
             ),
         )
         assert (rest.tokens, rest.pieces) == (whole.tokens[cut:], whole.pieces[cut:])
+
+
+@pytest.fixture(scope="module")
+def sequences(prompts: list[list[int]], generated: list[list[int]]) -> torch.Tensor:
+    """Questions with their answers, cut to one length."""
+    whole = [prompt + answer for prompt, answer in zip(prompts, generated, strict=True)]
+    length = min(map(len, whole[:NUM_SEQUENCES]))
+    return torch.tensor([tokens[:length] for tokens in whole[:NUM_SEQUENCES]])
+
+
+@pytest.fixture(scope="module")
+def plain_logits(stored: StoredModel, sequences: torch.Tensor) -> dict[torch.dtype, torch.Tensor]:
+    """What transformers computes in each type."""
+    logits: dict[torch.dtype, torch.Tensor] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(stored.path, dtype=dtype).eval()
+        with torch.inference_mode():
+            logits[dtype] = model(input_ids=sequences).logits
+    return logits
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["modules", *(["operations", "step"] if are_runnable() else [])])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(
+    way: str,
+    stored: StoredModel,
+    sequences: torch.Tensor,
+    plain_logits: dict[torch.dtype, torch.Tensor],
+) -> None:
+    exact = plain_logits[torch.float32]
+    theirs = divergence(exact, plain_logits[torch.bfloat16])
+    ready = ready_model(stored.path, way, torch.bfloat16)
+    logits = compute_in_pieces(ready.bind(cache_for(ready, 4, torch.bfloat16)), sequences.tolist())
+    assert divergence(exact, logits) <= 1.1 * theirs
