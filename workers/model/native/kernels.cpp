@@ -810,9 +810,10 @@ struct RunningSoftmax {
   }
 };
 
+// Into the second-level cache: a span of keys and one of values would fill the first.
 [[gnu::always_inline]] inline void prefetch(const bf16* from, int count) {
   for (int i = 0; i < count; i += 32)
-    _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
 }
 
 // Order of a vector that takes turns between two others: a0 b0 a1 b1 …, from their halves.
@@ -892,8 +893,8 @@ inline void scale_row(float* row, int width, float factor) {
     _mm512_storeu_ps(row + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(factor)));
 }
 
-// HEADS query vectors of one token against `count` keys and values. `next` is what this thread will
-// read after them: it is asked for while the last values are read.
+// HEADS query vectors of one token against `count` keys and values. While keys are read their
+// values are asked for, while values are read the next keys: in the end `next`, another item's.
 template <int HEADS, int CHUNKS, bool EXACT>
 void attend_token(const Attention& shape, const bf16* query, ptrdiff_t head_stride,
                   const bf16* keys, const bf16* values, int count, const bf16* next, bf16* out) {
@@ -910,7 +911,6 @@ void attend_token(const Attention& shape, const bf16* query, ptrdiff_t head_stri
   for (int start = 0; start < count; start += kTokenSpan) {
     const int length = std::min(kTokenSpan, count - start);
     for (int j = 0; j < length; j += 16, keys += 16 * size) {
-      prefetch(keys + 16 * size, 16 * size);
       prefetch(values + j * size, 16 * size);
       for (int h = 0; h < HEADS; h++) {
         const __m512 dots = length - j >= 16 ? dot_16<true>(vectors, q[h], keys, 15)
