@@ -45,20 +45,20 @@ def test_what_decoding_takes_is_looked_at_first() -> None:
     pace.note(0, 512, 0.1)
     assert pace.prefill_tokens(8, 1) == 0
     pace.note(8, 0, 0.02)
-    assert pace.prefill_tokens(8, 1) == 153
+    assert pace.prefill_tokens(8, 1) == 122
     fresh = Pace(512)
     fresh.note(8, 0, 0.02)
     assert fresh.prefill_tokens(8, 1) == 504
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_mixed_steps_take_two_and_a_half_times_as_long(machine: Machine) -> None:
+def test_mixed_steps_take_a_little_over_twice_as_long(machine: Machine) -> None:
     """Or carry all that is allowed, or the least that prompts need to go on."""
     pace = Pace(512)
     machine.run(pace, 200)
     tokens = pace.prefill_tokens(8, 1)
     ratio = machine.step_s(tokens) / machine.decode_s
-    assert 2.2 < ratio < 2.8 or tokens in (16, 504)
+    assert 1.9 < ratio < 2.5 or tokens in (16, 504)
 
 
 def test_it_follows_when_the_machine_becomes_slower() -> None:
@@ -79,7 +79,7 @@ def test_it_follows_when_more_rows_decode_and_prompts_never_end() -> None:
         tokens = pace.prefill_tokens(32, 1)
         pace.note(32, tokens, busy.step_s(tokens))
     ratio = busy.step_s(pace.prefill_tokens(32, 1)) / busy.decode_s
-    assert 1.3 < ratio < 3.5
+    assert 1.3 < ratio < 3.0
 
 
 def test_a_burst_does_not_wait_for_the_few_who_were_first() -> None:
@@ -100,7 +100,7 @@ def test_a_hiccup_changes_little() -> None:
     machine.run(pace, 100)
     before = pace.prefill_tokens(8, 1)
     pace.note(8, 0, 100 * machine.decode_s)
-    assert before <= pace.prefill_tokens(8, 1) < 1.6 * before
+    assert before <= pace.prefill_tokens(8, 1) < 1.7 * before
     machine.run(pace, 160)
     assert pace.prefill_tokens(8, 1) == pytest.approx(before, rel=0.15)
 

@@ -59,7 +59,7 @@ def test_decode_rows_come_before_chunks_of_prompts() -> None:
 
 
 def test_a_prompt_beside_decode_rows_is_cut_to_what_they_can_bear() -> None:
-    """A step takes 10 ms, and half of one for each token of a prompt: 25 ms are borne."""
+    """A step takes 10 ms, and half of one for each token of a prompt: 22 ms are borne."""
     scheduler = Scheduler(Limits(max_sequences=4, cache_tokens=1000, step_tokens=100))
 
     def took_s(chunks: list[Chunk]) -> float:
@@ -70,7 +70,7 @@ def test_a_prompt_beside_decode_rows_is_cut_to_what_they_can_bear() -> None:
         step(scheduler, took_s)
     scheduler.add(sequence("b", 400))
     carried = [[chunk.count for chunk in step(scheduler, took_s)] for _ in range(10)]
-    assert all(rows == 1 and 20 <= prompt <= 30 for rows, prompt in carried)
+    assert all(rows == 1 and 16 <= prompt <= 25 for rows, prompt in carried)
 
 
 def test_one_prompt_is_finished_before_the_next_begins() -> None:

@@ -6,9 +6,9 @@ things are wanted: who streams should not notice that others arrive, and who arr
 for ever.
 """
 
-_STRETCH = 2.5
+_STRETCH = 2.2
 """A step with prompt tokens may take so many times as long as usual: then the longest gaps between
-a reader's tokens stay under three times the usual one."""
+a reader's tokens stay under three times the usual one, with room for a machine's own unevenness."""
 _CROWD = 4
 _MAX_PRESSURE = 4.0
 """More prompts than a crowd at once are a burst, in which few read and many wait: then prompts may
@@ -18,7 +18,7 @@ _MIN_PREFILL_TOKENS = 16
 """Prompts go on at least by this much per step, however slow the machine."""
 _GAIN = 0.3
 """Weight of the newest step in the averages."""
-_FORGETTING = 0.05
+_FORGETTING = 0.1
 """How much of what was usual is forgotten per step without prompts. In a burst of prompts few rows
 decode at first; measured by their short steps, the last prompts would wait much longer."""
 _LOOK_EVERY_STEPS = 16
