@@ -6,6 +6,7 @@ the weights as GGUF files, ``<model>*.gguf``. Every server gets room for 64 sequ
 its own defaults.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ops.bench.machine import num_cores
 MAX_SEQUENCES = 64
 _MAX_TOKENS = 4096
 _LLAMA_TOKENS_PER_SEQUENCE = 768
-"""llama.cpp divides its context among the places: enough for every load but the longest."""
+"""llama.cpp divides its context among the places: enough for all but the longest contexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def version(self) -> str:
-        """The first line of its answer that names one."""
+        """The first thing in its answer that looks like one."""
         done = subprocess.run(  # noqa: S603 - the command is made in this module
             self.version_command, capture_output=True, text=True, check=False
         )
-        lines = (done.stdout + done.stderr).splitlines()
-        return next((line.removeprefix("version:").strip() for line in lines if line), "unknown")
+        found = re.search(r"\b\d+\.\d[\w.+-]*", done.stdout + done.stderr)
+        return found.group() if found else "unknown"
 
 
 ABSENT = {

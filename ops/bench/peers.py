@@ -38,6 +38,8 @@ _LONG_LEVEL_S = 15.0
 """A level that takes longer is measured in the first round only."""
 _TOO_LONG_S = 45.0
 """A level that would take longer, by the rate of the one before, is left out."""
+_MANY = 8
+"""From here on, more clients do not get many more tokens out of a server."""
 _QUIET_LOOK_S = 2.0
 _WAYS = ("step", "operations", "modules")
 
@@ -216,7 +218,8 @@ async def _measure_levels(target: Target, pid: int, row: Row, plan: Plan) -> Non
         use = use_of(pid)
         level = await session.closed_loop(count)
         row.add(level, _cores(use, use_of(pid), level.seconds))
-        rate = level.tokens_per_second
+        if count >= _MANY:
+            rate = level.tokens_per_second
     row.rss_bytes = use_of(pid).rss_bytes
 
 

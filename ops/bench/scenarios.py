@@ -21,10 +21,11 @@ _ARRIVALS_EVERY_S = 1.0
 _LONG_PROMPT = 512
 _OWN_TOKENS = 32
 _LONG_CONTEXT = 2048
-_LONG_CONTEXT_LIMIT_S = 40.0
+_CONTEXT_LIMIT_S = 60.0
+_BEHIND_S = 4.0
 _FEW_TOKENS = 8
-_ENDLESS = 600
-"""New tokens that no server makes in the time of a crowd; prompt and answer fit all of them."""
+_ENDLESS = 1500
+"""New tokens: more than come in the time of a scenario, few enough for every server's context."""
 
 
 class Scenarios(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,13 +89,21 @@ async def _shared_prefix(target: Target, load: Load) -> float | None:
 
 
 async def _context(target: Target, load: Load, prompt_tokens: int) -> Spread | None:
-    session = await _session(
-        target, _unseen(load, prompt_tokens=prompt_tokens, timeout_s=_LONG_CONTEXT_LIMIT_S)
-    )
+    """All streams at once, cut off a while after the last one must have begun."""
+    session = await _session(target, _unseen(load, prompt_tokens=prompt_tokens))
     if session is None:
         return None
-    answers = await asyncio.gather(*(session.ask(load.new_tokens) for _ in range(_STREAMS)))
-    return _gaps_of_all(answers)
+    alone = await session.ask(_FEW_TOKENS)
+    if not alone.chunk_at_s:
+        return None
+    # Beside those that already run, a prompt takes longer than alone.
+    limit_s = 1.5 * _STREAMS * _first_token_s(alone) + _BEHIND_S
+    if limit_s > _CONTEXT_LIMIT_S:
+        return None
+    limited = Session(session.target, replace(session.load, timeout_s=limit_s, seed=load.seed + 1))
+    return _gaps_of_all(
+        await asyncio.gather(*(limited.ask(_ENDLESS) for _ in range(_STREAMS))),
+    )
 
 
 def _unseen(load: Load, **changes: Any) -> Load:
