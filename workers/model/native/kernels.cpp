@@ -254,7 +254,7 @@ struct alignas(64) TileConfig {
 // 30-100 us, more than a fair barrier takes. Longer spins gain nothing on quiet cores and, beside a
 // busy process, burn the time that a thread will want later; sleeping here instead is no better.
 constexpr int kSpinsBeforeYield = 2000;
-constexpr uint64_t kIdleSpinCycles = 150'000;  // about 50 us: a wake-up from sleep costs as much
+constexpr uint64_t kIdleCycles = 6'000'000;  // about 2 ms: longer than from one step to the next
 
 template <class Condition>
 inline void spin_until(Condition is_met) {
@@ -267,13 +267,46 @@ inline void spin_until(Condition is_met) {
   }
 }
 
+// Parts of a job that nobody has taken yet: every thread has a run of its own, takes it from the
+// front, and then helps the others from the back. So a thread that lost its core to another process
+// for a while holds the others up by one part, not by all of its own.
+class Claims {
+ public:
+  explicit Claims(int num_threads) : taken_(num_threads) {}
+  // The number of a part of the owner's `count` parts, or -1 when all are taken.
+  int take(int owner, int count, bool from_back) {
+    auto& taken = taken_[owner].counts;
+    uint64_t now = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      const int front = static_cast<int>(now & 0xffffffff), back = static_cast<int>(now >> 32);
+      if (front + back >= count) return -1;
+      const uint64_t next = now + (from_back ? uint64_t{1} << 32 : 1);
+      if (taken.compare_exchange_weak(now, next, std::memory_order_relaxed))
+        return from_back ? count - 1 - back : front;
+    }
+  }
+  void reset() {
+    for (auto& taken : taken_) taken.counts.store(0, std::memory_order_relaxed);
+  }
+
+ private:
+  struct alignas(128) Taken {
+    std::atomic<uint64_t> counts{0};  // from the front, and from the back in the upper half
+  };
+  std::vector<Taken> taken_;
+};
+
 // A pool of threads that run one job together: the caller is number 0. Between jobs the others
-// sleep, after a short spin; inside a job they meet at barriers, which spin and then yield.
+// sleep, after a while; inside a job they meet at barriers, which spin and then yield.
 // One thread at a time may call run().
 class Team {
  public:
-  Team(int num_threads, bool use_amx) : num_threads_(num_threads), use_amx_(use_amx) {
-    arenas_.resize(num_threads);
+  Team(int num_threads, bool use_amx)
+      : num_threads_(num_threads),
+        use_amx_(use_amx),
+        claims_{Claims(num_threads), Claims(num_threads)},
+        num_shared_(num_threads),
+        arenas_(num_threads) {
     try {
       for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { serve(i); });
     } catch (...) {
@@ -294,6 +327,14 @@ class Team {
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     work(0);
+  }
+
+  // Fresh claims for the next thing that all threads share; between two such things is a barrier.
+  // So while one set is in use nobody looks at the other, and it can be made ready.
+  Claims& next_claims(int thread) {
+    const int number = num_shared_[thread].value++;
+    if (thread == 0) claims_[(number + 1) % 2].reset();
+    return claims_[number % 2];
   }
 
   // All threads of a job wait here for one another.
@@ -321,9 +362,10 @@ class Team {
 
   void serve(int thread) {
     for (int seen = 0;;) {
-      const uint64_t deadline = __rdtsc() + kIdleSpinCycles;
-      while (generation_.load(std::memory_order_acquire) == seen && __rdtsc() < deadline)
-        _mm_pause();
+      const uint64_t deadline = __rdtsc() + kIdleCycles;
+      spin_until([&] {
+        return generation_.load(std::memory_order_acquire) != seen || __rdtsc() > deadline;
+      });
       generation_.wait(seen, std::memory_order_acquire);
       seen++;
       if (is_stopping_) return;
@@ -346,8 +388,13 @@ class Team {
   alignas(128) std::atomic<int> generation_{0};
   alignas(128) std::atomic<int> phase_{0};
   alignas(128) std::atomic<int> arrived_{0};
-  std::vector<std::thread> threads_;
+  struct alignas(128) Count {
+    int value = 0;
+  };
+  Claims claims_[2];
+  std::vector<Count> num_shared_;  // per thread
   std::vector<Arena> arenas_;
+  std::vector<std::thread> threads_;
 };
 
 // The part [first, last) of `count` items that a thread takes.
@@ -372,7 +419,8 @@ struct Share {
 // Both instruction sets want pairs of inputs side by side: AVX512's vdpbf16ps multiplies the two of
 // each lane by the same two of the other operand (one row's inputs, in all lanes) and adds both to
 // the lane's sum; AMX's tdpbf16ps does so for 16 rows by 16 outputs by 32 inputs at once.
-// Blocks are dealt to threads in runs, and each thread's run lies in its own arena.
+// Blocks are dealt to threads in runs, and each thread's run lies in its own arena; who is done
+// first helps the others.
 
 constexpr int kStep = 32;                         // inputs per step
 constexpr int kBlock = 32;                        // outputs per block
@@ -584,14 +632,22 @@ void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const bf16* 
   }
 }
 
-// This thread's part of a[rows] x weight, with the bias added.
+// a[rows] x weight with the bias added: this thread's blocks, then what others have not begun.
+// All threads of the team call it, and a barrier stands before and behind.
 template <class Epilogue>
-void multiply(const Team& team, int thread, const Weight& weight, const bf16* a, int rows,
+void multiply(Team& team, int thread, const Weight& weight, const bf16* a, int rows,
               Epilogue epilogue) {
   const size_t stride = row_stride(weight.inputs);
+  Claims& claims = team.next_claims(thread);
   const auto product = [&](auto finish) {
-    multiply(team.uses_amx(), a, stride, rows, weight.data[thread], weight.steps,
-             weight.first_block[thread], weight.first_block[thread + 1], finish);
+    for (int i = 0; i < team.size(); i++) {
+      const int owner = (thread + i) % team.size();
+      const int first = weight.first_block[owner];
+      const int count = weight.first_block[owner + 1] - first;
+      for (int taken; (taken = claims.take(owner, count, i > 0)) >= 0;)
+        multiply(team.uses_amx(), a, stride, rows, weight.data[owner] + taken * weight.block_size(),
+                 weight.steps, first + taken, first + taken + 1, finish);
+    }
   };
   if (weight.bias == nullptr) return product(epilogue);
   product([&](int row, int block, __m512 left, __m512 right) {
