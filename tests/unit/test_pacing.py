@@ -45,20 +45,20 @@ def test_what_decoding_takes_is_looked_at_first() -> None:
     pace.note(0, 512, 0.1)
     assert pace.prefill_tokens(8, 1) == 0
     pace.note(8, 0, 0.02)
-    assert pace.prefill_tokens(8, 1) == 122
+    assert pace.prefill_tokens(8, 1) == 92
     fresh = Pace(512)
     fresh.note(8, 0, 0.02)
     assert fresh.prefill_tokens(8, 1) == 504
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_mixed_steps_take_a_little_over_twice_as_long(machine: Machine) -> None:
+def test_mixed_steps_take_about_twice_as_long(machine: Machine) -> None:
     """Or carry all that is allowed, or the least that prompts need to go on."""
     pace = Pace(512)
     machine.run(pace, 200)
     tokens = pace.prefill_tokens(8, 1)
     ratio = machine.step_s(tokens) / machine.decode_s
-    assert 1.9 < ratio < 2.5 or tokens in (16, 504)
+    assert 1.6 < ratio < 2.2 or tokens in (16, 504)
 
 
 def test_it_follows_when_the_machine_becomes_slower() -> None:

@@ -6,7 +6,7 @@ things are wanted: who streams should not notice that others arrive, and who arr
 for ever.
 """
 
-_STRETCH = 2.2
+_STRETCH = 1.9
 """A step with prompt tokens may take so many times as long as usual: then the longest gaps between
 a reader's tokens stay under three times the usual one, with room for a machine's own unevenness."""
 _CROWD = 4
