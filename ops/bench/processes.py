@@ -103,6 +103,7 @@ def _stat(pid: int) -> list[str]:
 def _name(pid: int) -> str:
     """The module of ``python -m``, else the program: `gateway`, `workers`, `llama-server`."""
     command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-    if "-m" in command[:-1]:
+    program = Path(command[0].split()[0] if command[0] else "?").name
+    if program.startswith("python") and "-m" in command[:-1]:
         return command[command.index("-m") + 1]
-    return Path(command[0].split()[0] if command[0] else "?").name
+    return program

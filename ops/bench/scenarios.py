@@ -96,8 +96,8 @@ async def _context(target: Target, load: Load, prompt_tokens: int) -> Spread | N
     alone = await session.ask(_FEW_TOKENS)
     if not alone.chunk_at_s:
         return None
-    # Beside those that already run, a prompt takes longer than alone.
-    limit_s = 1.5 * _STREAMS * _first_token_s(alone) + _BEHIND_S
+    # Beside those that already run, a prompt takes twice as long as alone and more.
+    limit_s = 2.5 * _STREAMS * _first_token_s(alone) + _BEHIND_S
     if limit_s > _CONTEXT_LIMIT_S:
         return None
     limited = Session(session.target, replace(session.load, timeout_s=limit_s, seed=load.seed + 1))
