@@ -10,7 +10,7 @@ from common.models.tokenizer import Tokenizer
 from tests.support.native_kernels import are_runnable
 from tests.support.tiny_model import build_tiny_model
 
-# Where the kernels cannot run there is nothing to compute with; test_native_library.py runs always
+# Where the kernels cannot run there is nothing to compute with; test_native_binding.py runs always
 # and fails where they should be able to.
 collect_ignore = [] if are_runnable() else ["test_native_operations.py", "test_native_step.py"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.native_kernels import library
 from workers.model.attention import Stretch
-from workers.model.native.library import Engine, Places
+from workers.model.native.binding import Engine, Places
 
 # Enough for all row counts around the register blocks; each example costs a few milliseconds.
 fast = settings(

@@ -12,7 +12,7 @@ from tests.support.logits import compute_in_pieces, divergence
 from tests.support.native_kernels import library
 from workers.model.attention import Stretch
 from workers.model.kv_cache import LayerShape, SlotCache
-from workers.model.native.library import Engine
+from workers.model.native.binding import Engine
 from workers.model.native.step import PackedModel, StepForward, unfit_reason
 
 NUM_LAYERS, VOCAB, LENGTH, SLOTS, MAX_TOKENS = 2, 300, 70, 4, 75

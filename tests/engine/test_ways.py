@@ -16,7 +16,7 @@ from tests.support.tiny_model import build_tiny_model
 from workers.model import ways
 from workers.model.attention import Stretch
 from workers.model.modules import ModulesForward
-from workers.model.native import library
+from workers.model.native import binding
 
 ARCHITECTURES = [
     "llama",
@@ -32,7 +32,7 @@ ARCHITECTURES = [
 ]
 
 NATIVE = ["operations"] if are_runnable() else []
-"""test_native_library.py fails where the kernels should be able to run and are not."""
+"""test_native_binding.py fails where the kernels should be able to run and are not."""
 
 LENGTH = 70
 
@@ -106,7 +106,7 @@ def test_the_best_way_that_fits_is_taken(tmp_path: Path) -> None:
 def test_without_the_library_there_is_torch(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "load", lambda: library.Unavailable("no compiler at install"))
+    monkeypatch.setattr(binding, "load", lambda: binding.Unavailable("no compiler at install"))
     ready = ready_model(tiny_model, "auto", torch.bfloat16)
     assert ready.way == "modules"
     expected = "native kernels are off: no compiler at install"

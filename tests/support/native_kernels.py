@@ -6,7 +6,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from workers.model.native.library import Library, Unavailable, load, open_library
+from workers.model.native.binding import Library, Unavailable, load, open_library
 
 ROOT = Path(__file__).resolve().parents[2]
 _SOURCE = ROOT / "workers" / "model" / "native" / "kernels.cpp"
@@ -18,7 +18,7 @@ _FLAGS = (
 
 
 def are_runnable() -> bool:
-    """Whether the kernels were built and run here; test_native_library.py says if they should."""
+    """Whether the kernels were built and run here; test_native_binding.py says if they should."""
     return isinstance(load(), Library)
 
 

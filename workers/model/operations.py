@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from workers.model.attention import Stretch, positions_of
 from workers.model.kv_cache import SlotCache
 from workers.model.modules import children_of, linear_of, rms_norm_of, run_model
-from workers.model.native.library import Engine, Places
+from workers.model.native.binding import Engine, Places
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
 }
-"""What those of :data:`workers.model.native.library.ACTIVATIONS` compute."""
+"""What those of :data:`workers.model.native.binding.ACTIVATIONS` compute."""
 
 _MLP_TOLERANCE = 0.05
 """Largest difference, relative to the largest output, that bfloat16 explains in one MLP."""

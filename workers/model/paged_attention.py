@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from torch import library
 from transformers import AttentionInterface
 
 from workers.model.attention import current_layout, masked_attention, visible_positions
@@ -245,7 +246,7 @@ def attend(
     return output[None], None
 
 
-@torch.library.custom_op("headrace::attend", mutates_args=())
+@library.custom_op("headrace::attend", mutates_args=())
 def _attend_in_layout(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -24,7 +24,7 @@ from workers.model.loader import (
     vocabulary_size,
 )
 from workers.model.modules import ModulesForward, pack_modules
-from workers.model.native import library, step
+from workers.model.native import binding, step
 from workers.model.operations import OperationsForward, swap_modules, unrecognised_module
 from workers.model.runner import Forward
 from workers.model.sampler import RowStatistics
@@ -133,7 +133,7 @@ def _step(model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int)
     kernels = _kernels_for(model)
     if (reason := step.unfit_reason(model)) is not None:
         raise WayRefusedError(reason)
-    engine = library.Engine(kernels, num_threads)
+    engine = binding.Engine(kernels, num_threads)
     packed = step.PackedModel(model, engine)
     torch.set_num_threads(1)
     return TakenModel(partial(step.StepForward, packed), engine.row_statistics)
@@ -147,9 +147,9 @@ def _operations(
         raise WayRefusedError(f"{name} is not recognised")
     num_heads: int = model.config.num_attention_heads
     for shape in layers.values():
-        if not library.can_attend(num_heads, shape.num_heads, shape.key_size, shape.value_size):
+        if not binding.can_attend(num_heads, shape.num_heads, shape.key_size, shape.value_size):
             raise WayRefusedError(f"attention of {num_heads} heads on {shape} is not supported")
-    engine = library.Engine(kernels, num_threads)
+    engine = binding.Engine(kernels, num_threads)
     swap_modules(model, engine)
     torch.set_num_threads(1)
     return TakenModel(partial(OperationsForward, model, engine), engine.row_statistics)
@@ -166,14 +166,14 @@ def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> Take
     return TakenModel(partial(ModulesForward, model))
 
 
-def _kernels_for(model: PreTrainedModel) -> library.Library:
+def _kernels_for(model: PreTrainedModel) -> binding.Library:
     """The library, where it may compute this model at all."""
     if model.device.type != "cpu":
         raise WayRefusedError("the device is no processor")
     if model.dtype != torch.bfloat16:
         raise WayRefusedError(f"native kernels compute in bfloat16, not in {model.dtype}")
-    found = library.load()
-    if isinstance(found, library.Unavailable):
+    found = binding.load()
+    if isinstance(found, binding.Unavailable):
         raise WayRefusedError(f"native kernels are off: {found.reason}")
     return found
 

@@ -1,7 +1,7 @@
 // The engine's arithmetic on processors with AVX512-bf16 or AMX: matrix products over packed
 // weights, norms, gated MLPs, attention over the slot cache, a whole step of a Llama-like model.
 //
-// Plain C ABI at the end of the file; library.py declares it for Python and checks the processor.
+// Plain C ABI at the end of the file; binding.py declares it for Python and checks the processor.
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
 //
 // Contents: 1 memory, 2 vectors of 16 floats, 3 the team of threads, 4 packed weights and their

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from workers.model.attention import Stretch
 from workers.model.kv_cache import SlotCache
-from workers.model.native.library import (
+from workers.model.native.binding import (
     ACTIVATIONS,
     MAX_GROUP,
     MAX_HEAD_SIZE,

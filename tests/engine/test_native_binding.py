@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.native_kernels import ROOT, compile_shared
-from workers.model.native import library
-from workers.model.native.library import Library, Unavailable, load, open_library
+from workers.model.native import binding
+from workers.model.native.binding import Library, Unavailable, load, open_library
 
 NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 
@@ -40,7 +40,7 @@ def test_the_kernels_run_exactly_where_the_processor_allows() -> None:
 
 def test_without_a_built_library_there_is_a_reason(tmp_path: Path) -> None:
     """As after an installation without a compiler."""
-    copy = Path(shutil.copy(library.__file__, tmp_path / "native_without_kernels.py"))
+    copy = Path(shutil.copy(binding.__file__, tmp_path / "native_without_kernels.py"))
     spec = importlib.util.spec_from_file_location(copy.stem, copy)
     assert spec is not None
     assert spec.loader is not None
