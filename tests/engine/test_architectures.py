@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from common.failures import Failure
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import ROOMY, request, run_all, run_one, tiny_engine, tiny_runner
+from tests.support.greedy import PROMPTS, generate
 from tests.support.tiny_model import build_tiny_model
 from workers.engine.scheduler import Limits
 
@@ -41,26 +40,6 @@ REFUSED = {
     "llama4_text": "chunked_attention",
 }
 """Attention of their own, state beside attention, or masks that cannot be seen from outside."""
-
-PROMPTS = (
-    "Hello the world, and all that is longer than a sliding window of 24 positions",
-    "a",
-    "The 😀 thing",
-    "and so on and on",
-)
-
-
-def generate(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """What transformers says, alone and undisturbed."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt])
-    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue] - wrongly annotated
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("architecture", RUNNING)

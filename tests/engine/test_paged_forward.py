@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from common.failures import Failure
 from common.models.store import ModelStore
@@ -30,6 +29,7 @@ from tests.support.engines import (
     tiny_paged,
     tiny_paged_engine,
 )
+from tests.support.greedy import PROMPTS, generate
 from tests.support.tiny_model import build_tiny_model
 from workers.engine.factory import build_paged
 from workers.engine.scheduler import Limits
@@ -42,13 +42,6 @@ from workers.model.paged_forward import batch_sizes, token_sizes
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma2", "phi", "opt", "mixtral"]
 """Biases, norms of queries, windows, soft caps, learnt positions, fused and unfused linears."""
 
-PROMPTS = (
-    "Hello the world, and all that is longer than a sliding window of 24 positions",
-    "a",
-    "The 😀 thing",
-    "and so on and on",
-)
-
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
 
 
@@ -56,19 +49,6 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 40, "
 def _forget_compiled() -> Iterator[None]:
     yield
     torch.compiler.reset()
-
-
-def generate(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """What transformers says, alone and undisturbed."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt])
-    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue] - wrongly annotated
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
