@@ -170,7 +170,9 @@ def test_what_the_compiler_refuses_runs_uncompiled(tiny_model: Path, tokenizer: 
         raise NotImplementedError(graph)
 
     one = request("one", tokenizer.encode(PROMPTS[0]), max_new_tokens=9)
-    assert not tiny_paged(tiny_model, compiler=refusing).forward.is_compiled
+    reason = tiny_paged(tiny_model, compiler=refusing).forward.uncompiled_reason
+    assert reason is not None
+    assert "NotImplementedError" in reason
     engine = tiny_paged_engine(tiny_model, compiler=refusing)
     assert run_one(engine, one).tokens == run_one(tiny_engine(tiny_model), one).tokens
 

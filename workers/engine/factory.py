@@ -104,7 +104,7 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
         "engine.selected",
         engine="torch",
         way=ready.forward.name,
-        is_compiled=ready.forward.is_compiled,
+        uncompiled_reason=ready.forward.uncompiled_reason,
         is_recorded=ready.forward.is_recorded,
         cache_tokens=ready.num_pages * PAGE_TOKENS,
         device=str(model.device),

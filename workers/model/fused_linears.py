@@ -25,9 +25,9 @@ class _First(torch.nn.Module):
         self.others: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = F.linear(x, self.weight, self.bias).split(self.sizes, -1)
-        self.others = others
-        return first
+        # Not "first, *others = …": the compiler of torch 2.11 makes a tuple of them.
+        self.others = list(F.linear(x, self.weight, self.bias).split(self.sizes, -1))
+        return self.others.pop(0)
 
 
 class _Other(torch.nn.Module):

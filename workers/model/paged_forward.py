@@ -67,8 +67,8 @@ class PagedForward:
             device=cache.device,
         )
         self._compute = self._run_modules
-        self.is_compiled = compiler is not None and self._compile(compiler)
-        """Whether the modules run compiled; False where the compiler did not take them."""
+        self.uncompiled_reason = self._compile(compiler) if compiler else "turned off"
+        """Why the modules do not run compiled; None where they do."""
         self._decodes: dict[int, Callable[[], torch.Tensor]] = {}
         self._mixed: dict[int, Callable[[], torch.Tensor]] = {}
         self.is_recorded = self._record()
@@ -98,7 +98,7 @@ class PagedForward:
         )
         return output.logits[0]
 
-    def _compile(self, backend: str) -> bool:
+    def _compile(self, backend: str) -> str | None:
         compiled = torch.compile(self._run_modules, dynamic=True, fullgraph=True, backend=backend)
         size = self._batches[-1]
         # Not as many rows as tokens: of equal numbers the compiler would take them for one.
@@ -106,10 +106,10 @@ class PagedForward:
         try:
             with torch.inference_mode():
                 step()
-        except Exception:  # noqa: BLE001 - whatever stops the compiler, the modules run without it
-            return False
+        except Exception as error:  # noqa: BLE001 - the modules run without a compiler, too
+            return f"{type(error).__name__}: {error}"
         self._compute = compiled
-        return True
+        return None
 
     def _record(self) -> bool:
         """Prepare each step, the largest first: the others then find room in its memory."""
