@@ -29,6 +29,22 @@ class FinishReason(StrEnum):
     FAILED = "failed"
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must match: a JSON schema, a regular expression, or an EBNF grammar."""
+
+    kind: Literal["json_schema", "regex", "ebnf"]
+    value: str
+
+
+class Watermark(msgspec.Struct, frozen=True):
+    """Kirchenbauer et al. (arXiv 2301.10226): ``gamma`` is the share of the vocabulary that is
+    green behind each token, ``delta`` what is added to the scores of green tokens.
+    """
+
+    gamma: float
+    delta: float
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen. Neutral values switch a warper off.
 
@@ -36,6 +52,14 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     keys all randomness, so any worker continues with the same tokens. ``keep_stop`` says whether
     the text that matched a stop string stays in the output (TGI keeps it, OpenAI does not);
     ``ignore_eos`` lets a generation run on behind an end-of-sequence token, to its length.
+
+    ``frequency_penalty`` and ``presence_penalty`` are OpenAI's: so much less for each occurrence,
+    or for any, in the answer. ``relative_frequency_penalty`` is TGI's ``frequency_penalty``: times
+    the share of the tokens so far, prompt included, that are this one. Below ``min_new_tokens``
+    neither end-of-sequence nor stop tokens are chosen.
+
+    ``top_logprobs`` is how many of the likeliest tokens are told with each token, and
+    ``prompt_logprobs`` whether the tokens of the prompt are told as well.
     """
 
     max_new_tokens: int
@@ -44,10 +68,33 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    relative_frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    watermark: Watermark | None = None
+    grammar: Grammar | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     keep_stop: bool = False
     ignore_eos: bool = False
+    min_new_tokens: int = 0
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+    def of_choice(self, choice: int) -> "Sampling":
+        """The same for the ``choice``-th of several answers, whose seeds all differ."""
+        if choice == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + choice * _SEED_STRIDE) % 2**64)
+
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio (Knuth, The Art of Computer Programming 3, 6.4): far from any seed
+that somebody counts up by hand."""
 
 
 class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -63,6 +110,8 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str = ""
     tenant: str = "public"
     """Whose prompt it is: only the same tenant's generations may use what it computes."""
+    adapter: str = ""
+    """Name of the LoRA adapter that computes with the model; empty: none."""
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -73,6 +122,17 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""
 
 
+TopTokens = list[tuple[int, float]]
+"""The likeliest tokens of one position, best first, with their log-probabilities."""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One entry per token of the prompt; the first one has nothing before it, so it has None."""
+
+    logprobs: list[float | None]
+    tops: list[TopTokens | None] | None = None
+
+
 class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
     """One entry of a token log: the tokens of one step, or the end, or both.
 
@@ -81,7 +141,8 @@ class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
     ASCII-escaped JSON string (see :func:`escape_piece`): frames are made by joining bytes. A piece
     is empty while its text is held back (half a character, a possible stop string); the text then
     stands in the piece of the token that released it. The pieces of special tokens are empty.
-    ``logprobs`` are natural logarithms, one per token.
+    ``logprobs`` are natural logarithms, one per token; ``tops`` also has one entry per token where
+    the request asks for any. ``prompt`` stands in the first record of a log, likewise.
     """
 
     start: int
@@ -90,6 +151,8 @@ class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
     pieces: list[bytes]
     logprobs: list[float] | None = None
     finish: Finish | None = None
+    tops: list[TopTokens] | None = None
+    prompt: PromptLogprobs | None = None
 
     @property
     def end(self) -> int:

@@ -134,6 +134,7 @@ class Admissions:
                 request_id=request_id,
                 trace=trace,
                 tenant=TENANT,
+                adapter=order.adapter,
             ),
             cost=order.cost,
             presentation=Presentation(

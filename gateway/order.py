@@ -32,6 +32,10 @@ class Order:
     """Only kept where the answer repeats it."""
     num_prompt_characters: int = 0
     lane: Lane = "default"
+    adapter: str = ""
+    """Name of a LoRA adapter; empty: the model alone."""
+    num_choices: int = 1
+    """Answers to the one prompt, each a generation of its own."""
 
     @property
     def cost(self) -> int:

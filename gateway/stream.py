@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from common.broker import Page
 from common.clock import monotonic_s
 from common.failures import Failure
-from common.messages import Finish, LogEntry, Timing, chain_text
+from common.messages import (
+    Finish,
+    LogEntry,
+    PromptLogprobs,
+    Timing,
+    TopTokens,
+    chain_text,
+)
 from gateway.cursor import Cursor, chain_before, chains_after
 
 MAX_AHEAD_TOKENS = 512
@@ -41,6 +48,10 @@ class Batch:
     chains: list[int] = field(default_factory=list[int])
     finish: Finish | None = None
     timing: Timing | None = None
+    tops: list[TopTokens] = field(default_factory=list[TopTokens])
+    """One entry per token where the request asks for any, else none at all."""
+    prompt: PromptLogprobs | None = None
+    """With the first tokens of the log, where the request asks for it."""
 
 
 class Stream:
@@ -253,6 +264,8 @@ class Stream:
         batch.tokens += tokens
         batch.pieces += record.pieces[known:] if known else record.pieces
         batch.logprobs += record.logprobs[known:] if record.logprobs else [None] * len(tokens)
+        batch.tops += (record.tops or [])[known:]
+        batch.prompt = record.prompt or batch.prompt
         batch.chains += chains
         batch.finish, batch.timing = record.finish, entry.timing
         if chains:

@@ -8,7 +8,15 @@ from collections.abc import Iterable
 
 from common.broker import Claimed, Publication
 from common.ids import request_of
-from common.messages import Finish, TokenRecord, chain_next, chain_start, chain_text
+from common.messages import (
+    Finish,
+    PromptLogprobs,
+    TokenRecord,
+    TopTokens,
+    chain_next,
+    chain_start,
+    chain_text,
+)
 from workers.engine.port import EngineRequest, StepOutput
 
 _MAX_REALIGNMENTS = 3
@@ -36,6 +44,8 @@ class Attempt:
         self._tokens: list[int] = []
         self._pieces: list[bytes] = []
         self._logprobs: list[float] = []
+        self._tops: list[TopTokens] = []
+        self._prompt: PromptLogprobs | None = None
         self.cached_tokens = 0
         """Tokens of the prompt that the engine did not have to compute."""
         start = chain_start(self.id, model_version)
@@ -88,6 +98,8 @@ class Attempt:
         self._tokens += output.tokens
         self._pieces += output.pieces
         self._logprobs += output.logprobs
+        self._tops += output.tops or []
+        self._prompt = output.prompt or self._prompt
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish is not None:
             self.end_with(output.finish, now_s)
@@ -106,6 +118,8 @@ class Attempt:
             pieces=self._pieces[i:],
             logprobs=self._logprobs[i:],
             finish=self.finish,
+            tops=self._tops[i:] if self._tops else None,
+            prompt=self._prompt if self.acked == 0 else None,
         )
         return Publication(self.id, self.fence, self.chain_at(self.acked), record)
 

@@ -17,7 +17,7 @@ import msgspec
 from common.broker import Broker, Claimed
 from common.clock import monotonic_s
 from common.failures import Failure
-from common.ids import new_nonce, request_of
+from common.ids import choice_of, new_nonce, request_of
 from common.logs import get_logger
 from common.messages import Finish, GenerationSpec, chain_next, chain_start, chain_text
 from common.settings import PrefixCache
@@ -218,7 +218,12 @@ class Intake:
             return
         prompt = list(struct.unpack(f"<{len(spec.prompt) // 4}I", spec.prompt))
         attempt.request = EngineRequest(
-            attempt.engine_id, prompt, spec.sampling, logged, self._cache_scope(attempt, spec)
+            attempt.engine_id,
+            prompt,
+            spec.sampling.of_choice(choice_of(attempt.id)),
+            logged,
+            self._cache_scope(attempt, spec),
+            adapter=spec.adapter,
         )
         self._engine.submit(attempt.request)
         self._room_changed.set()

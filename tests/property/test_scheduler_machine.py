@@ -61,7 +61,7 @@ class Recorder:
     homes: dict[str, Chunk] = field(default_factory=dict[str, Chunk])
     """The last chunk of each sequence: where it lies."""
 
-    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
         self.time_s += 0.01 + self.token_s * sum(chunk.count for chunk in chunks)
         for chunk in chunks:
             self.copy(chunk)
@@ -104,7 +104,7 @@ class Recorder:
             cell = Cell(seq.tokens[position], position, seq.cache_scope, seq)
             self.cells[self.address(chunk, position)] = cell
 
-    def choose(self, chunk: Chunk) -> Choice | None:
+    def choose(self, chunk: Chunk) -> list[Choice] | None:
         seq = chunk.sequence
         is_bad = self.is_bad(seq)
         for position in range(chunk.end):
@@ -112,7 +112,7 @@ class Recorder:
             cell.is_doubted = is_bad  # who reads it later and is fine, vouches for it again
             cell.is_proven |= not is_bad
         # Two letters: answers, too, have prefixes in common.
-        return None if is_bad else Choice(70 + sum(seq.tokens) % 2, 0.0)
+        return None if is_bad else [Choice(70 + sum(seq.tokens) % 2, 0.0)]
 
 
 @dataclass

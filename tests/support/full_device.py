@@ -14,7 +14,7 @@ from workers.engine.simulated import SimulatedRunner
 _compute = SimulatedRunner.run
 
 
-def _compute_two(self: SimulatedRunner, chunks: list[Chunk]) -> list[Choice | None]:
+def _compute_two(self: SimulatedRunner, chunks: list[Chunk]) -> list[list[Choice] | None]:
     if len(chunks) > 2:
         raise DeviceMemoryError
     return _compute(self, chunks)

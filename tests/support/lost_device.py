@@ -17,7 +17,7 @@ _compute = SimulatedRunner.run
 _steps = itertools.count(1)
 
 
-def _compute_until_lost(self: SimulatedRunner, chunks: list[Chunk]) -> list[Choice | None]:
+def _compute_until_lost(self: SimulatedRunner, chunks: list[Chunk]) -> list[list[Choice] | None]:
     if next(_steps) > _LAST_STEP:
         raise DeviceLostError
     return _compute(self, chunks)

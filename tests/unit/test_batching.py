@@ -23,12 +23,14 @@ class SmallDevice:
         self.does_fit = does_fit
         self.ran: list[list[tuple[str, int, int]]] = []
 
-    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
         if not self.does_fit(chunks):
             raise DeviceMemoryError
         self.ran.append([(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks])
         return [
-            Choice(70 + len(chunk.sequence.tokens) % 20, -0.1) for chunk in chunks if chunk.samples
+            [Choice(70 + len(chunk.sequence.tokens) % 20, -0.1)]
+            for chunk in chunks
+            if chunk.samples
         ]
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from common.clock import monotonic_s
 from common.failures import KINDS
 from common.logs import get_logger
-from common.messages import Finish, FinishReason, escape_piece
+from common.messages import Finish, FinishReason, TopTokens, escape_piece
 from workers.engine.places import Places, SlotPlaces
 from workers.engine.port import DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
 from workers.engine.scheduler import Chunk, Limits, Scheduler
@@ -27,16 +27,19 @@ class Choice:
 
     token: int
     logprob: float
+    top: TopTokens | None = None
+    """Where the request asks for the likeliest."""
 
 
 class Runner(Protocol):
     """What computes a step."""
 
-    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
-        """Compute all chunks and choose the next token of each one that ``samples``, in order.
+    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+        """Compute all chunks and choose the next tokens of each one that ``samples``, in order.
 
-        None stands for logits that are not finite. Before it computes, it copies what chunks want
-        copied; the same chunks, or parts of them, may come again after a DeviceMemoryError.
+        None stands for logits that are not finite. There is one token, and one more for each token
+        of the chunk's draft that was chosen before it. Before it computes, it copies what chunks
+        want copied; the same chunks, or parts, may come again after a DeviceMemoryError.
 
         Raises:
             DeviceMemoryError: the device has no memory for so much; a part of it may fit.
@@ -48,8 +51,8 @@ class Runner(Protocol):
 class _Computed:
     """What came out of a step."""
 
-    choices: list[tuple[Sequence, Choice | None]] = field(
-        default_factory=list[tuple[Sequence, Choice | None]]
+    choices: list[tuple[Sequence, list[Choice] | None]] = field(
+        default_factory=list[tuple[Sequence, list[Choice] | None]]
     )
     refused: list[Sequence] = field(default_factory=list[Sequence])
     """Those for whose next token alone the device has no memory."""
@@ -171,24 +174,30 @@ class BatchingEngine:
             return _failed("TOKENIZER_MISMATCH", "A token id lies outside of the vocabulary.")
         return None
 
-    def _take(self, sequence: Sequence, choice: Choice | None) -> StepOutput:
-        """Append the chosen token; ends the sequence if it was its last, or at fault."""
+    def _take(self, sequence: Sequence, choices: list[Choice] | None) -> StepOutput:
+        """Append the chosen tokens; ends the sequence if one was its last, or at fault."""
         position = sequence.num_generated
-        if choice is None:
+        if choices is None:
             return self._fail(sequence, "NAN_LOGITS")
         self._scheduler.prove(sequence)
-        try:
-            piece = escape_piece(sequence.append(choice.token))
-        except Exception as error:  # noqa: BLE001 - as in `submit`
-            return self._fail(sequence, "ENGINE_ERROR", error, position=position)
+        pieces: list[bytes] = []
+        for choice in choices:
+            try:
+                pieces.append(escape_piece(sequence.append(choice.token)))
+            except Exception as error:  # noqa: BLE001 - as in `submit`
+                return self._fail(sequence, "ENGINE_ERROR", error, position=position)
+            if sequence.finish is not None:
+                break
+        taken = choices[: len(pieces)]
         output = StepOutput(
             id=sequence.id,
             start=position,
-            tokens=[choice.token],
-            pieces=[piece],
-            logprobs=[choice.logprob],
+            tokens=[choice.token for choice in taken],
+            pieces=pieces,
+            logprobs=[choice.logprob for choice in taken],
             finish=None if sequence.finish is None else Finish(sequence.finish),
             cached_tokens=sequence.num_cached or 0,
+            tops=[choice.top or [] for choice in taken] if sequence.sampling.top_logprobs else None,
         )
         if output.finish is not None:
             self._forget(sequence)

@@ -8,7 +8,8 @@ same four calls.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.messages import Finish, Sampling
+from common.messages import Finish, PromptLogprobs, Sampling, TopTokens
+from workers.engine.grammar import Matcher
 
 
 class DeviceMemoryError(Exception):
@@ -25,7 +26,8 @@ class EngineRequest:
 
     ``logged`` are the tokens that earlier attempts produced; the engine prefills prompt and logged
     tokens alike and continues behind them, with detokenizer and stop state rebuilt by replay.
-    Generations of one ``cache_scope`` may use each other's computed prefixes.
+    Generations of one ``cache_scope`` may use each other's computed prefixes. ``matcher`` stands at
+    the start of the answer; ``adapter`` names what is loaded already.
     """
 
     id: str
@@ -33,6 +35,9 @@ class EngineRequest:
     sampling: Sampling
     logged: list[int] = field(default_factory=list[int])
     cache_scope: str = ""
+    matcher: Matcher | None = None
+    """Of ``sampling.grammar``; belongs to this request alone."""
+    adapter: str = ""
 
     @property
     def cost(self) -> int:
@@ -56,6 +61,10 @@ class StepOutput:
     finish: Finish | None = None
     cached_tokens: int = 0
     """Tokens of the prompt that another generation had computed before."""
+    tops: list[TopTokens] | None = None
+    """One entry per token, where the request asks for any."""
+    prompt: PromptLogprobs | None = None
+    """With the first tokens, where the request asks for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ class Sequence:
         self.num_cached: int | None = None
         """Prompt tokens that were found computed when it was first admitted; None before that."""
         self.cache_scope = request.cache_scope
+        self.adapter = request.adapter
+        self.matcher = request.matcher
         self.digests: list[bytes] = []
         """Names of its prefixes, block by block; see :func:`workers.engine.places.digests`."""
         self.served_at = 0

@@ -63,23 +63,24 @@ class SimulatedRunner:
         self._inter_token_s = inter_token_s
         self._scripts: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()
 
-    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
         sampled = [chunk for chunk in chunks if chunk.samples]
         if sampled:
             is_prefill = any(chunk.count > 1 or chunk.start == 0 for chunk in sampled)
             # Zero, too: like a real device's work, it lets the event loop have the interpreter.
             time.sleep(self._first_token_s if is_prefill else self._inter_token_s)
-        return [self._choose(chunk.sequence) for chunk in sampled]
+        return [[self._choose(chunk.sequence)] for chunk in sampled]
 
     def _choose(self, sequence: Sequence) -> Choice:
         script = self._scripts.get(sequence)
         if script is None:
             script = self._scripts[sequence] = self._write_script(sequence)
         position = sequence.num_generated
-        is_over = position >= len(script)
-        return Choice(
-            self._eos_token_id if is_over else script[position], -(position * 37 % 100) / 100
-        )
+        token = self._eos_token_id if position >= len(script) else script[position]
+        logprob = -(position * 37 % 100) / 100
+        others = range(sequence.sampling.top_logprobs)
+        top = [(token + i, logprob - i) for i in others]
+        return Choice(token, logprob, top or None)
 
     def _write_script(self, sequence: Sequence) -> list[int]:
         """All tokens before the end; the seed counts only where a real engine would use it."""

@@ -36,6 +36,8 @@ class Stretch:
     count: int
     pages: tuple[int, ...] = ()
     """Paged caches only: the pages of the sequence, enough for ``start + count`` positions."""
+    adapter: str = ""
+    """Name of the LoRA adapter that computes these positions with the model; empty: none."""
 
     @property
     def end(self) -> int:

@@ -62,7 +62,7 @@ class ModelRunner:
         self._unproven: dict[int, int] = {}
         """Slot -> end of the positions there that no finite logits have vouched for."""
 
-    def run(self, chunks: list[Chunk]) -> list[Choice | None]:
+    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
         """See the protocol.
 
         Raises:
@@ -72,7 +72,9 @@ class ModelRunner:
         # The order in which attention wants them; answers go back in the order of the question.
         ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.slot))
         tokens = [t for c in ordered for t in c.sequence.tokens[c.start : c.end]]
-        stretches = [Stretch(c.slot, c.start, c.count, c.pages) for c in ordered]
+        stretches = [
+            Stretch(c.slot, c.start, c.count, c.pages, c.sequence.adapter) for c in ordered
+        ]
         sampled = [chunk for chunk in ordered if chunk.samples]
         with torch.inference_mode(), _device_errors():
             if self._cache is not None:
@@ -85,7 +87,7 @@ class ModelRunner:
         by_slot = {chunk.slot: choice for chunk, choice in zip(sampled, choices, strict=True)}
         return [by_slot[chunk.slot] for chunk in chunks if chunk.samples]
 
-    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> list[Choice | None]:
+    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> list[list[Choice] | None]:
         if not sampled:
             return []
         rows = [
@@ -94,9 +96,9 @@ class ModelRunner:
         ]
         samples = sample(logits, rows, self._row_statistics)
         return [
-            Choice(token, logprob) if finite else None
-            for token, logprob, finite in zip(
-                samples.tokens, samples.logprobs, samples.finite, strict=True
+            [Choice(token, logprob, top)] if finite else None
+            for token, logprob, finite, top in zip(
+                samples.tokens, samples.logprobs, samples.finite, samples.tops, strict=True
             )
         ]
 

@@ -15,10 +15,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from numpy.typing import NDArray
 
-from common.messages import Sampling
+from common.messages import Sampling, TopTokens
 
 _BLOCK = 128
 """Tokens per block of the vocabulary; common vocabulary sizes are multiples."""
@@ -44,12 +46,20 @@ class SamplingRow:
     """What one row of logits needs to become a token.
 
     ``position`` is the place of the new token in its log; ``seen_ids`` are the distinct ids of
-    prompt and answer so far, needed for a repetition penalty only.
+    prompt and answer so far, needed for a repetition penalty only. ``draft`` are tokens taken for
+    chosen behind those: they count as seen, and ``position`` is behind them.
     """
 
     sampling: Sampling
     position: int
     seen_ids: "array[int] | None" = None
+    draft: Sequence[int] = ()
+    previous: int | None = None
+    """The token before the new one; needed for a watermark only."""
+    mask: NDArray[np.int32] | None = None
+    """Of a grammar; see :meth:`workers.engine.grammar.Matcher.mask`."""
+    banned: Sequence[int] = ()
+    """Tokens that must not be chosen here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Samples:
     tokens: list[int]
     logprobs: list[float]
     finite: list[bool]
+    tops: list[TopTokens | None]
+    """None where the row asks for none."""
 
 
 RowStatistics = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -101,7 +113,8 @@ def sample(
 def _samples(tokens: torch.Tensor, logprobs: torch.Tensor) -> Samples:
     """One copy from the device, where each would wait for all that was asked of it before."""
     ids, numbers = torch.stack((tokens.double(), logprobs.double())).tolist()
-    return Samples([int(id) for id in ids], numbers, [math.isfinite(n) for n in numbers])
+    finite = [math.isfinite(number) for number in numbers]
+    return Samples([int(id) for id in ids], numbers, finite, [None] * len(numbers))
 
 
 def _blocks(logits: torch.Tensor) -> torch.Tensor:
