@@ -26,6 +26,7 @@ def test_it_checks_measures_and_writes(
     monkeypatch.setattr(gpu, "PEER_OPTIONS", {"small": {"num_blocks": 16, "max_batch_tokens": 256}})
     monkeypatch.setattr(gpu, "NEW_TOKENS", 8)
     arguments = ["--device", "cpu", "--tiny", "--plain", "--concurrency", "1,3"]
+    arguments += ["--peer-option", "small"]
     assert gpu.main([*arguments, "--results", str(tmp_path)]) == 0
     assert "2 of 2 checks are right." in capsys.readouterr().out
     (path,) = tmp_path.iterdir()
