@@ -1,7 +1,6 @@
 """Choosing tokens: the same sets as transformers' processors, the right distribution, any batch."""
 
 import math
-from array import array
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from common.messages import Sampling
+from workers.engine.counts import TokenCounts
 from workers.model.sampler import SamplingRow, exponential_noise, noise_key, sample
 
 VOCAB = 1000
@@ -33,7 +33,7 @@ def row(
     **rest: Any,
 ) -> SamplingRow:
     sampling = Sampling(max_new_tokens=1, seed=seed, do_sample=not greedy, **rest)
-    return SamplingRow(sampling, position, array("q", seen) if seen else None)
+    return SamplingRow(sampling, position, TokenCounts(seen) if seen else None)
 
 
 def random_logits(num_rows: int, vocab_size: int = VOCAB) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """One generation in the engine: how it ends, and that replaying its log restores it."""
 
+from collections import Counter
+
 import pytest
 
 from common.messages import FinishReason
@@ -88,9 +90,27 @@ def test_a_log_that_is_complete_already_is_finished() -> None:
     assert sequence(max_new_tokens=0).finish == FinishReason.LENGTH
 
 
-def test_seen_ids_are_those_of_prompt_and_answer_once_each() -> None:
-    seq = sequence("xyx", repetition_penalty=1.5)
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": -0.5},
+        {"presence_penalty": 0.5},
+        {"relative_frequency_penalty": 0.5},
+    ],
+    ids=lambda penalty: next(iter(penalty)),
+)
+def test_tokens_are_counted_for_penalties_replayed_ones_too(penalty: dict[str, float]) -> None:
+    seq = sequence("xyx", **penalty)
     write(seq, "zx")
-    assert seq.seen_ids is not None
-    assert sorted(seq.seen_ids) == sorted(set(PROMPT) | set(TOKENIZER.encode("xyz")))
-    assert sequence("xyx").seen_ids is None
+    assert seq.counts is not None
+    counts = seq.counts.with_draft()
+    answer = Counter(TOKENIZER.encode("xyxzx"))
+    assert dict(zip(counts.ids, counts.in_answer, strict=True)) == {
+        id: answer[id] for id in [*PROMPT, *answer]
+    }
+    assert dict(zip(counts.ids, counts.in_all, strict=True)) == Counter(PROMPT) + answer
+
+
+def test_nothing_is_counted_for_nobody() -> None:
+    assert sequence("xyx").counts is None

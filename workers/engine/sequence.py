@@ -1,9 +1,9 @@
 """One generation inside the engine: its tokens, how far they are computed, and its text state."""
 
-from array import array
 from dataclasses import dataclass
 
 from common.messages import FinishReason, Sampling
+from workers.engine.counts import TokenCounts, are_counts_needed
 from workers.engine.detokenizer import Detokenizer, TextDecoder
 from workers.engine.port import EngineRequest
 from workers.engine.stopping import StopMatcher
@@ -42,14 +42,13 @@ class Sequence:
         self.served_at = 0
         """When the scheduler last let it compute: a count of such turns."""
         self.finish: FinishReason | None = None
-        self.seen_ids: array[int] | None = None
-        """Distinct ids so far, for the repetition penalty; None when there is none."""
+        self.counts: TokenCounts | None = None
+        """Of the tokens so far; None when no penalty asks for them."""
         self._eos_token_ids = rules.eos_token_ids
         self._detokenizer = Detokenizer(rules.tokenizer, request.prompt)
         self._stops = StopMatcher(request.sampling.stop, keep=request.sampling.keep_stop)
-        if request.sampling.repetition_penalty != 1.0:
-            self.seen_ids = array("q", dict.fromkeys(request.prompt))
-        self._seen = set(self.seen_ids or ())
+        if are_counts_needed(request.sampling):
+            self.counts = TokenCounts(request.prompt)
         if request.sampling.max_new_tokens <= 0:
             self.finish = FinishReason.LENGTH
         for token in request.logged:
@@ -78,9 +77,8 @@ class Sequence:
         that was held back.
         """
         self.tokens.append(token)
-        if self.seen_ids is not None and token not in self._seen:
-            self._seen.add(token)
-            self.seen_ids.append(token)
+        if self.counts is not None:
+            self.counts.append(token)
         is_eos = token in self._eos_token_ids
         ends = is_eos and not self.sampling.ignore_eos
         is_last = ends or self.num_generated >= self.sampling.max_new_tokens

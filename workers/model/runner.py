@@ -91,7 +91,7 @@ class ModelRunner:
         if not sampled:
             return []
         rows = [
-            SamplingRow(c.sequence.sampling, c.sequence.num_generated, c.sequence.seen_ids)
+            SamplingRow(c.sequence.sampling, c.sequence.num_generated, c.sequence.counts)
             for c in sampled
         ]
         samples = sample(logits, rows, self._row_statistics)

@@ -11,7 +11,6 @@ of the noise.
 """
 
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from numpy.typing import NDArray
 
 from common.messages import Sampling, TopTokens
+from workers.engine.counts import TokenCounts
 
 _BLOCK = 128
 """Tokens per block of the vocabulary; common vocabulary sizes are multiples."""
@@ -45,14 +45,14 @@ _WORD = (1 << 64) - 1
 class SamplingRow:
     """What one row of logits needs to become a token.
 
-    ``position`` is the place of the new token in its log; ``seen_ids`` are the distinct ids of
-    prompt and answer so far, needed for a repetition penalty only. ``draft`` are tokens taken for
-    chosen behind those: they count as seen, and ``position`` is behind them.
+    ``position`` is the place of the new token in its log; ``counts`` are those of prompt and answer
+    so far, needed for penalties only. ``draft`` are tokens taken for chosen behind those: they
+    count as well, and ``position`` is behind them.
     """
 
     sampling: Sampling
     position: int
-    seen_ids: "array[int] | None" = None
+    counts: TokenCounts | None = None
     draft: Sequence[int] = ()
     previous: int | None = None
     """The token before the new one; needed for a watermark only."""
@@ -128,14 +128,18 @@ def _blocks(logits: torch.Tensor) -> torch.Tensor:
 
 def _penalize(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """Divide positive and multiply negative scores of seen tokens (CTRL, section 4.1)."""
-    penalized = [(i, row) for i, row in enumerate(rows) if row.seen_ids]
+    penalized = [
+        (i, row.counts.with_draft(row.draft).ids, row.sampling.repetition_penalty)
+        for i, row in enumerate(rows)
+        if row.counts is not None and row.sampling.repetition_penalty != 1.0
+    ]
     if not penalized:
         return
-    ids = torch.cat([torch.frombuffer(row.seen_ids, dtype=torch.int64) for _, row in penalized])
-    counts = torch.tensor([len(row.seen_ids or ()) for _, row in penalized])
+    ids = torch.cat([torch.frombuffer(ids, dtype=torch.int64) for _, ids, _ in penalized])
+    counts = torch.tensor([len(ids) for _, ids, _ in penalized])
     ids = ids.to(scores.device)
-    numbers = torch.tensor([i for i, _ in penalized]).repeat_interleave(counts).to(scores.device)
-    penalties = torch.tensor([row.sampling.repetition_penalty for _, row in penalized])
+    numbers = torch.tensor([i for i, _, _ in penalized]).repeat_interleave(counts).to(scores.device)
+    penalties = torch.tensor([penalty for _, _, penalty in penalized])
     penalty = penalties.repeat_interleave(counts).to(scores.device)
     seen = scores[numbers, ids]
     scores[numbers, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
