@@ -19,6 +19,7 @@ from common import logs
 from common.broker import Broker, connect
 from common.failures import Failure
 from common.ids import new_process_name
+from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
 from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         chat_template=ChatTemplate.load(stored.path),
         dtype=manifest.dtype,
         created=int(datetime.fromisoformat(manifest.created).timestamp()),
+        adapters=AdapterStore.beside(settings.data_dir, manifest.name),
     )
 
 

@@ -1,11 +1,12 @@
 """What a request handler can reach: the parts of one gateway process, joined in ``app.py``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from common.broker import Broker
 from common.metrics import GatewayMetrics
+from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings
@@ -26,6 +27,9 @@ class ServedModel:
     dtype: str = ""
     created: int = 0
     """When it was put into the store, in seconds."""
+    adapters: AdapterStore = field(default_factory=AdapterStore)
+    """Looks again whenever the store has changed: ``resolve(name).version`` is what goes into
+    :attr:`gateway.order.Order.adapter`, ``list()`` what there is."""
 
 
 @dataclass(slots=True)

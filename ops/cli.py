@@ -202,6 +202,47 @@ def model_show(name: str, **given: Any) -> None:
     show_one(name, build(Settings, given))
 
 
+@cli.group("adapter")
+def adapter_group() -> None:
+    """LoRA adapters of a model: add, list and remove them; workers load them on first use."""
+
+
+@adapter_group.command("add")
+@click.argument("source")
+@click.option("--name", help="By which requests ask for it; else taken from the source.")
+@click.option("--force", is_flag=True, help="Replace what has that name.")
+@options_of(Settings)
+def adapter_add(source: str, name: str | None, *, force: bool, **given: Any) -> None:
+    """Put an adapter of peft's format beside its model in the store.
+
+    SOURCE is a directory with adapter_config.json and adapter_model.safetensors, or a hub id. A
+    running gateway and its workers see it at once.
+    """
+    from ops.models import add_adapter
+
+    add_adapter(source, name, build(Settings, given), force=force)
+
+
+@adapter_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="The manifests, for programs.")
+@options_of(Settings)
+def adapter_list(*, as_json: bool, **given: Any) -> None:
+    """List the adapters of a model."""
+    from ops.models import show_adapters
+
+    show_adapters(build(Settings, given), as_json=as_json)
+
+
+@adapter_group.command("remove")
+@click.argument("name")
+@options_of(Settings)
+def adapter_remove(name: str, **given: Any) -> None:
+    """Take an adapter away; generations that have begun with it end with it."""
+    from ops.models import remove_adapter
+
+    remove_adapter(name, build(Settings, given))
+
+
 class LazyGroup(click.Group):
     """A group whose commands live in modules of their own, imported when they are asked for."""
 

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from common.failures import Failure
+from common.models.adapters import AdapterManifest, AdapterStore
 from common.models.manifest import Manifest
 from common.models.simulated import SIMULATED_MODEL
 from common.models.store import DEFAULT_MODEL, ModelStore
@@ -127,6 +128,47 @@ def show_one(name: str, settings: Settings) -> None:
     _print_json(ModelStore(settings.data_dir).get(name).manifest)
 
 
+def add_adapter(source: str, name: str | None, settings: Settings, *, force: bool) -> None:
+    """Put an adapter beside its model and say what it is."""
+    ModelStore(settings.data_dir).get(settings.model)
+    name = name or Path(source.partition("@")[0]).expanduser().resolve().name
+    with _progress() as on_progress:
+        manifest = _adapters(settings).add(source, name, on_progress, force=force)
+    modules = len(manifest.scales)
+    _console().print(f"  [green]✓[/] {manifest.version}  rank {manifest.rank}, {modules} modules")
+
+
+def show_adapters(settings: Settings, *, as_json: bool) -> None:
+    manifests = _adapters(settings).list()
+    if as_json:
+        _print_json(manifests)
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("version", "rank", "modules", "size", "licence", "source"):
+        table.add_column(heading)
+    for manifest in manifests:
+        table.add_row(
+            manifest.version,
+            str(manifest.rank),
+            str(len(manifest.scales)),
+            _size(manifest),
+            manifest.licence,
+            manifest.source,
+        )
+    none = f"no adapters of {settings.model} yet: headrace adapter add SOURCE"
+    _console().print(table if manifests else none)
+
+
+def remove_adapter(name: str, settings: Settings) -> None:
+    """Take an adapter out of the list of those that requests may ask for."""
+    _adapters(settings).remove(name)
+    _console().print(f"  [green]✓[/] {name} is gone")
+
+
+def _adapters(settings: Settings) -> AdapterStore:
+    return AdapterStore.beside(settings.data_dir, settings.model)
+
+
 class _Amount(ProgressColumn):
     """A bar, how much, and how fast; nothing for a step whose size nobody knows."""
 
@@ -181,7 +223,7 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def _size(manifest: Manifest) -> str:
+def _size(manifest: Manifest | AdapterManifest) -> str:
     return f"{manifest.total_bytes / 1e6:,.0f} MB"
 
 

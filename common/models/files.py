@@ -163,7 +163,7 @@ def weights_dtype(paths: list[Path]) -> str:
     """The dtype that most bytes of the weights have; ``none`` without weights."""
     sizes: Counter[str] = Counter()
     for path in paths:
-        for tensor in _read_header(path):
+        for tensor in read_header(path).values():
             sizes[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
     if not sizes:
         return "none"
@@ -210,17 +210,20 @@ def _weights(directory: Path) -> list[Path]:
             raise Failure("MODEL_LOAD_FAILED", f"{directory} has no {name}")
     paths = [directory / name for name in names]
     for path in paths:
-        _read_header(path)
+        read_header(path)
     return [*paths, index] if index.is_file() else paths
 
 
-class _Tensor(msgspec.Struct):
+class StoredTensor(msgspec.Struct):
+    """What a safetensors file says of one of its tensors."""
+
     dtype: str
     data_offsets: tuple[int, int]
+    shape: list[int] = []
 
 
-def _read_header(path: Path) -> list[_Tensor]:
-    """The table of tensors at the start of a safetensors file.
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The table of tensors at the start of a safetensors file, by name.
 
     Raises:
         Failure: MODEL_LOAD_FAILED, if it is not one, or is cut off.
@@ -232,10 +235,12 @@ def _read_header(path: Path) -> list[_Tensor]:
             text = file.read(min(length, _MAX_HEADER_BYTES))
         header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         header.pop("__metadata__", None)
-        tensors = [msgspec.json.decode(tensor, type=_Tensor) for tensor in header.values()]
+        tensors = {
+            name: msgspec.json.decode(tensor, type=StoredTensor) for name, tensor in header.items()
+        }
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise _broken(path, str(error)) from error
-    expected = 8 + length + max((tensor.data_offsets[1] for tensor in tensors), default=0)
+    expected = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if expected != size:
         raise _broken(path, f"{expected} bytes expected, {size} found")
     return tensors

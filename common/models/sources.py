@@ -154,6 +154,22 @@ class HubSource:
         )
 
     def fetch(self, into: Path, work: Path, on_progress: Progress) -> Provenance:
+        downloaded, provenance = self.download(work, on_progress, is_wanted)
+        try:
+            _move(check_directory(downloaded), into)
+        except Failure:
+            shutil.rmtree(downloaded)  # or a damaged file would be found complete the next time
+            raise
+        return provenance
+
+    def download(
+        self, work: Path, on_progress: Progress, is_wanted: Callable[[str], bool]
+    ) -> tuple[Path, Provenance]:
+        """The files whose names ``is_wanted`` takes, in a folder below ``work``.
+
+        Raises:
+            Failure: MODEL_LOAD_FAILED; UNSAFE_FORMAT, if there are pickles and no safetensors.
+        """
         on_progress(f"asking the hub for {self.repository}", 0, 0)
         info = self._ask()
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -169,12 +185,7 @@ class HubSource:
         what = f"downloading {self.repository}"
         with _watched(downloaded, what, sum(wanted.values()), on_progress):
             self._download(info.sha, sorted(wanted), downloaded)
-        try:
-            _move(check_directory(downloaded), into)
-        except Failure:
-            shutil.rmtree(downloaded)  # or a damaged file would be found complete the next time
-            raise
-        return Provenance(f"hub:{self.repository}", info.sha, _hub_licence(info))
+        return downloaded, Provenance(f"hub:{self.repository}", info.sha, _hub_licence(info))
 
     def _ask(self) -> "ModelInfo":
         from huggingface_hub import HfApi
