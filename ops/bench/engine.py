@@ -8,7 +8,7 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -19,7 +19,7 @@ from common.clock import monotonic_s
 from common.ids import new_nonce
 from common.messages import Sampling
 from common.models.store import DEFAULT_MODEL, ModelStore, StoredModel
-from common.settings import WorkerSettings
+from common.settings import Dtype, EngineWay, Quantize, WorkerSettings
 from workers.engine.factory import build_torch
 from workers.engine.port import Engine, EngineRequest
 
@@ -87,11 +87,12 @@ def _request(
 @click.option("--prompt-tokens", default=64, show_default=True)
 @click.option("--new-tokens", default=128, show_default=True)
 @click.option("--sampled", is_flag=True, help="Temperature, top-k and top-p instead of greedy.")
-@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
+@click.option("--dtype", default="auto", type=click.Choice(get_args(Dtype)))
+@click.option("--quantize", default="none", type=click.Choice(get_args(Quantize)))
 @click.option(
     "--way",
     default="auto",
-    type=click.Choice(["auto", "step", "operations", "modules", "plain"]),
+    type=click.Choice(get_args(EngineWay)),
     help="How a step is computed.",
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
@@ -103,6 +104,7 @@ def main(
     new_tokens: int,
     sampled: bool,
     dtype: str,
+    quantize: str,
     way: str,
     model: str,
     data_dir: Path,
@@ -115,6 +117,7 @@ def main(
             "data_dir": data_dir,
             "model": model,
             "dtype": dtype,
+            "quantize": quantize,
             "engine_way": way,
             "max_batch_size": max(counts),
         }

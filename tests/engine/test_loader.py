@@ -14,6 +14,7 @@ from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from tests.support.engines import CPU, request, run_one, tiny_engine
+from tests.support.native_kernels import are_runnable
 from tests.support.tiny_model import MAX_POSITIONS
 from workers.engine.factory import build_engine
 from workers.model.kv_cache import LayerShape
@@ -44,6 +45,25 @@ def test_an_engine_is_built_from_the_store(data_dir: Path, tiny_model: Path) -> 
     prompt = Tokenizer.load(tiny_model).encode("The")
     expected = run_one(tiny_engine(tiny_model), request("g", prompt))
     assert run_one(engine, request("g", prompt)).tokens == expected.tokens
+
+
+def test_quantized_weights_are_another_version(data_dir: Path) -> None:
+    """Their answers differ, so neither kind of worker goes on with what the other began."""
+    values: dict[str, Any] = {"data_dir": data_dir, "model": "tiny", "quantize": "int8"}
+    if not are_runnable():
+        with pytest.raises(Failure, match="native kernels are off"):
+            build_engine(WorkerSettings(**values))
+        return
+    engine = build_engine(WorkerSettings(dtype="bfloat16", **values))
+    assert engine.model_version == ModelStore(data_dir).get("tiny").manifest.version + "+int8"
+
+
+def test_only_a_processor_quantizes(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    settings = WorkerSettings(data_dir=data_dir, model="tiny", quantize="int8")
+    with pytest.raises(Failure, match="quantize=int8 is for processors; the device is cuda"):
+        build_engine(settings)
 
 
 def test_the_smallest_limit_holds(data_dir: Path) -> None:
@@ -125,6 +145,20 @@ def test_auto_is_bfloat16_only_in_hardware(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert select_dtype("auto", CPU) == expected
     assert select_dtype("float32", CPU) == torch.float32
+
+
+def test_a_type_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated it would run for hours, and look like a stall."""
+    with pytest.raises(Failure, match="float16 is for CUDA"):
+        select_dtype("float16", CPU)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(Failure, match="no bfloat16"):
+        select_dtype("bfloat16", cuda)
+    assert select_dtype("auto", cuda) == torch.float32
+    assert select_dtype("float16", cuda) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert select_dtype("auto", cuda) == select_dtype("bfloat16", cuda) == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["cuda", "abacus"])

@@ -14,7 +14,7 @@ from tests.support.native_kernels import ROOT, compile_shared
 from workers.model.native import binding
 from workers.model.native.binding import Library, Unavailable, load, open_library
 
-NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16"}
 
 
 def processor_flags() -> set[str]:
@@ -35,7 +35,7 @@ def test_the_kernels_run_exactly_where_the_processor_allows() -> None:
         assert isinstance(found, Library)
         assert found.has_amx <= (processor_flags() >= {"amx_tile", "amx_bf16"})
     else:
-        assert found == Unavailable("processor lacks avx512_bf16")
+        assert found == Unavailable("processor lacks avx512_bf16 or avx512vbmi")
 
 
 def test_without_a_built_library_there_is_a_reason(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_processor_without_the_instructions_is_told_apart(tmp_path: Path) -> N
     source.write_text('extern "C" int headrace_features() { return 0; }\n')
     compile_shared(source, tmp_path / "old_processor.so", "-shared", "-fPIC")
     found = open_library(tmp_path / "old_processor.so")
-    assert found == Unavailable("processor lacks avx512_bf16")
+    assert found == Unavailable("processor lacks avx512_bf16 or avx512vbmi")
 
 
 def test_a_broken_library_is_a_reason_not_an_error(tmp_path: Path) -> None:

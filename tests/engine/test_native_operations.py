@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.native_kernels import library
+from tests.support.native_kernels import library, quantized
 from workers.model.attention import Stretch
 from workers.model.native.binding import Engine, Places
 
@@ -25,6 +25,16 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     is_emulated = request.param == "emulated_amx"
     engine = Engine(library(request.param), 3, use_amx=is_emulated)
     assert engine.uses_amx == is_emulated
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=["installed", "emulated_amx"])
+def quantizing(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An engine that packs weights in 8 bits."""
+    engine = Engine(
+        library(request.param), 3, use_amx=request.param == "emulated_amx", quantize=True
+    )
     yield engine
     engine.close()
 
@@ -62,6 +72,57 @@ def test_linear_of_any_shape(
     exact = engine.linear(packed, x, dtype=torch.float32)
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4 * math.sqrt(num_inputs))
     assert_rounded(engine.linear(packed, x), expected)
+
+
+@fast
+@given(
+    num_rows=st.integers(1, 70),
+    num_inputs=st.integers(1, 150),
+    num_outputs=st.integers(1, 150),
+    has_bias=st.booleans(),
+)
+@example(num_rows=1, num_inputs=32, num_outputs=32, has_bias=False)
+@example(num_rows=10, num_inputs=64, num_outputs=96, has_bias=True)
+@example(num_rows=11, num_inputs=2048, num_outputs=33, has_bias=True)
+@example(num_rows=33, num_inputs=31, num_outputs=1, has_bias=False)
+def test_quantized_linear_of_any_shape(
+    quantizing: Engine, num_rows: int, num_inputs: int, num_outputs: int, has_bias: bool
+) -> None:
+    """What the numbers times their scales give; for many rows, that is rounded to bfloat16."""
+    x = random(num_rows, num_inputs)
+    weight = quantized(random(num_outputs, num_inputs, seed=1))
+    weight[::7] = 0.0  # the scale of nothing
+    bias = random(num_outputs, seed=2) if has_bias else None
+    packed = quantizing.pack(weight, bias)
+    exact = quantizing.linear(packed, x, dtype=torch.float32)
+    stored = quantized(weight.bfloat16())
+    expected = F.linear(x.float(), stored, None if bias is None else bias.float())
+    rounding = F.linear(x.float().abs(), stored.abs()) * 2**-8
+    assert ((exact - expected).abs() <= rounding + 1e-5).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_quantized_gated_mlp(quantizing: Engine, num_rows: int) -> None:
+    gate, up = random(2, 33, 70).unbind()
+    down, x = random(70, 33, seed=1), random(num_rows, 70, seed=3, scale=0.3)
+    inside = F.silu(F.linear(x.float(), quantized(gate))) * F.linear(x.float(), quantized(up))
+    output = quantizing.gated_mlp(quantizing.pack_gated(gate, up), quantizing.pack(down), "silu", x)
+    expected = F.linear(inside, quantized(down))
+    assert (output.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_tiles_are_left_out_for_few_rows(quantize: bool) -> None:
+    """They would compute 16. What registers add up differs from what tiles do in the last bits."""
+    x, weight = random(3, 1000), random(64, 1000, seed=1)
+    on_tiles = Engine(library("emulated_amx"), 2, quantize=quantize)
+    without = Engine(library("emulated_amx"), 2, use_amx=False, quantize=quantize)
+    for count, is_same in ((1, True), (2, True), (3, False)):
+        one, other = (
+            engine.linear(engine.pack(weight), x[:count], dtype=torch.float32)
+            for engine in (on_tiles, without)
+        )
+        assert torch.equal(one, other) == is_same
 
 
 def test_leading_dimensions_stay(engine: Engine) -> None:

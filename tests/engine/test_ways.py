@@ -153,6 +153,14 @@ def test_a_way_that_was_asked_for_is_taken_or_the_start_fails(tiny_model: Path) 
     assert caught.value.code == "MODEL_LOAD_FAILED"
 
 
+@pytest.mark.parametrize("way", ["modules", "plain"])
+def test_torch_refuses_to_quantize(tiny_model: Path, way: str) -> None:
+    """Rather than to compute with other weights than those that were asked for."""
+    with pytest.raises(Failure, match=f"{way}: only the native kernels") as caught:
+        ready_model(tiny_model, way, torch.float32, quantize=True)
+    assert caught.value.code == "MODEL_LOAD_FAILED"
+
+
 def test_a_container_is_not_given_more_threads_than_it_may_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

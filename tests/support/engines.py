@@ -43,10 +43,15 @@ class Transcript:
         return unescape_pieces(self.pieces)
 
 
-def ready_model(path: Path, way: str = "auto", dtype: torch.dtype = torch.float32) -> ReadyModel:
+def ready_model(
+    path: Path, way: str = "auto", dtype: torch.dtype = torch.float32, *, quantize: bool = False
+) -> ReadyModel:
     """The model in ``path``, ready to compute in ``way`` on one thread."""
     return prepare_model(
-        partial(load_model, path, dtype=dtype, device=CPU), wish=way, num_threads=1
+        partial(load_model, path, dtype=dtype, device=CPU),
+        wish=way,
+        num_threads=1,
+        quantize=quantize,
     )
 
 

@@ -6,6 +6,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+
 from workers.model.native.binding import Library, Unavailable, load, open_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,8 +16,20 @@ _SOURCE = ROOT / "workers" / "model" / "native" / "kernels.cpp"
 _EMULATION = ROOT / "tests" / "support" / "amx_emulation.h"
 _FLAGS = (
     *("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"),
-    *("-march=x86-64-v4", "-mavx512bf16", "-w"),
+    *("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi", "-w"),
 )
+
+
+def quantized(weight: torch.Tensor) -> torch.Tensor:
+    """What 8 bits leave of ``weight``, ``[outputs, inputs]``: for each 32 inputs whole numbers of
+    a scale, which is rounded up to bfloat16.
+    """
+    num_outputs, num_inputs = weight.shape
+    groups = F.pad(weight.float(), (0, -num_inputs % 32)).view(num_outputs, -1, 32)
+    bits = (groups.abs().amax(-1, keepdim=True) / 127).view(torch.int32)
+    scales = (bits + 0xFFFF >> 16 << 16).view(torch.float32)
+    numbers = (groups / scales).nan_to_num().round()
+    return (numbers * scales).flatten(1)[:, :num_inputs]
 
 
 def are_runnable() -> bool:

@@ -39,17 +39,22 @@ _MERGES = (
 """Pairs that the tokenizer joins: words, pieces of an emoji, and text with a stop string inside."""
 
 
-def build_tiny_model(path: Path, *, architecture: str = "llama", seed: int = 0) -> Path:
+def build_tiny_model(
+    path: Path, *, architecture: str = "llama", seed: int = 0, **changes: Any
+) -> Path:
     """Write a model of ``architecture`` (a ``model_type`` of transformers) into ``path``.
 
-    The same arguments give the same weights. Special tokens get logits near zero while the best of
-    the others lies far above, so that greedy generation runs up to its limit. Returns ``path``.
+    ``changes`` go into its configuration. The same arguments give the same weights. Special tokens
+    get logits near zero while the best of the others lies far above, so that greedy generation runs
+    up to its limit. Returns ``path``.
     """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer.get_vocab_size()))
+        model = AutoModelForCausalLM.from_config(
+            _config(architecture, tokenizer.get_vocab_size(), changes)
+        )
         _spread_weights(model)
     model.generation_config = GenerationConfig(
         bos_token_id=0, eos_token_id=list(EOS_TOKEN_IDS), pad_token_id=0
@@ -73,7 +78,7 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _config(architecture: str, vocab_size: int) -> PreTrainedConfig:
+def _config(architecture: str, vocab_size: int, changes: dict[str, Any]) -> PreTrainedConfig:
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -94,7 +99,7 @@ def _config(architecture: str, vocab_size: int) -> PreTrainedConfig:
             del sizes[name]
     if architecture in ("mistral", "gemma2", "gemma3_text"):
         sizes["sliding_window"] = 24
-    return CONFIG_MAPPING[architecture](**sizes)
+    return CONFIG_MAPPING[architecture](**(sizes | changes))
 
 
 def _spread_weights(model: PreTrainedModel) -> None:

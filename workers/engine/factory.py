@@ -71,6 +71,9 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
     log.info("model.verified", model_version=stored.manifest.version)
     device = select_device(settings.device)
     dtype = select_dtype(settings.dtype, device)
+    if settings.quantize != "none" and device.type != "cpu":
+        message = f"quantize={settings.quantize} is for processors; the device is {device.type}."
+        raise Failure("MODEL_LOAD_FAILED", message)
     log.info("model.load_started", model_version=stored.manifest.version)
     refused: dict[str, str] = {}
     if device.type == "cuda" and settings.engine_way == "auto":
@@ -141,6 +144,7 @@ def _build_slots(
         partial(load_model, stored.path, dtype=dtype, device=device),
         wish=settings.engine_way,
         num_threads=settings.num_threads,
+        quantize=settings.quantize == "int8",
     )
     max_cost = min(settings.max_total_tokens, ready.max_tokens)
     cache = SlotCache(
@@ -158,13 +162,14 @@ def _build_slots(
         refused=refused | ready.refused,
         device=str(device),
         dtype=str(dtype),
+        quantize=settings.quantize,
         num_threads=ready.num_threads,
     )
     return BatchingEngine(
         ModelRunner(ready.bind(cache), cache, ready.row_statistics),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
-        model_version=stored.manifest.version,
+        model_version=_model_version(stored, settings.quantize),
         max_cost=max_cost,
         vocab_size=ready.vocab_size,
     )
@@ -189,6 +194,11 @@ def _limits(settings: WorkerSettings) -> Limits:
         cache_tokens=settings.max_batch_total_tokens,
         step_tokens=settings.max_step_tokens,
     )
+
+
+def _model_version(stored: StoredModel, quantize: str) -> str:
+    """Other weights give other answers: what they began, only they can go on with."""
+    return stored.manifest.version + ("" if quantize == "none" else f"+{quantize}")
 
 
 def _simulated_version(stored: StoredModel) -> str:

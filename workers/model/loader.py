@@ -22,7 +22,7 @@ from workers.model.runner import Forward
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies change once a sequence grows past the trained length."""
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of logits, relative to the largest logit, that rounding explains."""
 
 _PROMPTS = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8])
@@ -46,11 +46,24 @@ def select_device(wish: str) -> torch.device:
 
 
 def select_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies it, else float32: faster there."""
+    """``auto`` is bfloat16 where the hardware multiplies it, else float32: faster there.
+
+    Raises:
+        Failure: MODEL_LOAD_FAILED, for a type that nothing on the device computes in.
+    """
+    is_cuda = device.type == "cuda"
+    has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wish == "float16" and not is_cuda:
+        message = "float16 is for CUDA; a processor takes bfloat16 or float32."
+        raise Failure("MODEL_LOAD_FAILED", message)
+    if wish == "bfloat16" and is_cuda and not has_bfloat16:
+        raise Failure("MODEL_LOAD_FAILED", "This GPU has no bfloat16; take float16 or float32.")
     if wish != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            wish
+        ]
+    if is_cuda:
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     features = torch.cpu.get_capabilities()
     in_hardware = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     return torch.bfloat16 if in_hardware else torch.float32

@@ -66,11 +66,12 @@ class ReadyModel:
 
 
 def prepare_model(
-    load: Callable[[], PreTrainedModel], *, wish: str, num_threads: int
+    load: Callable[[], PreTrainedModel], *, wish: str, num_threads: int, quantize: bool = False
 ) -> ReadyModel:
     """Load a model and choose how to compute it.
 
-    ``wish`` is ``auto`` or the name of a way. ``num_threads`` 0 is what the machine gives.
+    ``wish`` is ``auto`` or the name of a way. ``num_threads`` 0 is what the machine gives. With
+    ``quantize`` only ways are taken that hold weights in 8 bits.
 
     Raises:
         Failure: MODEL_LOAD_FAILED, if it cannot run here, or not in the way that was asked for.
@@ -86,7 +87,7 @@ def prepare_model(
     for way in WAYS if wish == "auto" else (wish,):
         model = load() if model is None else model
         try:
-            taken = WAYS[way](model, layers, num_threads)
+            taken = WAYS[way](model, layers, num_threads, quantize)
             model = None  # in whatever form, it belongs to the way now
             off_by = difference(taken.bind, expected, layers, dtype)
             if not off_by <= TOLERANCE[dtype]:
@@ -129,18 +130,20 @@ def _cpu_quota() -> int:
         return 1 << 16
 
 
-def _step(model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int) -> TakenModel:
+def _step(
+    model: PreTrainedModel, _: Mapping[int, LayerShape], num_threads: int, quantize: bool
+) -> TakenModel:
     kernels = _kernels_for(model)
     if (reason := step.unfit_reason(model)) is not None:
         raise WayRefusedError(reason)
-    engine = binding.Engine(kernels, num_threads)
+    engine = binding.Engine(kernels, num_threads, quantize=quantize)
     packed = step.PackedModel(model, engine)
     torch.set_num_threads(1)
     return TakenModel(partial(step.StepForward, packed), engine.row_statistics)
 
 
 def _operations(
-    model: PreTrainedModel, layers: Mapping[int, LayerShape], num_threads: int
+    model: PreTrainedModel, layers: Mapping[int, LayerShape], num_threads: int, quantize: bool
 ) -> TakenModel:
     kernels = _kernels_for(model)
     if (name := unrecognised_module(model)) is not None:
@@ -149,21 +152,33 @@ def _operations(
     for shape in layers.values():
         if not binding.can_attend(num_heads, shape.num_heads, shape.key_size, shape.value_size):
             raise WayRefusedError(f"attention of {num_heads} heads on {shape} is not supported")
-    engine = binding.Engine(kernels, num_threads)
+    engine = binding.Engine(kernels, num_threads, quantize=quantize)
     swap_modules(model, engine)
     torch.set_num_threads(1)
     return TakenModel(partial(OperationsForward, model, engine), engine.row_statistics)
 
 
-def _modules(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> TakenModel:
+def _modules(
+    model: PreTrainedModel, _: Mapping[int, LayerShape], __: int, quantize: bool
+) -> TakenModel:
+    _refuse_to_quantize(quantize)
     if model.device.type != "cpu":
         raise WayRefusedError("the device is no processor")
     pack_modules(model)
     return TakenModel(partial(ModulesForward, model))
 
 
-def _plain(model: PreTrainedModel, _: Mapping[int, LayerShape], __: int) -> TakenModel:
+def _plain(
+    model: PreTrainedModel, _: Mapping[int, LayerShape], __: int, quantize: bool
+) -> TakenModel:
+    _refuse_to_quantize(quantize)
     return TakenModel(partial(ModulesForward, model))
+
+
+def _refuse_to_quantize(quantize: bool) -> None:
+    """Widened in memory for each product, such weights would be slower than others in torch."""
+    if quantize:
+        raise WayRefusedError("only the native kernels compute with quantized weights")
 
 
 def _kernels_for(model: PreTrainedModel) -> binding.Library:
@@ -178,7 +193,7 @@ def _kernels_for(model: PreTrainedModel) -> binding.Library:
     return found
 
 
-WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int], TakenModel]] = {
+WAYS: Mapping[str, Callable[[PreTrainedModel, Mapping[int, LayerShape], int, bool], TakenModel]] = {
     "step": _step,
     "operations": _operations,
     "modules": _modules,

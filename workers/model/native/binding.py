@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-_AVX512_BF16 = 1
+_AVX512 = 1
 _AMX = 2
 
 _DONE = 0
@@ -76,8 +76,8 @@ def open_library(path: Path) -> Library | Unavailable:
     except OSError as error:
         return Unavailable(f"{path.name} does not load: {error}")
     features: int = functions.headrace_features()
-    if not features & _AVX512_BF16:
-        return Unavailable("processor lacks avx512_bf16")
+    if not features & _AVX512:
+        return Unavailable("processor lacks avx512_bf16 or avx512vbmi")
     _declare(functions)
     return Library(functions, has_amx=bool(features & _AMX))
 
@@ -164,13 +164,25 @@ class Engine:
     All inputs are bfloat16 tensors on the CPU; only their last dimension is the row, whatever
     stands before it. Weights of norms and biases are float32.
 
+    With ``quantize`` matrices are packed in 8 bits: whole numbers of -127 to 127, with a scale for
+    each 32 inputs of an output. Half of the bytes are read, which is what a step of few rows takes
+    its time for; inputs and sums stay as they are.
+
     Raises:
         MemoryError: from any method, if memory or threads cannot be had.
     """
 
-    def __init__(self, library: Library, num_threads: int, *, use_amx: bool | None = None) -> None:
-        """``use_amx`` None: where the processor has it."""
+    def __init__(
+        self,
+        library: Library,
+        num_threads: int,
+        *,
+        use_amx: bool | None = None,
+        quantize: bool = False,
+    ) -> None:
+        """``use_amx`` None: where the processor has it, and rows are many enough."""
         self._handle: int | None = None
+        self._quantize = quantize
         self.num_threads = num_threads
         self.uses_amx = library.has_amx if use_amx is None else use_amx
         self.functions = library.functions
@@ -235,6 +247,7 @@ class Engine:
             rows.data_ptr(),
             None if others is None else others.data_ptr(),
             *[None if b is None else b.data_ptr() for b in floats],
+            self._quantize,
         )
         if not handle:
             raise MemoryError(f"no memory for a weight of {num_outputs} x {num_inputs}")
@@ -495,7 +508,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     signatures: dict[str, tuple[object, Sequence[object]]] = {
         "engine_new": (pointer, [integer, integer]),
         "engine_free": (None, [pointer]),
-        "weight_new": (pointer, [pointer, integer, integer, *[pointer] * 4]),
+        "weight_new": (pointer, [pointer, integer, integer, *[pointer] * 4, integer]),
         "linear": (integer, [pointer, pointer, pointer, integer, pointer, pointer]),
         "gated_mlp": (integer, [pointer, pointer, pointer, integer, pointer, integer, pointer]),
         "rms_norm": (None, [pointer, pointer, pointer, integer, integer, real, pointer]),

@@ -1,5 +1,5 @@
-// The engine's arithmetic on processors with AVX512-bf16 or AMX: matrix products over packed
-// weights, norms, gated MLPs, attention over the slot cache, a whole step of a Llama-like model.
+// The engine's arithmetic on processors with AVX512-bf16, or AMX beside it: matrix products over
+// packed weights, in bf16 or quantized to 8 bits, norms, gated MLPs, attention over the slot cache, a whole step of a Llama-like model.
 //
 // Plain C ABI at the end of the file; binding.py declares it for Python and checks the processor.
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -192,6 +193,20 @@ inline __m512 activate(Activation activation, __m512 x) {
   return _mm512_mul_ps(half, _mm512_add_ps(one, erf(inner)));
 }
 
+// Order of a vector that takes turns between two others: a0 b0 a1 b1 …, from their halves.
+// `halves` does so with the two halves of one vector.
+struct Interleave {
+  __m512i low, high, halves;
+  Interleave() {
+    alignas(64) uint16_t order[64], own[32];
+    for (int i = 0; i < 64; i++) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    for (int i = 0; i < 32; i++) own[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+    low = _mm512_load_si512(order);
+    high = _mm512_load_si512(order + 32);
+    halves = _mm512_load_si512(own);
+  }
+};
+
 // Transposes 16 x 16 values of 32 bits: rows become columns.
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
@@ -322,6 +337,16 @@ class Team {
   bool uses_amx() const { return use_amx_; }
   Arena& arena(int thread) { return arenas_[thread]; }
 
+  // Room of a thread for a quantized block that has been widened; for products in tiles only.
+  bf16* widened(int thread) { return widened_.empty() ? nullptr : widened_[thread].data<bf16>(); }
+  void reserve_widened(size_t bytes) {
+    if (bytes <= widened_bytes_) return;
+    std::vector<Pages> larger;
+    for (int i = 0; i < num_threads_; i++) larger.emplace_back(bytes);
+    widened_ = std::move(larger);
+    widened_bytes_ = bytes;
+  }
+
   void run(const std::function<void(int)>& job) {
     job_ = &job;
     generation_.fetch_add(1, std::memory_order_release);
@@ -394,6 +419,8 @@ class Team {
   Claims claims_[2];
   std::vector<Count> num_shared_;  // per thread
   std::vector<Arena> arenas_;
+  std::vector<Pages> widened_;  // per thread
+  size_t widened_bytes_ = 0;
   std::vector<std::thread> threads_;
 };
 
@@ -421,13 +448,20 @@ struct Share {
 // the lane's sum; AMX's tdpbf16ps does so for 16 rows by 16 outputs by 32 inputs at once.
 // Blocks are dealt to threads in runs, and each thread's run lies in its own arena; who is done
 // first helps the others.
+//
+// A quantized weight has the same blocks of the same steps, in half of the bytes: a step is a
+// QuantizedStep, and becomes bf16 just before it is used.
 
 constexpr int kStep = 32;                         // inputs per step
 constexpr int kBlock = 32;                        // outputs per block
 constexpr int kTile = 16 * 32;                    // bf16 per tile
 constexpr int kStepSize = 2 * kTile;              // bf16 per step of a block
 constexpr int kMaxRowsAvx = 14;                   // 28 sums, 2 weights, 1 input: 31 of 32 registers
+constexpr int kMaxRowsQuantized = 10;             // 20 sums, 4 tables, 4 weights, 1 input
 constexpr int kMaxRowsAmx = 32;                   // 4 of 8 tiles hold sums
+// A tile computes 16 rows, even where there are fewer, and reading weights into it takes longer
+// than into registers (Sapphire Rapids: a step of one row 11.6 ms, on AVX512 9.7; of 8, 14 and 21).
+constexpr int kFewestRowsAmx = 3;
 constexpr int kSlackRows = 32;                    // rows behind a matrix that a tile load may read
 constexpr size_t kPrefetchAhead = 8192;           // bytes, where one pass reads a block
 
@@ -446,20 +480,39 @@ inline void pack_tile(const bf16* from, ptrdiff_t stride, int rows, int columns,
   for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * 32, lines[i]);
 }
 
+// A step of a block in whole numbers from -127 to 127, each with its sign in the highest bit, times
+// one scale per output. A line holds what lines of the same number hold in two tiles of bf16, cut
+// into four: 8 numbers of the left tile, 8 of the right, the next 8 of the left, and so on, which
+// is how unpacking leaves them (see QuantizedLines).
+struct alignas(64) QuantizedStep {
+  bf16 scales[kBlock];
+  uint8_t lines[16][64];
+
+  // Where the number of an output and an input stands.
+  static constexpr int line(int input) { return input / 2; }
+  static constexpr int place(int output, int input) {
+    const int word = output % 16 * 2 + input % 2;
+    return word / 8 * 16 + output / 16 * 8 + word % 8;
+  }
+};
+
 struct Weight {
   int outputs, inputs;  // as the caller knows them
   bool is_paired;       // two weights: a block is 16 outputs of one, then the same 16 of the other
+  bool is_quantized;
   int steps, blocks;
   std::vector<int> first_block;        // per thread, and the end
-  std::vector<const bf16*> data;       // per thread
+  std::vector<const char*> data;       // per thread
   const float* bias = nullptr;         // [blocks * 32], or none
 
-  size_t block_size() const { return size_t(steps) * kStepSize; }
+  size_t block_bytes() const {
+    return steps * (is_quantized ? sizeof(QuantizedStep) : kStepSize * sizeof(bf16));
+  }
 
-  const bf16* block(int number) const {
+  const char* block(int number) const {
     const auto next = std::upper_bound(first_block.begin(), first_block.end(), number);
     const auto thread = next - first_block.begin() - 1;
-    return data[thread] + (number - first_block[thread]) * block_size();
+    return data[thread] + (number - first_block[thread]) * block_bytes();
   }
 };
 
@@ -470,35 +523,59 @@ struct WeightSource {
   const float* other_bias;
 };
 
-std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSource& source) {
+// Numbers of 32 inputs of one output: the largest becomes 127 and its scale is rounded up to bf16,
+// so that nothing lies beyond.
+inline void quantize(const bf16* from, int columns, int output, QuantizedStep& step) {
+  const auto value = [&](int i) { return std::bit_cast<float>(uint32_t{from[i]} << 16); };
+  float largest = 0.0f;
+  for (int i = 0; i < columns; i++) largest = std::max(largest, std::abs(value(i)));
+  const auto scale = (std::bit_cast<uint32_t>(largest / 127.0f) + 0xffff) >> 16;
+  step.scales[output] = static_cast<bf16>(scale);
+  const float factor = largest == 0.0f ? 0.0f : 1.0f / std::bit_cast<float>(scale << 16);
+  for (int i = 0; i < columns; i++) {
+    const auto size = static_cast<uint8_t>(std::abs(value(i)) * factor + 0.5f);
+    step.lines[step.line(i)][step.place(output, i)] = size | (from[i] >> 15 << 7);
+  }
+}
+
+std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSource& source,
+                             bool is_quantized) {
   auto weight = std::make_unique<Weight>();
   const bool is_paired = source.other != nullptr;
   const int per_block = is_paired ? 16 : kBlock;
   weight->outputs = outputs;
   weight->inputs = inputs;
   weight->is_paired = is_paired;
+  weight->is_quantized = is_quantized;
   weight->steps = round_up(inputs, kStep) / kStep;
   // An even number of paired blocks: what they give is taken by another weight in whole steps.
   weight->blocks = round_up(outputs, kBlock) / per_block;
-  std::vector<bf16*> parts;
+  std::vector<char*> parts;
   for (int thread = 0; thread <= team.size(); thread++)
     weight->first_block.push_back(Share(weight->blocks, thread, team.size()).first);
   for (int thread = 0; thread < team.size(); thread++) {
     const int count = weight->first_block[thread + 1] - weight->first_block[thread];
-    char* part = team.arena(thread).take(count * weight->block_size() * sizeof(bf16));
-    parts.push_back(reinterpret_cast<bf16*>(part));
+    parts.push_back(team.arena(thread).take(count * weight->block_bytes()));
     weight->data.push_back(parts.back());
   }
+  if (is_quantized) team.reserve_widened(size_t(weight->steps) * kStepSize * sizeof(bf16));
   team.run([&](int thread) {  // each thread touches its own memory first
-    bf16* tile = parts[thread];
+    auto* tile = reinterpret_cast<bf16*>(parts[thread]);
+    auto* quantized = reinterpret_cast<QuantizedStep*>(parts[thread]);
     for (int b = weight->first_block[thread]; b < weight->first_block[thread + 1]; b++)
-      for (int step = 0; step < weight->steps; step++)
-        for (int half = 0; half < 2; half++, tile += kTile) {
+      for (int step = 0; step < weight->steps; step++, tile += kStepSize, quantized++)
+        for (int half = 0; half < 2; half++) {
           const bf16* rows = is_paired && half == 1 ? source.other : source.rows;
           const int first = b * per_block + (is_paired ? 0 : half * 16);
           const int present = std::clamp(outputs - first, 0, 16);
+          const int columns = inputs - step * kStep;
           const bf16* from = rows + (present ? size_t(first) * inputs + step * kStep : 0);
-          pack_tile(from, inputs, present, inputs - step * kStep, tile);
+          if (is_quantized)  // what is absent stays zero, as its pages are
+            for (int i = 0; i < present; i++)
+              quantize(from + size_t(i) * inputs, std::min(columns, kStep), half * 16 + i,
+                       *quantized);
+          else
+            pack_tile(from, inputs, present, columns, tile + half * kTile);
         }
   });
   if (source.bias == nullptr) return weight;
@@ -520,22 +597,46 @@ std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSo
 struct Prefetch {
   size_t distance;
   int first_line, last_line;
-  Prefetch(int steps, int group, int num_groups)
-      : distance(num_groups > 1 ? size_t(steps) * kStepSize * sizeof(bf16) : kPrefetchAhead),
-        first_line(kStepSize / 32 * group / num_groups),
-        last_line(kStepSize / 32 * (group + 1) / num_groups) {}
+  Prefetch(int steps, size_t step_bytes, int group, int num_groups)
+      : distance(num_groups > 1 ? steps * step_bytes : kPrefetchAhead),
+        first_line(static_cast<int>(step_bytes / 64) * group / num_groups),
+        last_line(static_cast<int>(step_bytes / 64) * (group + 1) / num_groups) {}
 };
 
 // Inlined always: GCC 12 takes a function that only prefetches for one without effect, and then
 // drops the call.
-[[gnu::always_inline]] inline void prefetch_step(const bf16* step, const Prefetch& ahead) {
+[[gnu::always_inline]] inline void prefetch_step(const void* step, const Prefetch& ahead) {
   const char* from = reinterpret_cast<const char*>(step) + ahead.distance;
   for (int line = ahead.first_line; line < ahead.last_line; line++)
     _mm_prefetch(from + line * 64, _MM_HINT_T1);
 }
 
+// Inputs of ROWS rows, step by step, and what is added up of them.
+template <int ROWS>
+struct RowInputs {
+  const bf16* rows[(ROWS + 2) / 3];  // every third: the two between are one stride and two away
+  size_t stride;
+
+  RowInputs(const bf16* a, size_t row_stride) : stride(row_stride) {
+    for (int r = 0; r < ROWS; r += 3) rows[r / 3] = a + r * stride;
+  }
+  [[gnu::always_inline]] void add_line(int line, __m512bh left, __m512bh right,
+                                       __m512 (&sum)[ROWS][2]) const {
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; r++) {
+      const __m512bh input = broadcast_pair(rows[r / 3] + r % 3 * stride + line * 2);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], input, left);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], input, right);
+    }
+  }
+  void advance() {
+    for (auto& row : rows) row += kStep;
+  }
+};
+
 // Computes sums[rows][32] = a[rows, inputs] x one block.
-using BlockProduct = void (*)(const bf16* a, size_t stride, const bf16* block, int steps,
+template <class Block>
+using BlockProduct = void (*)(const bf16* a, size_t stride, const Block* block, int steps,
                               const Prefetch& ahead, float* sums);
 
 template <int ROWS>
@@ -543,27 +644,104 @@ void product_avx512(const bf16* a, size_t stride, const bf16* block, int steps,
                     const Prefetch& ahead, float* sums) {
   __m512 sum[ROWS][2];
   for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
-  const bf16* rows[(ROWS + 2) / 3];  // every third: the two between are one stride and two away
-  for (int r = 0; r < ROWS; r += 3) rows[r / 3] = a + r * stride;
-  for (int step = 0; step < steps; step++, block += kStepSize) {
+  RowInputs<ROWS> inputs(a, stride);
+  for (int step = 0; step < steps; step++, block += kStepSize, inputs.advance()) {
     prefetch_step(block, ahead);
 #pragma GCC unroll 4
-    for (int line = 0; line < 16; line++) {
-      const __m512bh left = load_pairs(block + line * 32);
-      const __m512bh right = load_pairs(block + kTile + line * 32);
-#pragma GCC unroll 14
-      for (int r = 0; r < ROWS; r++) {
-        const __m512bh input = broadcast_pair(rows[r / 3] + r % 3 * stride + line * 2);
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], input, left);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], input, right);
-      }
-    }
-    for (auto& row : rows) row += kStep;
+    for (int line = 0; line < 16; line++)
+      inputs.add_line(line, load_pairs(block + line * 32), load_pairs(block + kTile + line * 32),
+                      sum);
   }
 #pragma GCC unroll 14
   for (int r = 0; r < ROWS; r++) {
     _mm512_store_ps(sums + r * kBlock, sum[r][0]);
     _mm512_store_ps(sums + r * kBlock + 16, sum[r][1]);
+  }
+}
+
+// Makes bf16 of whole numbers: both bytes of it are looked up by the number's size, 64 at a time.
+struct QuantizedLines {
+  __m512i low[2], high[2];  // the lower and the upper byte of 0, 1, …, 127 in bf16
+
+  QuantizedLines() {
+    alignas(64) uint8_t bytes[2][128];
+    for (int i = 0; i < 128; i++) {
+      const auto number = std::bit_cast<uint32_t>(static_cast<float>(i)) >> 16;
+      bytes[0][i] = number & 0xff;
+      bytes[1][i] = number >> 8;
+    }
+    for (int i = 0; i < 2; i++) {
+      low[i] = _mm512_load_si512(bytes[0] + i * 64);
+      high[i] = _mm512_load_si512(bytes[1] + i * 64);
+    }
+  }
+  [[gnu::always_inline]] void widen(const uint8_t* line, __m512i& left, __m512i& right) const {
+    const __m512i numbers = _mm512_load_si512(line);
+    const __m512i lower = _mm512_permutex2var_epi8(low[0], numbers, low[1]);  // ignores the sign
+    __m512i upper = _mm512_permutex2var_epi8(high[0], numbers, high[1]);
+    constexpr int kOrFirstWithAndOfOthers = 0xf8;
+    upper = _mm512_ternarylogic_epi32(upper, numbers, _mm512_set1_epi8(-128),
+                                      kOrFirstWithAndOfOthers);
+    left = _mm512_unpacklo_epi8(lower, upper);
+    right = _mm512_unpackhi_epi8(lower, upper);
+  }
+};
+
+// Sums of whole numbers are exact up to the last bit of the inputs; each step's get their scale.
+template <int ROWS>
+void product_quantized(const bf16* a, size_t stride, const QuantizedStep* block, int steps,
+                       const Prefetch& ahead, float* sums) {
+  const QuantizedLines lines;
+  __m512 total[ROWS][2];
+  for (auto& row : total) row[0] = row[1] = _mm512_setzero_ps();
+  RowInputs<ROWS> inputs(a, stride);
+  for (int step = 0; step < steps; step++, block++, inputs.advance()) {
+    prefetch_step(block, ahead);
+    __m512 sum[ROWS][2];
+    for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int line = 0; line < 16; line++) {
+      __m512i left, right;
+      lines.widen(block->lines[line], left, right);
+      inputs.add_line(line, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right),
+                      sum);
+    }
+    const __m512 left = load_bf16(block->scales), right = load_bf16(block->scales + 16);
+#pragma GCC unroll 10
+    for (int r = 0; r < ROWS; r++) {
+      total[r][0] = _mm512_fmadd_ps(sum[r][0], left, total[r][0]);
+      total[r][1] = _mm512_fmadd_ps(sum[r][1], right, total[r][1]);
+    }
+  }
+#pragma GCC unroll 10
+  for (int r = 0; r < ROWS; r++) {
+    _mm512_store_ps(sums + r * kBlock, total[r][0]);
+    _mm512_store_ps(sums + r * kBlock + 16, total[r][1]);
+  }
+}
+
+// A block in bf16, scales multiplied in: what tiles want, and worth its while for many rows.
+void widen_block(const QuantizedStep* block, int steps, bf16* to) {
+  const QuantizedLines lines;
+  const Prefetch ahead(steps, sizeof(QuantizedStep), 0, 1);
+  const Interleave interleave;
+  const auto scaled = [&](__m512i pairs, __m512 scale) {  // a lane is two inputs of one output
+    const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+    const __m512bh apart =
+        _mm512_cvtne2ps_pbh(_mm512_mul_ps(second, scale), _mm512_mul_ps(first, scale));
+    return _mm512_permutexvar_epi16(interleave.halves, reinterpret_cast<__m512i>(apart));
+  };
+  for (int step = 0; step < steps; step++, block++, to += kStepSize) {
+    prefetch_step(block, ahead);
+    const __m512 left_scales = load_bf16(block->scales);
+    const __m512 right_scales = load_bf16(block->scales + 16);
+    for (int line = 0; line < 16; line++) {
+      __m512i left, right;
+      lines.widen(block->lines[line], left, right);
+      _mm512_store_si512(to + line * 32, scaled(left, left_scales));
+      _mm512_store_si512(to + kTile + line * 32, scaled(right, right_scales));
+    }
   }
 }
 
@@ -602,8 +780,8 @@ void product_amx(const bf16* a, size_t stride, const bf16* block, int steps,
   }
 }
 
-inline BlockProduct block_product(bool use_amx, int rows) {
-  static constexpr BlockProduct avx512[kMaxRowsAvx] = {
+inline BlockProduct<bf16> block_product(bool use_amx, int rows) {
+  static constexpr BlockProduct<bf16> avx512[kMaxRowsAvx] = {
       product_avx512<1>,  product_avx512<2>,  product_avx512<3>,  product_avx512<4>,
       product_avx512<5>,  product_avx512<6>,  product_avx512<7>,  product_avx512<8>,
       product_avx512<9>,  product_avx512<10>, product_avx512<11>, product_avx512<12>,
@@ -612,24 +790,52 @@ inline BlockProduct block_product(bool use_amx, int rows) {
   return avx512[rows - 1];
 }
 
-// For each row of a[rows, steps * 32] and each block: epilogue(row, block, left 16, right 16 sums).
+inline BlockProduct<QuantizedStep> quantized_product(int rows) {
+  static constexpr BlockProduct<QuantizedStep> products[kMaxRowsQuantized] = {
+      product_quantized<1>, product_quantized<2>, product_quantized<3>, product_quantized<4>,
+      product_quantized<5>, product_quantized<6>, product_quantized<7>, product_quantized<8>,
+      product_quantized<9>, product_quantized<10>};
+  return products[rows - 1];
+}
+
+// For each row of a[rows, steps * 32]: epilogue(row, number, left 16, right 16 sums) of one block,
+// by product(rows) for at most `max_rows` at a time.
+template <class Block, class Product, class Epilogue>
+void multiply_block(const bf16* a, size_t stride, int rows, const Block* block, size_t step_bytes,
+                    int steps, int number, int max_rows, Product product, Epilogue epilogue) {
+  alignas(64) float sums[kMaxRowsAmx * kBlock];
+  const int num_groups = (rows + max_rows - 1) / max_rows;
+  for (int group = 0; group < num_groups; group++) {
+    const Share share(rows, group, num_groups);
+    const int count = share.last - share.first;
+    product(count)(a + share.first * stride, stride, block, steps,
+                   Prefetch(steps, step_bytes, group, num_groups), sums);
+    for (int r = 0; r < count; r++)
+      epilogue(share.first + r, number, _mm512_load_ps(sums + r * kBlock),
+               _mm512_load_ps(sums + r * kBlock + 16));
+  }
+}
+
+// The same for blocks of bf16 that lie one behind the other.
 template <class Epilogue>
 void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const bf16* blocks, int steps,
               int first_block, int last_block, Epilogue epilogue) {
-  alignas(64) float sums[kMaxRowsAmx * kBlock];
-  const int max_rows = use_amx ? kMaxRowsAmx : kMaxRowsAvx;
-  const int num_groups = (rows + max_rows - 1) / max_rows;
-  for (int b = first_block; b < last_block; b++, blocks += size_t(steps) * kStepSize) {
-    for (int group = 0; group < num_groups; group++) {
-      const Share share(rows, group, num_groups);
-      const int count = share.last - share.first;
-      block_product(use_amx, count)(a + share.first * stride, stride, blocks, steps,
-                                    Prefetch(steps, group, num_groups), sums);
-      for (int r = 0; r < count; r++)
-        epilogue(share.first + r, b, _mm512_load_ps(sums + r * kBlock),
-                 _mm512_load_ps(sums + r * kBlock + 16));
-    }
-  }
+  use_amx = use_amx && rows >= kFewestRowsAmx;
+  const auto product = [&](int count) { return block_product(use_amx, count); };
+  for (int b = first_block; b < last_block; b++, blocks += size_t(steps) * kStepSize)
+    multiply_block(a, stride, rows, blocks, kStepSize * sizeof(bf16), steps, b,
+                   use_amx ? kMaxRowsAmx : kMaxRowsAvx, product, epilogue);
+}
+
+// The same for one quantized block, with room for it in bf16.
+template <class Epilogue>
+void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const QuantizedStep* block,
+              int steps, int number, bf16* widened, Epilogue epilogue) {
+  if (rows < kFewestRowsAmx || (!use_amx && rows <= kMaxRowsQuantized))
+    return multiply_block(a, stride, rows, block, sizeof(QuantizedStep), steps, number,
+                          kMaxRowsQuantized, quantized_product, epilogue);
+  widen_block(block, steps, widened);
+  multiply(use_amx, a, stride, rows, widened, steps, number, number + 1, epilogue);
 }
 
 // a[rows] x weight with the bias added: this thread's blocks, then what others have not begun.
@@ -644,9 +850,16 @@ void multiply(Team& team, int thread, const Weight& weight, const bf16* a, int r
       const int owner = (thread + i) % team.size();
       const int first = weight.first_block[owner];
       const int count = weight.first_block[owner + 1] - first;
-      for (int taken; (taken = claims.take(owner, count, i > 0)) >= 0;)
-        multiply(team.uses_amx(), a, stride, rows, weight.data[owner] + taken * weight.block_size(),
-                 weight.steps, first + taken, first + taken + 1, finish);
+      for (int taken; (taken = claims.take(owner, count, i > 0)) >= 0;) {
+        const void* block = weight.data[owner] + taken * weight.block_bytes();
+        const int number = first + taken;
+        if (weight.is_quantized)
+          multiply(team.uses_amx(), a, stride, rows, static_cast<const QuantizedStep*>(block),
+                   weight.steps, number, team.widened(thread), finish);
+        else
+          multiply(team.uses_amx(), a, stride, rows, static_cast<const bf16*>(block), weight.steps,
+                   number, number + 1, finish);
+      }
     }
   };
   if (weight.bias == nullptr) return product(epilogue);
@@ -871,17 +1084,6 @@ struct RunningSoftmax {
   for (int i = 0; i < count; i += 32)
     _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
 }
-
-// Order of a vector that takes turns between two others: a0 b0 a1 b1 …, from their halves.
-struct Interleave {
-  __m512i low, high;
-  Interleave() {
-    alignas(64) uint16_t order[64];
-    for (int i = 0; i < 64; i++) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    low = _mm512_load_si512(order);
-    high = _mm512_load_si512(order + 32);
-  }
-};
 
 // Rows of `size` bf16 as CHUNKS registers of 32; what lies behind `size` reads as zero.
 template <int CHUNKS, bool EXACT>
@@ -1343,7 +1545,19 @@ namespace {
 
 // Row `index` of what was packed, as floats.
 void unpack_row(const Weight& weight, int index, float* to) {
-  const bf16* tile = weight.block(index / kBlock) + index % kBlock / 16 * kTile;
+  const char* block = weight.block(index / kBlock);
+  if (weight.is_quantized) {
+    const auto* step = reinterpret_cast<const QuantizedStep*>(block);
+    for (int i = 0; i < weight.inputs; i += kStep, step++) {
+      const float scale = std::bit_cast<float>(uint32_t{step->scales[index % kBlock]} << 16);
+      for (int j = 0; j < std::min(kStep, weight.inputs - i); j++) {
+        const int number = step->lines[step->line(j)][step->place(index % kBlock, j)];
+        to[i + j] = scale * static_cast<float>(number < 128 ? number : 128 - number);
+      }
+    }
+    return;
+  }
+  const bf16* tile = reinterpret_cast<const bf16*>(block) + index % kBlock / 16 * kTile;
   const __m512i lines = _mm512_mullo_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
       _mm512_set1_epi32(16));
@@ -1569,7 +1783,7 @@ std::vector<Stretch> stretches_of(int count, const int* slots, const int* starts
 
 extern "C" {
 
-enum { kHasAvx512Bf16 = 1, kHasAmx = 2 };
+enum { kHasAvx512 = 1, kHasAmx = 2 };
 
 // Which of our instructions this processor and system allow. Compiled for any x86-64, unlike the
 // rest, because it is called to find out whether the rest may be.
@@ -1578,8 +1792,8 @@ __attribute__((target("no-avx"))) int headrace_features() {
   int features = 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bf16"))
-    features |= kHasAvx512Bf16;
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+    features |= kHasAvx512;
 #ifdef HEADRACE_EMULATE_AMX
   features |= kHasAmx;
 #else
@@ -1601,14 +1815,16 @@ void* headrace_engine_new(int num_threads, int use_amx) {
 
 void headrace_engine_free(void* engine) { delete static_cast<Engine*>(engine); }
 
-// Packs rows [outputs, inputs], or two such (gate and up); biases are float or null. Lives as long
-// as the engine. Null where memory could not be had.
+// Packs rows [outputs, inputs], or two such (gate and up), as they are or quantized; biases are
+// float or null. Lives as long as the engine. Null where memory could not be had.
 const void* headrace_weight_new(void* engine, int outputs, int inputs, const bf16* rows,
-                                const bf16* other, const float* bias, const float* other_bias) {
+                                const bf16* other, const float* bias, const float* other_bias,
+                                int is_quantized) {
   auto& e = *static_cast<Engine*>(engine);
   const void* weight = nullptr;
   succeeds([&] {
-    weight = e.keep(pack(e.team, outputs, inputs, {rows, other, bias, other_bias}));
+    weight = e.keep(
+        pack(e.team, outputs, inputs, {rows, other, bias, other_bias}, is_quantized != 0));
   });
   return weight;
 }
