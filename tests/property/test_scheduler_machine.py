@@ -17,7 +17,7 @@ from tests.support.depth import searched
 from tests.support.engines import request
 from tests.support.tiny_model import build_tokenizer
 from workers.engine import places as places_module
-from workers.engine.batching import BatchingEngine, Choice
+from workers.engine.batching import BatchingEngine, Choice, Outcome
 from workers.engine.places import PagePlaces, Places, SlotPlaces
 from workers.engine.port import DeviceMemoryError, EngineRequest
 from workers.engine.scheduler import Chunk, Limits
@@ -61,7 +61,7 @@ class Recorder:
     homes: dict[str, Chunk] = field(default_factory=dict[str, Chunk])
     """The last chunk of each sequence: where it lies."""
 
-    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         self.time_s += 0.01 + self.token_s * sum(chunk.count for chunk in chunks)
         for chunk in chunks:
             self.copy(chunk)

@@ -6,7 +6,7 @@ Run as ``python -m tests.support.full_device``, with the worker's settings in th
 import sys
 
 from workers.__main__ import main
-from workers.engine.batching import Choice
+from workers.engine.batching import Outcome
 from workers.engine.port import DeviceMemoryError
 from workers.engine.scheduler import Chunk
 from workers.engine.simulated import SimulatedRunner
@@ -14,7 +14,7 @@ from workers.engine.simulated import SimulatedRunner
 _compute = SimulatedRunner.run
 
 
-def _compute_two(self: SimulatedRunner, chunks: list[Chunk]) -> list[list[Choice] | None]:
+def _compute_two(self: SimulatedRunner, chunks: list[Chunk]) -> list[Outcome]:
     if len(chunks) > 2:
         raise DeviceMemoryError
     return _compute(self, chunks)

@@ -7,7 +7,7 @@ import itertools
 import sys
 
 from workers.__main__ import main
-from workers.engine.batching import Choice
+from workers.engine.batching import Outcome
 from workers.engine.port import DeviceLostError
 from workers.engine.scheduler import Chunk
 from workers.engine.simulated import SimulatedRunner
@@ -17,7 +17,7 @@ _compute = SimulatedRunner.run
 _steps = itertools.count(1)
 
 
-def _compute_until_lost(self: SimulatedRunner, chunks: list[Chunk]) -> list[list[Choice] | None]:
+def _compute_until_lost(self: SimulatedRunner, chunks: list[Chunk]) -> list[Outcome]:
     if next(_steps) > _LAST_STEP:
         raise DeviceLostError
     return _compute(self, chunks)

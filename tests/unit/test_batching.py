@@ -1,6 +1,8 @@
 """A step that the device has no memory for, and what an engine tells of what it found computed."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -8,8 +10,10 @@ from structlog.testing import capture_logs
 from common.failures import KINDS
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import Transcript, collect, engine_around, is_busy, request, run_all
+from tests.support.grammars import Residues
 from tests.support.tiny_model import build_tokenizer
-from workers.engine.batching import BatchingEngine, Choice
+from workers.engine.batching import BatchingEngine, Choice, Outcome
+from workers.engine.grammar import GrammarError
 from workers.engine.port import DeviceLostError, DeviceMemoryError
 from workers.engine.scheduler import Chunk, Limits
 
@@ -23,7 +27,7 @@ class SmallDevice:
         self.does_fit = does_fit
         self.ran: list[list[tuple[str, int, int]]] = []
 
-    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         if not self.does_fit(chunks):
             raise DeviceMemoryError
         self.ran.append([(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks])
@@ -121,3 +125,47 @@ def test_it_says_how_much_of_a_prompt_it_found_computed() -> None:
     engine.submit(request("second", [*prompt, 9], max_new_tokens=2))
     outputs += [engine.step(), engine.step()]
     assert [output.cached_tokens for step in outputs for output in step] == [0, 0, 48, 48]
+
+
+class StuckGrammar(SmallDevice):
+    """A runner whose grammar of sequence ``d`` gives up after two tokens."""
+
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        stuck = [seq.id == "d" and seq.num_generated == 2 for seq in sampled]
+        outcomes = super().run(chunks)
+        return [
+            GrammarError("It is too hard.") if is_stuck else outcome
+            for is_stuck, outcome in zip(stuck, outcomes, strict=True)
+        ]
+
+
+def test_a_grammar_that_gives_up_ends_its_generation_only(expected: dict[str, Transcript]) -> None:
+    engine = engine_around(StuckGrammar(lambda _: True), Tokenizer(build_tokenizer(), {}), LIMITS)
+    got = run_all(engine, [request(id, [70] * 9, max_new_tokens=6) for id in "abcdefg"])
+    stuck = got.pop("d")
+    assert stuck.tokens == expected["d"].tokens[:2]
+    assert stuck.finish is not None
+    assert (stuck.finish.reason, stuck.finish.message) == ("failed", "It is too hard.")
+    assert got == {id: one for id, one in expected.items() if id != "d"}
+
+
+def test_a_token_or_a_log_against_its_grammar_ends_its_generation_only() -> None:
+    engine, _ = engine_on(lambda _: True)
+    letters = replace(request("letters", [70] * 9), matcher=Residues())
+    replayed = replace(request("replayed", [70], logged=[70, 70]), matcher=Residues())
+    got = run_all(engine, [letters, replayed, request("free", [70] * 9)])
+    for id in ("letters", "replayed"):
+        finish = got[id].finish
+        assert finish is not None
+        assert (finish.reason, "is not allowed here" in finish.message) == ("failed", True)
+    assert len(got["free"].tokens) == 16
+
+
+@pytest.mark.parametrize("fields", [{"stop_token_ids": (300,)}, {"logit_bias": {-1: 1.0}}])
+def test_ids_that_do_not_exist_are_told_so(fields: dict[str, Any]) -> None:
+    """They would make the device fail for everybody."""
+    engine, _ = engine_on(lambda _: True)
+    finish = run_all(engine, [request("g", [70], **fields)])["g"].finish
+    assert finish is not None
+    assert finish.code == "BAD_REQUEST"

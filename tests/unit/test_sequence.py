@@ -1,13 +1,16 @@
 """One generation in the engine: how it ends, and that replaying its log restores it."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from common.messages import FinishReason
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import request
+from tests.support.grammars import Residues
 from tests.support.tiny_model import EOS_TOKEN_IDS, build_tokenizer
+from workers.engine.grammar import GrammarError
 from workers.engine.sequence import Sequence, TextRules
 
 TOKENIZER = Tokenizer(build_tokenizer(), {})
@@ -71,6 +74,69 @@ def test_a_stop_string_that_half_a_character_completes_counts() -> None:
     write(seq, "x")
     assert seq.append(TOKENIZER.encode("👍")[0]) == ""
     assert seq.finish == FinishReason.STOP
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_it_and_says_nothing(ignore_eos: bool) -> None:
+    """Of the token; what was held back before it is said."""
+    (stop,) = TOKENIZER.encode("y")
+    seq = sequence(stop_token_ids=(stop,), stop=("xz",), ignore_eos=ignore_eos)
+    assert write(seq, "axy") == ["a", "", "x"]
+    assert seq.finish == FinishReason.STOP
+
+
+def test_a_stop_token_is_shown_where_stops_are() -> None:
+    seq = sequence(stop_token_ids=tuple(TOKENIZER.encode("y")), keep_stop=True)
+    assert write(seq, "xy") == ["x", "y"]
+    assert seq.finish == FinishReason.STOP
+
+
+def test_an_ignored_end_token_still_ends_it_as_a_stop_token() -> None:
+    seq = sequence(stop_token_ids=EOS_TOKEN_IDS[:1], ignore_eos=True)
+    assert [seq.append(token) for token in reversed(EOS_TOKEN_IDS)] == ["", ""]
+    assert seq.finish == FinishReason.STOP
+
+
+def test_nothing_ends_too_short_an_answer() -> None:
+    """Neither tokens, which must not be chosen, nor stop strings, which do not count yet."""
+    (stop,) = TOKENIZER.encode("y")
+    seq = sequence(min_new_tokens=3, stop_token_ids=(stop,), stop=("x",))
+    assert set(seq.banned()) == {stop, *EOS_TOKEN_IDS}
+    assert write(seq, "xa") == ["x", "a"]
+    assert set(seq.banned()) == {stop, *EOS_TOKEN_IDS}
+    assert seq.banned(1) == ()
+    assert write(seq, "xbx") == ["x", "b", ""]
+    assert seq.finish == FinishReason.STOP
+
+
+def test_an_end_token_that_is_ignored_is_not_banned() -> None:
+    assert sequence(min_new_tokens=3, ignore_eos=True).banned() == ()
+
+
+def test_a_limit_counts_before_a_minimum() -> None:
+    seq = sequence(min_new_tokens=5, max_new_tokens=2)
+    write(seq, "xy")
+    assert seq.finish == FinishReason.LENGTH
+
+
+def test_a_grammar_follows_every_token_replayed_ones_too() -> None:
+    matcher = Residues()
+    log = [70, 71, 72]
+    plain = request("g", PROMPT, logged=log)
+    seq = Sequence(replace(plain, matcher=matcher), RULES)
+    seq.append(73)
+    assert matcher.taken == [*log, 73]
+    with pytest.raises(GrammarError):
+        seq.append(73)
+    assert seq.num_generated == 4
+
+
+def test_the_end_of_a_grammar_is_an_end_even_where_end_tokens_are_ignored() -> None:
+    plain = request("g", PROMPT, ignore_eos=True)
+    seq = Sequence(replace(plain, matcher=Residues(length=1)), RULES)
+    seq.append(70)
+    seq.append(EOS_TOKEN_IDS[0])
+    assert seq.finish == FinishReason.EOS
 
 
 def test_replay_restores_held_text() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from common.failures import Failure
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from tests.support.engines import request, run_all, run_one
+from tests.support.grammars import Residues
 from workers.engine.factory import build_engine
 from workers.engine.port import Engine, EngineRequest
 from workers.engine.simulated import SCRIPT
@@ -119,3 +121,26 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_it_makes_up_what_a_prompt_was_worth(engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("Tell me about the river")
+    asked = request("g", prompt, prompt_logprobs=True, top_logprobs=2, max_new_tokens=1)
+    engine.submit(asked)
+    (output,) = engine.step()
+    assert output.prompt is not None
+    assert [logprob is None for logprob in output.prompt.logprobs] == [True] + [False] * (
+        len(prompt) - 1
+    )
+    assert output.prompt.tops is not None
+    assert [len(top or ()) for top in output.prompt.tops] == [0] + [2] * (len(prompt) - 1)
+
+
+def test_it_keeps_to_a_grammar(engine: Engine, tokenizer: Tokenizer) -> None:
+    matcher = Residues()
+    one = replace(request("g", tokenizer.encode("Tell me")), matcher=matcher)
+    got = run_one(engine, one)
+    count = len(matcher.taken)
+    assert count > 3
+    assert matcher.taken == got.tokens[:count]
+    assert [token % 3 for token in matcher.taken] == ([1, 2, 0] * 6)[:count]

@@ -13,12 +13,16 @@ from common.clock import monotonic_s
 from common.failures import KINDS
 from common.logs import get_logger
 from common.messages import Finish, FinishReason, TopTokens, escape_piece
+from workers.engine.grammar import GrammarError
 from workers.engine.places import Places, SlotPlaces
 from workers.engine.port import DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
 from workers.engine.scheduler import Chunk, Limits, Scheduler
 from workers.engine.sequence import Sequence, TextRules
 
 log = get_logger()
+
+_GRAMMAR_CODE = "UNSUPPORTED_PARAMETER"
+"""Of a generation whose grammar does not let it go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +35,20 @@ class Choice:
     """Where the request asks for the likeliest."""
 
 
+Outcome = list[Choice] | GrammarError | None
+"""Of one sequence: None stands for logits that are not finite."""
+
+
 class Runner(Protocol):
     """What computes a step."""
 
-    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """Compute all chunks and choose the next tokens of each one that ``samples``, in order.
 
-        None stands for logits that are not finite. There is one token, and one more for each token
-        of the chunk's draft that was chosen before it. Before it computes, it copies what chunks
-        want copied; the same chunks, or parts, may come again after a DeviceMemoryError.
+        There is one token, and one more for each token of the chunk's draft that was chosen before
+        it. What a prompt's logits say goes into the ``prompt_scores`` of its sequence. Before it
+        computes, it copies what chunks want copied; the same chunks, or parts, may come again after
+        a DeviceMemoryError.
 
         Raises:
             DeviceMemoryError: the device has no memory for so much; a part of it may fit.
@@ -51,9 +60,7 @@ class Runner(Protocol):
 class _Computed:
     """What came out of a step."""
 
-    choices: list[tuple[Sequence, list[Choice] | None]] = field(
-        default_factory=list[tuple[Sequence, list[Choice] | None]]
-    )
+    outcomes: list[tuple[Sequence, Outcome]] = field(default_factory=list[tuple[Sequence, Outcome]])
     refused: list[Sequence] = field(default_factory=list[Sequence])
     """Those for whose next token alone the device has no memory."""
     was_split: bool = False
@@ -99,6 +106,10 @@ class BatchingEngine:
             return
         try:
             sequence = Sequence(request, self._rules)
+        except GrammarError as error:
+            finish = _failed(_GRAMMAR_CODE, str(error))
+            self._ended.append(_ending(request.id, len(request.logged), finish))
+            return
         except Exception as error:  # noqa: BLE001 - one generation's fault must not end the others
             finish = _failed("ENGINE_ERROR", error)
             self._ended.append(_ending(request.id, len(request.logged), finish))
@@ -126,7 +137,7 @@ class BatchingEngine:
             self._scheduler.complete(chunks, self._clock() - began_s)
             if computed.was_split:
                 self._note_lack_of_memory(computed.refused)
-            outputs += [self._take(*pair) for pair in computed.choices]
+            outputs += [self._take(*pair) for pair in computed.outcomes]
             outputs += [self._fail(sequence, "CUDA_OOM") for sequence in computed.refused]
         return outputs
 
@@ -145,7 +156,7 @@ class BatchingEngine:
         if not chunks:
             return
         try:
-            choices = self._runner.run(chunks)
+            outcomes = self._runner.run(chunks)
         except DeviceMemoryError:
             computed.was_split = True
             halves = _halves(chunks)
@@ -155,7 +166,7 @@ class BatchingEngine:
                 self._compute(half, computed)
         else:
             sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-            computed.choices += zip(sampled, choices, strict=True)
+            computed.outcomes += zip(sampled, outcomes, strict=True)
 
     def _note_lack_of_memory(self, refused: list[Sequence]) -> None:
         self._scheduler.shrink()
@@ -172,23 +183,32 @@ class BatchingEngine:
             self._vocab_size
         ):
             return _failed("TOKENIZER_MISMATCH", "A token id lies outside of the vocabulary.")
+        named = (*request.sampling.stop_token_ids, *request.sampling.logit_bias)
+        if not all(0 <= id < self._vocab_size for id in named):
+            return _failed("BAD_REQUEST", "A token id lies outside of the vocabulary.")
         return None
 
-    def _take(self, sequence: Sequence, choices: list[Choice] | None) -> StepOutput:
+    def _take(self, sequence: Sequence, outcome: Outcome) -> StepOutput:
         """Append the chosen tokens; ends the sequence if one was its last, or at fault."""
         position = sequence.num_generated
-        if choices is None:
+        if outcome is None:
             return self._fail(sequence, "NAN_LOGITS")
-        self._scheduler.prove(sequence)
+        if isinstance(outcome, GrammarError):
+            return self._fail(sequence, _GRAMMAR_CODE, str(outcome))
+        if sequence.sampling.max_new_tokens <= 0:  # only its prompt was asked about
+            sequence.finish, outcome = FinishReason.LENGTH, []
         pieces: list[bytes] = []
-        for choice in choices:
+        for choice in outcome:
             try:
                 pieces.append(escape_piece(sequence.append(choice.token)))
+            except GrammarError as error:
+                return self._fail(sequence, _GRAMMAR_CODE, str(error), position=position)
             except Exception as error:  # noqa: BLE001 - as in `submit`
                 return self._fail(sequence, "ENGINE_ERROR", error, position=position)
             if sequence.finish is not None:
                 break
-        taken = choices[: len(pieces)]
+        taken = outcome[: len(pieces)]
+        self._scheduler.prove(sequence, num_drafted=max(0, len(taken) - 1))
         output = StepOutput(
             id=sequence.id,
             start=position,
@@ -198,6 +218,9 @@ class BatchingEngine:
             finish=None if sequence.finish is None else Finish(sequence.finish),
             cached_tokens=sequence.num_cached or 0,
             tops=[choice.top or [] for choice in taken] if sequence.sampling.top_logprobs else None,
+            prompt=sequence.prompt_scores.told()
+            if position == 0 and sequence.prompt_scores
+            else None,
         )
         if output.finish is not None:
             self._forget(sequence)
@@ -227,6 +250,9 @@ def _halves(chunks: list[Chunk]) -> list[list[Chunk]]:
         middle = len(chunks) // 2
         return [chunks[:middle], chunks[middle:]]
     (chunk,) = chunks
+    if chunk.draft:
+        count = chunk.count - len(chunk.draft)
+        return [[replace(chunk, count=count, draft=())]]
     count = chunk.count // 2
     if count == 0:
         return []

@@ -100,7 +100,7 @@ class SlotPlaces:
         free = self._free - self._sources
         if not free or self._used_tokens + sequence.num_tokens > self.capacity_tokens:
             return False
-        wanted = digests(sequence, self._block_tokens)
+        wanted = _wanted(sequence, self._block_tokens)
         matches = [_num_shared(chain, wanted) for chain in self._chains]
         best = max(matches)
         if _is_coming(wanted, best, self._starting, self._block_tokens):
@@ -194,7 +194,7 @@ class PagePlaces:
     def admit(self, sequence: Sequence) -> bool:
         if not self._free_slots:
             return False
-        wanted = digests(sequence, self._page_tokens)
+        wanted = _wanted(sequence, self._page_tokens)
         found = self._find(wanted[: (sequence.num_tokens - 1) // self._page_tokens])
         num_new = self._num_pages_for(sequence) - len(found)
         num_idle = sum(page in self._unused for page in found)
@@ -294,6 +294,11 @@ def digests(sequence: Sequence, block_tokens: int) -> list[bytes]:
         block = array("I", sequence.tokens[end - block_tokens : end])
         names.append(hashlib.sha256(before + block.tobytes()).digest())
     return names
+
+
+def _wanted(sequence: Sequence, block_tokens: int) -> list[bytes]:
+    """What it may use if it is there: nothing while the logits of the whole prompt are needed."""
+    return [] if sequence.num_unscored(0) else digests(sequence, block_tokens)
 
 
 def _num_shared(chain: list[bytes], other: list[bytes]) -> int:

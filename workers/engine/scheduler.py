@@ -13,6 +13,10 @@ from workers.engine.pacing import Pace
 from workers.engine.places import Places
 from workers.engine.sequence import Sequence
 
+SPARE_ROWS = 64
+"""Most logits in one step beside one row for each sequence: at a vocabulary of 150,000 they take 40
+MB, where those of a whole chunk of a prompt would take 300."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -38,15 +42,32 @@ class Chunk:
     """Paged caches only: the pages of the sequence, enough for ``start + count`` positions."""
     copied_from: tuple[int, int] | None = None
     """(slot, num_tokens): before this step the first positions of that slot are copied here."""
+    draft: tuple[int, ...] = ()
+    """Guessed tokens behind all pending ones. They count as part of ``count``."""
 
     @property
     def end(self) -> int:
         return self.start + self.count
 
     @property
+    def known_end(self) -> int:
+        """Where the guessed tokens begin."""
+        return self.end - len(self.draft)
+
+    @property
+    def tokens(self) -> list[int]:
+        """``[count]``: those to compute."""
+        return [*self.sequence.tokens[self.start : self.known_end], *self.draft]
+
+    @property
     def samples(self) -> bool:
         """Whether this chunk closes the gap, so that the next token can be chosen."""
-        return self.end == self.sequence.num_tokens
+        return self.known_end == self.sequence.num_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens at its start whose logits must tell how likely the prompt's next one was."""
+        return min(self.sequence.num_unscored(self.start), self.count)
 
 
 class Scheduler:
@@ -108,12 +129,19 @@ class Scheduler:
         chunks = [self._chunk(sequence, 1) for sequence in decoding]
         num_free = self._max_sequences - len(decoding)
         budget = self._pace.prefill_tokens(len(decoding), min(len(starting), num_free))
+        spare_rows = SPARE_ROWS
         for sequence in starting:
             if budget == 0:
+                break
+            if sequence.num_unscored(sequence.num_computed) and spare_rows == 0:
                 break
             if sequence.id not in self._running and not self._admit(sequence):
                 break
             count = min(sequence.num_pending, budget)
+            num_unscored = sequence.num_unscored(sequence.num_computed)
+            if num_unscored:
+                count = min(count, spare_rows)
+                spare_rows -= min(count, num_unscored)
             budget -= count
             chunks.append(self._chunk(sequence, count))
         return chunks
@@ -124,10 +152,14 @@ class Scheduler:
         num_decoding = counts.count(1)
         self._pace.note(num_decoding, sum(counts) - num_decoding, duration_s)
         for chunk in chunks:
-            chunk.sequence.num_computed = chunk.end
+            chunk.sequence.num_computed = chunk.known_end
 
-    def prove(self, sequence: Sequence) -> None:
-        """Finite logits came out behind all that is computed of it."""
+    def prove(self, sequence: Sequence, *, num_drafted: int = 0) -> None:
+        """Finite logits came out behind all that is computed of it.
+
+        ``num_drafted`` of the tokens appended since were guessed right, so they are computed, too.
+        """
+        sequence.num_computed += num_drafted
         self._places.prove(sequence)
 
     def shrink(self) -> None:

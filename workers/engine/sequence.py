@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.messages import FinishReason, Sampling
+from common.messages import FinishReason, PromptLogprobs, Sampling, TopTokens
 from workers.engine.counts import TokenCounts, are_counts_needed
 from workers.engine.detokenizer import Detokenizer, TextDecoder
 from workers.engine.port import EngineRequest
@@ -15,6 +15,35 @@ class TextRules:
 
     tokenizer: TextDecoder
     eos_token_ids: frozenset[int]
+
+
+class PromptScores:
+    """How likely each token of a prompt was, filled in chunk by chunk, in any order.
+
+    The first token has nothing before it, so nothing is told about it.
+    """
+
+    def __init__(self, num_prompt: int, *, has_tops: bool) -> None:
+        self._logprobs: list[float | None] = [None] * num_prompt
+        self._tops: list[TopTokens | None] | None = None
+        if has_tops:
+            self._tops = [None for _ in range(num_prompt)]
+        self._num_missing = num_prompt - 1
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_missing == 0
+
+    def fill(self, start: int, logprobs: list[float], tops: list[TopTokens] | None) -> None:
+        """Take those of the tokens from position ``start`` on; known ones may come again."""
+        end = start + len(logprobs)
+        self._num_missing -= self._logprobs[start:end].count(None)
+        self._logprobs[start:end] = logprobs
+        if self._tops is not None and tops is not None:
+            self._tops[start:end] = tops
+
+    def told(self) -> PromptLogprobs:
+        return PromptLogprobs(self._logprobs, self._tops)
 
 
 class Sequence:
@@ -49,7 +78,13 @@ class Sequence:
         self._stops = StopMatcher(request.sampling.stop, keep=request.sampling.keep_stop)
         if are_counts_needed(request.sampling):
             self.counts = TokenCounts(request.prompt)
-        if request.sampling.max_new_tokens <= 0:
+        self.prompt_scores: PromptScores | None = None
+        """What is told about the prompt, with the first record of a log; None when nothing is."""
+        self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
+        if request.sampling.prompt_logprobs and not request.logged:
+            has_tops = request.sampling.top_logprobs > 0
+            self.prompt_scores = PromptScores(self.num_prompt, has_tops=has_tops)
+        elif request.sampling.max_new_tokens <= 0:
             self.finish = FinishReason.LENGTH
         for token in request.logged:
             if self.finish is None:
@@ -69,26 +104,65 @@ class Sequence:
         """Tokens that have no place in the cache yet."""
         return len(self.tokens) - self.num_computed
 
+    def num_unscored(self, start: int) -> int:
+        """Tokens from ``start`` on whose logits must tell how likely the prompt's next one was."""
+        if self.prompt_scores is None or self.prompt_scores.is_complete:
+            return 0
+        return max(0, self.num_prompt - 1 - start)
+
+    def banned(self, num_drafted: int = 0) -> tuple[int, ...]:
+        """What may not come ``num_drafted`` tokens from here, since it would end too short an
+        answer.
+        """
+        if self.num_generated + num_drafted >= self.sampling.min_new_tokens:
+            return ()
+        ends = self._stop_token_ids
+        return tuple(ends if self._runs_past_eos else ends | self._eos_token_ids)
+
+    @property
+    def _runs_past_eos(self) -> bool:
+        """The end of a grammar is an end in any case: nothing can come behind it."""
+        return self.sampling.ignore_eos and self.matcher is None
+
     def append(self, token: int) -> str:
         """Take the next token; returns its piece of text and sets ``finish`` when it was the last.
 
-        An end-of-sequence token on the last allowed position counts as that, not as ``length``; a
-        stop string completed by the last token counts before both. The last piece carries all text
-        that was held back.
+        An end-of-sequence token on the last allowed position counts as that, not as ``length``, and
+        so does a stop token; a stop string completed by the last token counts before all of them.
+        What the tokens below ``min_new_tokens`` say is not searched for stop strings. The last
+        piece carries all text that was held back.
+
+        Raises:
+            GrammarError: the token is not allowed here.
         """
+        is_searched = self.num_generated >= self.sampling.min_new_tokens
+        reason = self._reason_to_end(token)
+        if self.matcher is not None and reason not in (FinishReason.EOS, FinishReason.STOP):
+            self.matcher.accept(token)
         self.tokens.append(token)
         if self.counts is not None:
             self.counts.append(token)
-        is_eos = token in self._eos_token_ids
-        ends = is_eos and not self.sampling.ignore_eos
-        is_last = ends or self.num_generated >= self.sampling.max_new_tokens
-        text = "" if is_eos else self._detokenizer.push(token)
-        if is_last:
+        text = self._detokenizer.push(token) if self._is_shown(token) else ""
+        if reason is not None:
             text += self._detokenizer.flush()
-        piece = self._stops.push(text)
+        piece = self._stops.push(text) if is_searched else text
         if self._stops.matched:
             self.finish = FinishReason.STOP
-        elif is_last:
+        elif reason is not None:
             piece += self._stops.flush()
-            self.finish = FinishReason.EOS if ends else FinishReason.LENGTH
+            self.finish = reason
         return piece
+
+    def _reason_to_end(self, token: int) -> FinishReason | None:
+        """Why ``token``, as the next one, would be the last."""
+        if token in self._eos_token_ids and not self._runs_past_eos:
+            return FinishReason.EOS
+        if token in self._stop_token_ids:
+            return FinishReason.STOP
+        is_last = self.num_generated + 1 >= self.sampling.max_new_tokens
+        return FinishReason.LENGTH if is_last else None
+
+    def _is_shown(self, token: int) -> bool:
+        if token in self._stop_token_ids and not self.sampling.keep_stop:
+            return False
+        return token not in self._eos_token_ids

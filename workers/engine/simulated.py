@@ -11,7 +11,10 @@ from array import array
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from workers.engine.batching import Choice
+import numpy as np
+
+from workers.engine.batching import Choice, Outcome
+from workers.engine.grammar import GrammarError, Matcher
 from workers.engine.scheduler import Chunk
 from workers.engine.sequence import Sequence
 
@@ -63,24 +66,39 @@ class SimulatedRunner:
         self._inter_token_s = inter_token_s
         self._scripts: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()
 
-    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         sampled = [chunk for chunk in chunks if chunk.samples]
         if sampled:
             is_prefill = any(chunk.count > 1 or chunk.start == 0 for chunk in sampled)
             # Zero, too: like a real device's work, it lets the event loop have the interpreter.
             time.sleep(self._first_token_s if is_prefill else self._inter_token_s)
-        return [[self._choose(chunk.sequence)] for chunk in sampled]
+        for chunk in chunks:
+            _score_prompt(chunk)
+        return [self._choose(chunk.sequence) for chunk in sampled]
 
-    def _choose(self, sequence: Sequence) -> Choice:
+    def _choose(self, sequence: Sequence) -> Outcome:
         script = self._scripts.get(sequence)
         if script is None:
             script = self._scripts[sequence] = self._write_script(sequence)
         position = sequence.num_generated
         token = self._eos_token_id if position >= len(script) else script[position]
+        if sequence.matcher is not None:
+            try:
+                token = self._allowed(token, sequence.matcher)
+            except GrammarError as error:
+                return error
         logprob = -(position * 37 % 100) / 100
         others = range(sequence.sampling.top_logprobs)
         top = [(token + i, logprob - i) for i in others]
-        return Choice(token, logprob, top or None)
+        return [Choice(token, logprob, top or None)]
+
+    def _allowed(self, token: int, matcher: Matcher) -> int:
+        """``token`` if the grammar allows it, else an end if it allows that, else its first."""
+        bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
+        for candidate in (token, self._eos_token_id):
+            if bits[candidate]:
+                return candidate
+        return int(bits.argmax())
 
     def _write_script(self, sequence: Sequence) -> list[int]:
         """All tokens before the end; the seed counts only where a real engine would use it."""
@@ -90,3 +108,17 @@ class SimulatedRunner:
         count = draw.randint(_MIN_SENTENCES, _MAX_SENTENCES)
         text = " ".join(draw.choices(SCRIPT, k=count))
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _score_prompt(chunk: Chunk) -> None:
+    sequence, start = chunk.sequence, chunk.start + 1
+    if sequence.prompt_scores is None or not chunk.num_scored:
+        return
+    positions = range(start, start + chunk.num_scored)
+    logprobs = [-(position * 37 % 100) / 100 for position in positions]
+    others = range(sequence.sampling.top_logprobs)
+    tops = [
+        [(sequence.tokens[position] + i, logprob - i) for i in others]
+        for position, logprob in zip(positions, logprobs, strict=True)
+    ]
+    sequence.prompt_scores.fill(start, logprobs, tops if others else None)

@@ -16,6 +16,7 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
+from workers.engine.scheduler import SPARE_ROWS
 from workers.model.attention import Stretch, running
 from workers.model.paged_attention import PAGED_ATTENTION, TILE_TOKENS, PagedLayout
 from workers.model.paged_cache import PagedCache
@@ -62,6 +63,7 @@ class PagedForward:
         self._lengths = token_sizes(max(step_tokens, _FEWEST_TOKENS))
         self._numbers = _StepNumbers(
             num_sequences=self._batches[-1],
+            num_rows=self._batches[-1] + SPARE_ROWS,
             num_tokens=max(self._lengths[-1], 2 * self._batches[-1]),
             num_pages=-(-max_tokens // cache.page_size),
             device=cache.device,
@@ -128,9 +130,10 @@ class PagedForward:
 
     def _mixed_step(self, size: int) -> Callable[[], torch.Tensor]:
         """Room for all decode rows beside prompts, and for logits of everybody."""
-        num_rows = self._batches[-1]
-        num_tiles = min(size // 2, size // TILE_TOKENS + num_rows)
-        return self._step(size, min(size, num_rows), num_tiles, num_rows, self._compute)
+        num_sequences = self._batches[-1]
+        num_tiles = min(size // 2, size // TILE_TOKENS + num_sequences)
+        num_rows = num_sequences + SPARE_ROWS
+        return self._step(size, min(size, num_sequences), num_tiles, num_rows, self._compute)
 
     def _step(
         self,
@@ -208,10 +211,16 @@ class _StepNumbers:
     """All integers of a step, on the host and on the device, at the same places in every step."""
 
     def __init__(
-        self, *, num_sequences: int, num_tokens: int, num_pages: int, device: torch.device
+        self,
+        *,
+        num_sequences: int,
+        num_rows: int,
+        num_tokens: int,
+        num_pages: int,
+        device: torch.device,
     ) -> None:
         num_tiles = num_sequences + num_tokens // TILE_TOKENS
-        sizes = [num_tokens, num_tokens, num_sequences, num_sequences, num_tiles * 4]
+        sizes = [num_tokens, num_tokens, num_sequences, num_rows, num_tiles * 4]
         self._num_head = sum(sizes)
         total = self._num_head + num_sequences * num_pages
         is_cuda = device.type == "cuda"

@@ -7,13 +7,16 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from workers.engine.batching import Choice
+from workers.engine.batching import Choice, Outcome
+from workers.engine.grammar import GrammarError
 from workers.engine.port import DeviceLostError, DeviceMemoryError
 from workers.engine.scheduler import Chunk
 from workers.model.attention import Stretch
-from workers.model.sampler import RowStatistics, SamplingRow, sample
+from workers.model.sampler import RowStatistics, Samples, SamplingRow, sample
 
 
 class Forward(Protocol):
@@ -62,7 +65,7 @@ class ModelRunner:
         self._unproven: dict[int, int] = {}
         """Slot -> end of the positions there that no finite logits have vouched for."""
 
-    def run(self, chunks: list[Chunk]) -> list[list[Choice] | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """See the protocol.
 
         Raises:
@@ -71,36 +74,37 @@ class ModelRunner:
         """
         # The order in which attention wants them; answers go back in the order of the question.
         ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.slot))
-        tokens = [t for c in ordered for t in c.sequence.tokens[c.start : c.end]]
+        tokens = [token for chunk in ordered for token in chunk.tokens]
         stretches = [
             Stretch(c.slot, c.start, c.count, c.pages, c.sequence.adapter) for c in ordered
         ]
         sampled = [chunk for chunk in ordered if chunk.samples]
+        scored_rows, chosen_rows = _rows(ordered)
         with torch.inference_mode(), _device_errors():
             if self._cache is not None:
                 self._prepare_slots(chunks, self._cache)
-            logits = self._forward(tokens, stretches, _last_rows(ordered))
-            choices = self._choose(logits, sampled)
-        for chunk, choice in zip(sampled, choices, strict=True):
-            if choice is not None:
-                self._unproven.pop(chunk.slot, None)
-        by_slot = {chunk.slot: choice for chunk, choice in zip(sampled, choices, strict=True)}
-        return [by_slot[chunk.slot] for chunk in chunks if chunk.samples]
+            logits = self._forward(tokens, stretches, scored_rows + chosen_rows)
+            _score_prompts(logits[: len(scored_rows)], ordered)
+            outcomes = self._choose(logits[len(scored_rows) :], sampled)
+        return [outcomes[chunk.slot] for chunk in chunks if chunk.samples]
 
-    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> list[list[Choice] | None]:
-        if not sampled:
-            return []
-        rows = [
-            SamplingRow(c.sequence.sampling, c.sequence.num_generated, c.sequence.counts)
-            for c in sampled
-        ]
+    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> dict[int, Outcome]:
+        """Of each slot, from ``logits`` of the last known token and the draft of each chunk."""
+        masks = [_masks(chunk) for chunk in sampled]
+        rows = [row for pair in zip(sampled, masks, strict=True) for row in _sampling_rows(*pair)]
+        if not rows:
+            return {}
         samples = sample(logits, rows, self._row_statistics)
-        return [
-            [Choice(token, logprob, top)] if finite else None
-            for token, logprob, finite, top in zip(
-                samples.tokens, samples.logprobs, samples.finite, samples.tops, strict=True
-            )
-        ]
+        outcomes: dict[int, Outcome] = {}
+        first = 0
+        for chunk, its_masks in zip(sampled, masks, strict=True):
+            end = first + 1 + len(chunk.draft)
+            if all(samples.finite[first:end]):
+                self._unproven.pop(chunk.slot, None)
+            failure = its_masks if isinstance(its_masks, GrammarError) else None
+            outcomes[chunk.slot] = failure or _outcome(samples, first, chunk.draft)
+            first = end
+        return outcomes
 
     def _prepare_slots(self, chunks: list[Chunk], cache: Cache) -> None:
         """Bring prefixes to where they are wanted, and clear what a last owner left behind them.
@@ -119,15 +123,92 @@ class ModelRunner:
             self._unproven[chunk.slot] = chunk.end
 
 
-def _last_rows(ordered: list[Chunk]) -> list[int]:
-    """Where the last token of each chunk that samples stands in the step."""
-    rows: list[int] = []
-    end = 0
+def _rows(ordered: list[Chunk]) -> tuple[list[int], list[int]]:
+    """Tokens of the step whose logits tell about prompts, and those behind which one is chosen."""
+    scored: list[int] = []
+    chosen: list[int] = []
+    first = 0
     for chunk in ordered:
-        end += chunk.count
+        scored += range(first, first + chunk.num_scored)
+        first += chunk.count
         if chunk.samples:
-            rows.append(end - 1)
-    return rows
+            chosen += range(first - 1 - len(chunk.draft), first)
+    return scored, chosen
+
+
+def _score_prompts(logits: torch.Tensor, ordered: list[Chunk]) -> None:
+    """Tell sequences how likely the tokens of their prompts were, as the model itself sees them."""
+    first = 0
+    for chunk in ordered:
+        sequence, start = chunk.sequence, chunk.start + 1
+        if not chunk.num_scored or sequence.prompt_scores is None:
+            continue
+        part = logits[first : first + chunk.num_scored].float()
+        first += chunk.num_scored
+        ids = torch.tensor(sequence.tokens[start : start + len(part)], device=part.device)
+        total = part.logsumexp(-1, keepdim=True)
+        tops = None
+        if sequence.sampling.top_logprobs:
+            best = part.topk(sequence.sampling.top_logprobs)
+            pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+            tops = [list(zip(*pair, strict=True)) for pair in pairs]
+        logprobs = (part.gather(1, ids[:, None]) - total)[:, 0].tolist()
+        sequence.prompt_scores.fill(start, logprobs, tops)
+
+
+def _masks(chunk: Chunk) -> list[NDArray[np.int32]] | GrammarError | None:
+    """What may come behind the last known token and behind each of the draft; None is anything."""
+    matcher = chunk.sequence.matcher
+    if matcher is None:
+        return None
+    try:
+        return matcher.masks(list(chunk.draft)) if chunk.draft else [matcher.mask()]
+    except GrammarError as error:
+        return error
+
+
+def _sampling_rows(
+    chunk: Chunk, masks: list[NDArray[np.int32]] | GrammarError | None
+) -> Generator[SamplingRow]:
+    """One for each token of the draft and one behind it."""
+    sequence, draft = chunk.sequence, chunk.draft
+    for place in range(len(draft) + 1):
+        mask = masks[place] if isinstance(masks, list) else None
+        banned = sequence.banned(place)
+        if mask is not None and banned and not _allows_others(mask, banned):
+            banned = ()  # where a grammar ends, so does the answer, be it too short
+        yield SamplingRow(
+            sequence.sampling,
+            sequence.num_generated + place,
+            sequence.counts,
+            draft[:place],
+            previous=draft[place - 1] if place else sequence.tokens[-1],
+            mask=mask,
+            banned=banned,
+        )
+
+
+def _allows_others(mask: NDArray[np.int32], banned: Sequence[int]) -> bool:
+    left = mask.copy().view(np.uint32)
+    for token in banned:
+        left[token // 32] &= ~np.uint32(1 << token % 32)
+    return bool(left.any())
+
+
+def _outcome(samples: Samples, first: int, draft: Sequence[int]) -> Outcome:
+    """The tokens from row ``first`` on, as far as each was chosen behind what really came.
+
+    Behind a row that is not finite nothing is known; it is met again as the first of a later step.
+    """
+    choices: list[Choice] = []
+    for row, guess in enumerate((*draft, None), first):
+        if not samples.finite[row]:
+            break
+        token = samples.tokens[row]
+        choices.append(Choice(token, samples.logprobs[row], samples.tops[row]))
+        if token != guess:
+            break
+    return choices or None
 
 
 @contextmanager
