@@ -89,7 +89,14 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
         """The same for the ``choice``-th of several answers, whose seeds all differ."""
         if choice == 0:
             return self
-        return msgspec.structs.replace(self, seed=(self.seed + choice * _SEED_STRIDE) % 2**64)
+        return msgspec.structs.replace(self, seed=seed_of_choice(self.seed, choice))
+
+
+def seed_of_choice(seed: int, choice: int) -> int:
+    """The seed of the ``choice``-th of several answers to a request with ``seed``; the first one's
+    is ``seed`` itself.
+    """
+    return (seed + choice * _SEED_STRIDE) % 2**64
 
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15

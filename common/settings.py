@@ -46,6 +46,17 @@ class GatewaySettings(Settings):
     """Largest body in bytes."""
     max_stop_sequences: int = Field(default=4, ge=0)
     """Most stop strings in one request."""
+    max_best_of: int = Field(default=2, ge=1, le=16)
+    """Most answers that TGI's ``best_of`` may choose from; OpenAI's ``n`` and ``best_of`` may be up
+    to 16."""
+    max_top_n_tokens: int = Field(default=5, ge=0, le=20)
+    """Most of the likeliest tokens that TGI's ``top_n_tokens`` may ask for with each token."""
+    max_client_batch_size: int = Field(default=32, ge=1, le=256)
+    """Most prompts in one request to ``/v1/completions``; each is queued as its own request."""
+    watermark_gamma: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the vocabulary that is green behind each token, where a watermark is asked for."""
+    watermark_delta: float = Field(default=2.0, ge=0, le=100)
+    """What a watermark adds to the scores of green tokens."""
     queue_limit_s: float = Field(default=60.0, gt=0)
     """Longest wait in the queue; who would wait longer is refused at once with 429."""
     run_limit_s: float = Field(default=600.0, gt=0)

@@ -7,7 +7,7 @@ from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Finish, FinishReason, Timing
 from common.metrics import GatewayMetrics
-from gateway.stream import Batch, Stream
+from gateway.stream import Batch, Reader
 
 log = get_logger()
 
@@ -25,9 +25,10 @@ class Account:
         self.timing: Timing | None = None
         self._metrics = metrics
         self._inter_token_s = metrics.inter_token_s.labels(api)
-        self._num_tokens = 0
+        self._ends: dict[int, int] = {}
+        """Tokens of each choice."""
         self._first_token_at: float | None = None
-        self._last_token_at = 0.0
+        self._last_token_at: dict[int, float] = {}
         self._finish: Finish | None = None
         self._failure: Failure | None = None
         self._left_at: float | None = None
@@ -41,19 +42,27 @@ class Account:
         """Tokens or the end arrived at the gateway."""
         now = monotonic_s()
         if batch.tokens:
-            self._num_tokens = batch.start + len(batch.tokens)
+            self._ends[batch.choice] = batch.start + len(batch.tokens)
+            last_at = self._last_token_at.get(batch.choice)
+            if last_at is not None:
+                self._inter_token_s.observe((now - last_at) / len(batch.tokens))
             if self._first_token_at is None:
                 self._first_token_at = now
                 if batch.start == 0:
                     self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
-            else:
-                per_token = (now - self._last_token_at) / len(batch.tokens)
-                self._inter_token_s.observe(per_token)
-            self._last_token_at = now
-        if batch.finish is not None:
+            self._last_token_at[batch.choice] = now
+        if batch.finish is not None and not self._has_failed:
             self._finish, self.timing = batch.finish, batch.timing
 
-    def note_stream(self, stream: Stream) -> None:
+    @property
+    def _num_tokens(self) -> int:
+        return sum(self._ends.values())
+
+    @property
+    def _has_failed(self) -> bool:
+        return self._finish is not None and self._finish.reason == FinishReason.FAILED
+
+    def note_stream(self, stream: Reader) -> None:
         """How the relay fared, where it was not smooth."""
         self.fields |= {
             name: count for name, count in (("heals", stream.heals), ("lags", stream.lags)) if count
@@ -110,6 +119,6 @@ class Account:
             return self._failure.code
         if self._finish is None:
             return "disconnected"
-        if self._finish.reason == FinishReason.FAILED:
+        if self._has_failed:
             return self._finish.code or "INTERNAL"
         return "cancelled" if self._finish.reason == FinishReason.CANCELLED else "ok"

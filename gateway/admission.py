@@ -21,7 +21,7 @@ from common.failures import Failure
 from common.ids import generation_id
 from common.messages import GenerationSpec
 from common.settings import GatewaySettings
-from gateway.order import DETAILS, Order
+from gateway.order import DETAILS, ECHO, Order
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.stream import Stream
@@ -73,9 +73,9 @@ def manner_of(headers: Headers, *, stream: bool, settings: GatewaySettings) -> M
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An admitted order: the stream that follows it, and what was decided on the way."""
+    """An admitted order: a stream for each choice, and what was decided on the way."""
 
-    stream: Stream
+    streams: list[Stream]
     admitted: Admitted
     presentation: Presentation
 
@@ -93,22 +93,37 @@ class Admissions:
         self._recent = recent
         self._settings = settings
 
-    async def admit(self, request_id: str, order: Order, manner: Manner, trace: str) -> Ticket:
+    async def admit(
+        self, request_id: str, order: Order, manner: Manner, trace: str, first_choice: int = 0
+    ) -> Ticket:
         """Queue ``order`` under ``request_id`` and follow it.
+
+        ``first_choice`` counts the choices of orders that are answered together with this one.
 
         Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
             BROKER_FULL.
         """
         admission = self._admission(request_id, order, manner, trace)
-        stream = self._relay.open(generation_id(request_id), TENANT)
+        streams = [
+            self._relay.open(generation_id(request_id, i), TENANT, choice=first_choice + i)
+            for i in range(order.num_choices)
+        ]
         self._recent.keep(admission)
         try:
             admitted = await self._submit(admission)
         except BaseException:
-            self._recent.forget(stream.id)
-            self._relay.close(stream, was_subscribed=False)
+            self._recent.forget(request_id)
+            for stream in streams:
+                self._relay.close(stream, was_subscribed=False)
             raise
-        return Ticket(stream, admitted, admission.presentation)
+        return Ticket(streams, admitted, admission.presentation)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Take back what was admitted, whatever its client's manner: its answer will not be."""
+        for stream in ticket.streams:
+            self._recent.forget(ticket.admitted.request_id)
+            self._relay.close(stream, was_subscribed=False)
+            self._relay.cancel_soon(stream.id, TENANT)
 
     async def _submit(self, admission: Admission) -> Admitted:
         give_up_at = monotonic_s() + PATIENCE_S
@@ -119,7 +134,9 @@ class Admissions:
                 if failure.code != "BROKER_UNAVAILABLE":
                     raise
                 if monotonic_s() > give_up_at:
-                    self._relay.cancel_soon(generation_id(admission.request_id), TENANT)
+                    for choice in range(admission.num_choices):
+                        given_up = generation_id(admission.request_id, choice)
+                        self._relay.cancel_soon(given_up, TENANT)
                     raise
             await asyncio.sleep(random.uniform(0.05, 0.3))
 
@@ -143,10 +160,13 @@ class Admissions:
                 created=int(time.time()),
                 prompt_tokens=len(order.prompt),
                 seed=order.sampling.seed if shows_seed else None,
+                num_choices=order.num_choices,
+                prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
             ),
             gateway=self._relay.name,
             lane=order.lane,
             tenant=TENANT,
+            num_choices=order.num_choices,
             attached=manner.grace_s is not None,
             grace_ms=int((manner.grace_s or 0) * 1000),
             queue_limit_ms=int(settings.queue_limit_s * 1000),

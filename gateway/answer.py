@@ -1,5 +1,9 @@
 """From a valid order to its answer: the path of every prompt through the gateway."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -7,61 +11,125 @@ from common.failures import Failure
 from common.ids import new_request_id
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of
-from gateway.collect import Completion, body_of, collect
+from gateway.choices import Choices
+from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, status_of, wire_of
-from gateway.frames import Subject, frames_for
+from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, abandoned_on_disconnect
-from gateway.stream import ReaderGone
+from gateway.stream import ReaderGone, Stream
 
 CLIENT_LEFT = 499
 """Status in logs only: nobody is left to read it."""
 COMPUTE_TYPE = "headrace"
 
 
-async def answer(request: Request, order: Order) -> Response:
-    """Queue the order, follow its token log, and bring the tokens to the client as they come.
+async def answer(request: Request, *orders: Order) -> Response:
+    """Queue the orders, follow their token logs, and bring the tokens to the client as they come.
+
+    Several orders, which are several prompts, have one answer, in one piece.
 
     Raises: Failure, as a real status code: nothing has been sent yet.
     """
     services = services_of(request)
     if services.is_draining:
         raise Failure("DRAINING")
-    request_id = new_request_id()
+    order = orders[0]
     manner = manner_of(request.headers, stream=order.stream, settings=services.settings)
-    ticket = await services.admissions.admit(request_id, order, manner, trace_of(request))
-    subject = _subject(services, request_id, order, ticket)
-    account = _open_account(services, request, order, manner, ticket, subject)
-    headers = {"x-headrace-stream-id": request_id, "x-model-version": subject.model_version}
+    admitted = await _admit_all(services, request, orders, manner)
+    account = _open_account(services, request, manner, admitted)
+    subject = admitted[0].subject
+    headers = {
+        "x-headrace-stream-id": ", ".join(one.subject.request_id for one in admitted),
+        "x-model-version": subject.model_version,
+    }
     if not order.stream:
-        return await _whole(services, request, order, ticket, subject, account, headers)
-    return EventStream(
-        ticket.stream,
+        return await _whole(services, request, admitted, account, headers)
+    streams = admitted[0].ticket.streams
+    return event_stream(
+        services,
+        streams,
         frames_for(subject, services.model.tokenizer),
         account,
-        on_close=lambda: services.relay.close(ticket.stream),
         headers=headers | _compute_headers(order),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    order: Order
+    ticket: Ticket
+    subject: Subject
+
+
+async def _admit_all(
+    services: Services, request: Request, orders: Sequence[Order], manner: Manner
+) -> list[_Admitted]:
+    """Admit all orders or none."""
+    admitted: list[_Admitted] = []
+    num_choices = 0
+    try:
+        for order in orders:
+            request_id = new_request_id()
+            ticket = await services.admissions.admit(
+                request_id, order, manner, trace_of(request), num_choices
+            )
+            subject = _subject(services, request_id, order, ticket)
+            admitted.append(_Admitted(order, ticket, subject))
+            num_choices += order.num_choices
+    except BaseException:
+        for one in admitted:
+            services.admissions.withdraw(one.ticket)
+        raise
+    return admitted
+
+
+def event_stream(
+    services: Services,
+    streams: Sequence[Stream],
+    frames: Frames | Interleaved,
+    account: Account,
+    *,
+    headers: dict[str, str],
+    is_reconnecting: bool = False,
+) -> EventStream:
+    """``streams``, one per choice, as server-sent events; they are closed at its end."""
+    reader = streams[0] if len(streams) == 1 else Choices(streams)
+
+    def close() -> None:
+        if isinstance(reader, Choices):
+            reader.close()
+        for stream in streams:
+            services.relay.close(stream)
+
+    return EventStream(
+        reader,
+        frames,
+        account,
+        on_close=close,
+        headers=headers,
+        is_reconnecting=is_reconnecting,
     )
 
 
 async def _whole(
     services: Services,
     request: Request,
-    order: Order,
-    ticket: Ticket,
-    subject: Subject,
+    admitted: Sequence[_Admitted],
     account: Account,
     headers: dict[str, str],
 ) -> Response:
     """The answer in one piece; its timings also stand in TGI's headers."""
     status = 200
+    streams = [stream for one in admitted for stream in one.ticket.streams]
     try:
-        with abandoned_on_disconnect(ticket.stream, request.receive):
-            whole = await collect(ticket.stream, account.note_batch)
-        headers |= _compute_headers(order) | _timing_headers(order, whole, account)
-        return JSONResponse(body_of(subject, whole, services.model.tokenizer), headers=headers)
+        with abandoned_on_disconnect(streams, request.receive):
+            wholes = await collect_all(streams, account.note_batch)
+        replies = _replies(admitted, wholes)
+        headers |= _compute_headers(admitted[0].order) | _timing_headers(admitted, wholes, account)
+        return JSONResponse(body_of(replies, services.model.tokenizer), headers=headers)
     except Failure as failure:
         account.note_failure(failure)
         wire = wire_of(request.url.path)
@@ -72,8 +140,17 @@ async def _whole(
         status = CLIENT_LEFT
         return Response(status_code=status)
     finally:
-        services.relay.close(ticket.stream)
+        for stream in streams:
+            services.relay.close(stream)
         account.close(status)
+
+
+def _replies(admitted: Sequence[_Admitted], wholes: Sequence[Completion]) -> list[Reply]:
+    rest = iter(wholes)
+    return [
+        reply_of(one.subject, list(islice(rest, one.order.num_choices)), one.order.num_best)
+        for one in admitted
+    ]
 
 
 def _subject(services: Services, request_id: str, order: Order, ticket: Ticket) -> Subject:
@@ -84,29 +161,29 @@ def _subject(services: Services, request_id: str, order: Order, ticket: Ticket) 
         presentation=ticket.presentation,
         prompt_text=order.prompt_text,
         lane=order.lane,
+        prompt=order.prompt,
     )
 
 
 def _open_account(
-    services: Services,
-    request: Request,
-    order: Order,
-    manner: Manner,
-    ticket: Ticket,
-    subject: Subject,
+    services: Services, request: Request, manner: Manner, admitted: Sequence[_Admitted]
 ) -> Account:
+    first = admitted[0]
+    num_choices = sum(one.order.num_choices for one in admitted)
+    several = {"choices": num_choices} if num_choices > 1 else {}
     return Account(
         services.metrics,
-        order.api,
+        first.order.api,
         arrival_of(request),
-        stream_id=subject.request_id,
-        stream=order.stream,
-        lane=order.lane,
+        stream_id=first.subject.request_id,
+        stream=first.order.stream,
+        lane=first.order.lane,
         disconnect=manner.text,
-        position=ticket.admitted.position,
-        prompt_tokens=len(order.prompt),
-        max_new_tokens=order.sampling.max_new_tokens,
-        do_sample=order.sampling.do_sample,
+        position=first.ticket.admitted.position,
+        prompt_tokens=sum(len(one.order.prompt) for one in admitted),
+        max_new_tokens=first.order.sampling.max_new_tokens,
+        do_sample=first.order.sampling.do_sample,
+        **several,
     )
 
 
@@ -119,11 +196,17 @@ def _compute_headers(order: Order) -> dict[str, str]:
     }
 
 
-def _timing_headers(order: Order, whole: Completion, account: Account) -> dict[str, str]:
-    """TGI's headers of an answer that is not streamed: integer milliseconds, one in seconds."""
-    num_tokens = len(whole.tokens)
-    queue_s = whole.timing.queue_time_s if whole.timing else 0.0
-    inference_s = whole.timing.generation_time_s if whole.timing else 0.0
+def _timing_headers(
+    admitted: Sequence[_Admitted], wholes: Sequence[Completion], account: Account
+) -> dict[str, str]:
+    """TGI's headers of an answer that is not streamed: integer milliseconds, one in seconds.
+
+    Several generations run side by side: the longest times count, and the tokens of all.
+    """
+    num_tokens = sum(len(whole.tokens) for whole in wholes)
+    timings = [whole.timing for whole in wholes if whole.timing]
+    queue_s = max((timing.queue_time_s for timing in timings), default=0.0)
+    inference_s = max((timing.generation_time_s for timing in timings), default=0.0)
     times_s = {
         "x-total-time": account.age_s,
         "x-validation-time": max(0.0, account.age_s - queue_s - inference_s),
@@ -133,6 +216,6 @@ def _timing_headers(order: Order, whole: Completion, account: Account) -> dict[s
     }
     return {name: str(round(value * 1000)) for name, value in times_s.items()} | {
         "x-compute-time": f"{account.age_s:.6f}",
-        "x-prompt-tokens": str(len(order.prompt)),
+        "x-prompt-tokens": str(sum(len(one.order.prompt) for one in admitted)),
         "x-generated-tokens": str(num_tokens),
     }

@@ -24,7 +24,14 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_TOP_K = 2**31 - 1
 MAX_SEED = 2**64 - 1
 MAX_NEW_TOKENS = 2**32 - 1
+MAX_PENALTY = 2.0
+"""OpenAI's bound for frequency and presence penalties, and TGI's for its own, on both sides."""
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 64
 
+_ID_DIGITS = 9
+"""No vocabulary has ids of more digits."""
 _AT = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
@@ -82,6 +89,12 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
         raise Failure("BAD_REQUEST", f"`{name}` must be between {low:g} and {high:g}", field=name)
 
 
+def check_above_0(name: str, value: float | None, high: float) -> None:
+    """Raises: Failure BAD_REQUEST when ``value`` is given and outside ``]0, high]``."""
+    if value is not None and not 0 < value <= high:
+        raise Failure("BAD_REQUEST", f"`{name}` must be above 0 and at most {high:g}", field=name)
+
+
 def check_stops(name: str, stops: Iterable[str]) -> None:
     """Raises: Failure BAD_REQUEST for an empty or an over-long stop sequence."""
     if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
@@ -90,6 +103,61 @@ def check_stops(name: str, stops: Iterable[str]) -> None:
             f"a sequence in `{name}` must have 1 to {MAX_STOP_CHARACTERS} characters",
             field=name,
         )
+
+
+def check_stop_tokens(name: str, tokens: list[int], vocab_size: int) -> tuple[int, ...]:
+    """Raises: Failure BAD_REQUEST for too many of them, or for one outside the vocabulary."""
+    if len(tokens) > MAX_STOP_TOKENS:
+        raise Failure("BAD_REQUEST", f"`{name}` takes up to {MAX_STOP_TOKENS} tokens", field=name)
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise _unknown_token(name, token, vocab_size)
+    return tuple(tokens)
+
+
+def logit_bias(name: str, biases: Any, vocab_size: int) -> dict[int, float]:
+    """The biases by token; a client writes the ids as texts, and no biases as ``[]`` or null.
+
+    Raises: Failure BAD_REQUEST, which names the token that is wrong.
+    """
+    if not biases and not isinstance(biases, (str, int, float)):
+        return {}
+    if not isinstance(biases, dict) or len(biases) > MAX_BIASED_TOKENS:
+        raise Failure(
+            "BAD_REQUEST",
+            f"`{name}` must map up to {MAX_BIASED_TOKENS} token ids to biases",
+            field=name,
+        )
+    return {
+        _token_id(name, token, vocab_size): _bias(f"{name}.{token}", bias)
+        for token, bias in biases.items()
+    }
+
+
+def _token_id(name: str, token: str, vocab_size: int) -> int:
+    is_number = len(token) <= _ID_DIGITS and token.isascii() and token.isdigit()
+    if not is_number or int(token) >= vocab_size:
+        raise _unknown_token(name, token[:20], vocab_size)
+    return int(token)
+
+
+def _bias(field: str, bias: Any) -> float:
+    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    if not is_number or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+        raise Failure(
+            "BAD_REQUEST",
+            f"`{field}` must be a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+            field=field,
+        )
+    return float(bias)
+
+
+def _unknown_token(name: str, token: object, vocab_size: int) -> Failure:
+    return Failure(
+        "BAD_REQUEST",
+        f"`{name}` names {token!r}, which is no token: ids go from 0 to {vocab_size - 1}",
+        field=name,
+    )
 
 
 def draw_seed() -> int:

@@ -1,14 +1,41 @@
-"""Whole answers: a generation read to its end, and the JSON body that each API makes of it."""
+"""Whole answers: generations read to their end, and the JSON body that each API makes of them."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.failures import KINDS, Failure
-from common.messages import Finish, FinishReason, Timing, unescape_pieces
+from common.messages import (
+    Finish,
+    FinishReason,
+    PromptLogprobs,
+    Timing,
+    TopTokens,
+    seed_of_choice,
+    unescape_pieces,
+)
 from common.models.tokenizer import Tokenizer
-from gateway.frames import Subject, finite, openai_reason, response_id, timings, usage
-from gateway.order import AS_LIST, DETAILS, FULL_TEXT, SHOW_TIER
+from gateway.frames import Subject, openai_reason, response_id, timings, usage
+from gateway.logprobs import (
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    finite,
+    offsets_of,
+    prefill,
+    top_tokens,
+)
+from gateway.order import (
+    AS_LIST,
+    DETAILS,
+    ECHO,
+    FULL_TEXT,
+    LOGPROBS,
+    PREFILL,
+    PROMPT_ONLY,
+    SHOW_TIER,
+)
 from gateway.stream import Batch, Stream
 
 
@@ -16,15 +43,55 @@ from gateway.stream import Batch, Stream
 class Completion:
     """A finished generation, whole."""
 
+    choice: int
     finish: Finish
     timing: Timing | None
     tokens: list[int] = field(default_factory=list[int])
     pieces: list[bytes] = field(default_factory=list[bytes])
     logprobs: list[float | None] = field(default_factory=list[float | None])
+    tops: list[TopTokens] = field(default_factory=list[TopTokens])
+    prompt: PromptLogprobs | None = None
 
     @property
     def text(self) -> str:
         return unescape_pieces(self.pieces)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens: by this TGI and OpenAI choose the best of several answers."""
+        return sum(logprob or 0.0 for logprob in self.logprobs) / max(1, len(self.logprobs))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """All that was made for one prompt: the ``choices`` to be shown, and the tokens of them all."""
+
+    subject: Subject
+    choices: list[Completion]
+    num_tokens: int
+
+
+def reply_of(subject: Subject, choices: list[Completion], num_best: int = 0) -> Reply:
+    """``num_best``: show only so many, the likeliest first; 0: all of them, in order."""
+    num_tokens = sum(len(choice.tokens) for choice in choices)
+    if num_best:
+        choices = sorted(choices, key=lambda choice: -choice.mean_logprob)[:num_best]
+    return Reply(subject, choices, num_tokens)
+
+
+async def collect_all(
+    streams: Sequence[Stream], on_batch: Callable[[Batch], None]
+) -> list[Completion]:
+    """Read ``streams`` to their ends, all at once; the first one that fails ends the rest.
+
+    Raises: as :func:`collect`.
+    """
+    reading = [asyncio.create_task(collect(stream, on_batch)) for stream in streams]
+    try:
+        return await asyncio.gather(*reading)
+    finally:
+        for task in reading:
+            task.cancel()
 
 
 async def collect(stream: Stream, on_batch: Callable[[Batch], None]) -> Completion:
@@ -32,7 +99,7 @@ async def collect(stream: Stream, on_batch: Callable[[Batch], None]) -> Completi
 
     Raises: Failure, what the generation failed with; ReaderGone when the client left.
     """
-    whole = Completion(Finish(""), None)
+    whole = Completion(stream.choice, Finish(""), None)
     while not whole.finish.reason:
         batch = await stream.next()
         if batch is None:
@@ -41,6 +108,8 @@ async def collect(stream: Stream, on_batch: Callable[[Batch], None]) -> Completi
         whole.tokens += batch.tokens
         whole.pieces += batch.pieces
         whole.logprobs += batch.logprobs
+        whole.tops += batch.tops
+        whole.prompt = batch.prompt or whole.prompt
         if batch.finish is not None:
             whole.finish, whole.timing = batch.finish, batch.timing
     if whole.finish.reason == FinishReason.FAILED:
@@ -54,55 +123,130 @@ def failure_of(finish: Finish) -> Failure:
     return Failure(code, finish.message or None)
 
 
-def body_of(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> Any:
-    """The JSON of a whole answer in the format of its API."""
+def body_of(replies: Sequence[Reply], tokenizer: Tokenizer) -> Any:
+    """The JSON of a whole answer in the format of its API; one reply for each prompt."""
+    subject = replies[0].subject
     match subject.presentation.api:
         case "chat":
-            return _chunk_body(subject, whole, "chat.completion", _message(whole.text))
+            return _chunk_body(replies, tokenizer, "chat.completion", _chat_choice)
         case "completion":
-            return _chunk_body(subject, whole, "text_completion", {"text": whole.text})
+            return _chunk_body(replies, tokenizer, "text_completion", _completion_choice)
         case _:
-            body = _tgi_body(subject, whole, tokenizer)
+            body = _tgi_body(replies[0], tokenizer)
             return [body] if subject.has(AS_LIST) else body
 
 
-def _message(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text}}
+# OpenAI ------------------------------------------------------------------------------------------
 
 
 def _chunk_body(
-    subject: Subject, whole: Completion, kind: str, said: dict[str, Any]
+    replies: Sequence[Reply],
+    tokenizer: Tokenizer,
+    kind: str,
+    say: Callable[[Subject, Completion, Tokenizer], dict[str, Any]],
 ) -> dict[str, Any]:
-    choice = {"index": 0, **said, "logprobs": None, "finish_reason": openai_reason(whole.finish)}
-    version = whole.timing.model_version if whole.timing else subject.model_version
+    """Choices are numbered through all prompts. Each tells its timings, if there are several."""
+    subject, first = replies[0].subject, replies[0].choices[0]
+    pairs = [(reply.subject, choice) for reply in replies for choice in reply.choices]
+    choices = [
+        {"index": index, **say(of, choice, tokenizer), "finish_reason": _reason(of, choice)}
+        for index, (of, choice) in enumerate(pairs)
+    ]
     body: dict[str, Any] = {
         "id": response_id(subject),
         "object": kind,
         "created": subject.presentation.created,
         "model": subject.model,
-        "system_fingerprint": version or None,
-        "choices": [choice],
-        "usage": usage(subject, len(whole.tokens)),
-        "headrace": timings(whole.finish, whole.timing, len(whole.tokens)),
+        "system_fingerprint": _version(subject, first) or None,
+        "choices": choices,
+        "usage": _total_usage(replies),
     }
+    told = [timings(it.finish, it.timing, len(it.tokens)) for _, it in pairs]
+    if len(pairs) == 1:
+        body["headrace"] = told[0]
+    else:
+        for choice, times in zip(choices, told, strict=True):
+            choice["headrace"] = times
     if subject.has(SHOW_TIER):
         body["service_tier"] = subject.lane
     return body
 
 
-def _tgi_body(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    prompt = subject.prompt_text if subject.has(FULL_TEXT) else ""
-    body: dict[str, Any] = {"generated_text": prompt + whole.text}
+def _chat_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    told = None
+    if subject.has(LOGPROBS):
+        told = chat_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops)
+    return {"message": {"role": "assistant", "content": whole.text}, "logprobs": told}
+
+
+def _completion_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    is_new_shown = not subject.has(PROMPT_ONLY)
+    prompt = subject.prompt_text if subject.has(ECHO) else ""
+    told: dict[str, list[Any]] | None = None
+    if subject.has(LOGPROBS):
+        parts: list[dict[str, list[Any]]] = []
+        if subject.has(ECHO):
+            parts.append(echoed_logprobs(tokenizer, subject.prompt, whole.prompt))
+        if is_new_shown:
+            offsets = offsets_of(whole.pieces, len(prompt))[:-1]
+            parts.append(
+                completion_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops, offsets)
+            )
+        told = {name: [one for part in parts for one in part[name]] for name in parts[0]}
+    return {"text": prompt + whole.text if is_new_shown else prompt, "logprobs": told}
+
+
+def _reason(subject: Subject, whole: Completion) -> str:
+    return "length" if subject.has(PROMPT_ONLY) else openai_reason(whole.finish)
+
+
+def _version(subject: Subject, whole: Completion) -> str:
+    return whole.timing.model_version if whole.timing else subject.model_version
+
+
+def _total_usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Every prompt once, and the tokens of all choices, of those too that were not the best."""
+    counts = [
+        usage(reply.subject, 0 if reply.subject.has(PROMPT_ONLY) else reply.num_tokens)
+        for reply in replies
+    ]
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+
+# TGI ---------------------------------------------------------------------------------------------
+
+
+def _tgi_body(reply: Reply, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The best choice; the others stand in its details."""
+    subject, (whole, *others) = reply.subject, reply.choices
+    body: dict[str, Any] = {"generated_text": _tgi_text(subject, whole)}
     if subject.has(DETAILS):
-        body["details"] = {
-            "finish_reason": whole.finish.reason,
-            "generated_tokens": len(whole.tokens),
-            "seed": subject.presentation.seed,
-            "prefill": [],
-            "tokens": _tokens(whole, tokenizer),
-        }
+        body["details"] = _details(subject, whole, tokenizer)
+        if others:
+            body["details"]["best_of_sequences"] = [
+                {"generated_text": _tgi_text(subject, other)} | _details(subject, other, tokenizer)
+                for other in others
+            ]
     body["headrace"] = timings(whole.finish, whole.timing, len(whole.tokens))
     return body
+
+
+def _tgi_text(subject: Subject, whole: Completion) -> str:
+    return (subject.prompt_text if subject.has(FULL_TEXT) else "") + whole.text
+
+
+def _details(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    seed = subject.presentation.seed
+    details: dict[str, Any] = {
+        "finish_reason": whole.finish.reason,
+        "generated_tokens": len(whole.tokens),
+        "seed": seed if seed is None else seed_of_choice(seed, whole.choice),
+        "prefill": prefill(tokenizer, subject.prompt, whole.prompt) if subject.has(PREFILL) else [],
+        "tokens": _tokens(whole, tokenizer),
+    }
+    if whole.tops:
+        details["top_tokens"] = [top_tokens(tokenizer, tops) for tops in whole.tops]
+    return details
 
 
 def _tokens(whole: Completion, tokenizer: Tokenizer) -> list[dict[str, Any]]:

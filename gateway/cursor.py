@@ -4,17 +4,23 @@
 The final frames have stages of their own, ``57-0a1b2c3d.1`` finish, ``.2`` usage, ``.3`` done, so
 that a client which was cut off between them gets just the missing ones. ``0-00000000`` is the
 beginning.
+
+A stream of several choices has a cursor for each, in order, joined: ``57-0a1b2c3d~60-4e5f6a7b.1``.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from common.broker import MAX_CHOICES
 from common.failures import Failure
 from common.messages import chain_next
 
 FINISH, USAGE, DONE = 1, 2, 3
 """Stages: which final frame a cursor stands behind; 0 is none of them."""
+
+SEPARATOR = "~"
+"""Between the cursors of several choices: stands unquoted in a URL and in a header."""
 
 _CURSOR = re.compile(r"(\d{1,9})(?:-([0-9a-f]{8}))?(?:\.([123]))?")
 
@@ -45,6 +51,14 @@ def parse_cursor(text: str, field: str) -> Cursor:
     position, chain = int(match[1]), match[2]
     known = int(chain, 16) if chain is not None and position > 0 else None
     return Cursor(position, known, int(match[3] or 0))
+
+
+def parse_cursors(text: str, field: str) -> list[Cursor]:
+    """Read the cursors of a stream, one per choice.
+
+    Raises: Failure BAD_REQUEST that names ``field``.
+    """
+    return [parse_cursor(part, field) for part in text.split(SEPARATOR)[: MAX_CHOICES + 1]]
 
 
 def chain_before(chain: int, tokens: Iterable[int]) -> int:

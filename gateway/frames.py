@@ -1,9 +1,11 @@
 """Frames: from batches of tokens to the bytes of an SSE stream, in the format of each API.
 
 A token's text arrives as the inside of an ASCII-escaped JSON string, so a frame is made by joining
-bytes around it; no payload is parsed or encoded again. Every frame has an ``id:``, the cursor
-behind it. A stream that is resumed elsewhere lacks only what :class:`Presentation` does not hold,
-the prompt's text.
+bytes around it; no payload is parsed or encoded again, but for the log-probabilities of those who
+ask for them. Every frame has an ``id:``, the cursor behind it. A stream that is resumed elsewhere
+lacks only what :class:`Presentation` does not hold, the prompt's text.
+
+Several choices of one request are frames of their own, joined by :class:`Interleaved`.
 
 Each answer tells its timings in an extra object ``headrace`` (SDKs keep or ignore it)::
 
@@ -19,16 +21,25 @@ true one: ``/v1`` has no word for ``cancelled`` and says ``stop`` outside.
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from common.broker import Presentation
 from common.failures import KINDS, Failure
-from common.messages import Finish, FinishReason, Timing
+from common.messages import Finish, FinishReason, Timing, unescape_pieces
 from common.models.tokenizer import Tokenizer
-from gateway.cursor import DONE, FINISH, USAGE, Cursor
+from gateway.cursor import DONE, FINISH, SEPARATOR, USAGE, Cursor
 from gateway.errors import Wire, envelope
-from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, SHOW_TIER
+from gateway.logprobs import (
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    offsets_of,
+    top_tokens,
+)
+from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, LOGPROBS, SHOW_TIER
 from gateway.stream import Batch
 
 PING = b": ping\n"
@@ -47,6 +58,9 @@ class Subject:
     prompt_text: str = ""
     lane: str = "default"
 
+    prompt: list[int] = field(default_factory=list[int])
+    """Only at hand where the request came in, as the text is."""
+
     def has(self, flag: int) -> bool:
         return bool(self.presentation.flags & flag)
 
@@ -63,6 +77,17 @@ class Frames(ABC):
         self._num_tokens = cursor.position
         self._chain = cursor.chain or 0
         self._stage = cursor.stage
+        self._id_open = b"id: "
+        self._id_close = b"\ndata: "
+
+    @property
+    def cursor(self) -> Cursor:
+        """Behind all that was rendered."""
+        return Cursor(self._num_tokens, self._chain, self._stage)
+
+    def stand_at(self, stage: int) -> None:
+        """Move the cursor behind a final frame that others rendered."""
+        self._stage = max(self._stage, stage)
 
     def render(self, batch: Batch) -> bytes:
         """The frames of a batch. After the one that brings the finish, ``is_complete`` is set."""
@@ -92,8 +117,8 @@ class Frames(ABC):
     def _final(self, stage: int, data: bytes) -> list[bytes]:
         if stage <= self._stage:
             return []
-        cursor = Cursor(self._num_tokens, self._chain, stage)
-        return [f"id: {cursor}\ndata: ".encode() + data + b"\n\n"]
+        self._stage = stage
+        return [self._id_open + str(self.cursor).encode() + self._id_close + data + b"\n\n"]
 
     def _broken(self, finish: Finish) -> bytes:
         """The error event of a generation that failed."""
@@ -130,6 +155,12 @@ class TgiFrames(Frames):
                 zip(batch.tokens, batch.pieces, batch.logprobs, strict=True), batch.start + 1
             )
         ]
+        if batch.tops:
+            told = (top_tokens(self._tokenizer, tops) for tops in batch.tops)
+            events = [
+                event + b',"top_tokens":' + _json(tops)
+                for event, tops in zip(events, told, strict=True)
+            ]
         if events and batch.finish is not None and not _is_failed(batch.finish):
             self._last_event = events.pop()
         return [
@@ -185,7 +216,10 @@ class TgiFrames(Frames):
 
 
 class _ChunkFrames(Frames):
-    """``/v1``: a chunk per token, one with the finish reason, maybe one with usage, ``[DONE]``."""
+    """``/v1``: a chunk per token, one with the finish reason, maybe one with usage, ``[DONE]``.
+
+    ``index`` is the choice. One of several, ``is_alone`` False, leaves the last two to them all.
+    """
 
     wire: Wire = "openai"
     object: str
@@ -196,38 +230,72 @@ class _ChunkFrames(Frames):
     empty: bytes
     """A choice that adds no text."""
 
-    def __init__(self, subject: Subject, cursor: Cursor | None = None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        tokenizer: Tokenizer,
+        cursor: Cursor | None = None,
+        *,
+        index: int = 0,
+        is_alone: bool = True,
+    ) -> None:
         super().__init__(subject, cursor)
-        head: dict[str, Any] = {
-            "id": response_id(subject),
-            "object": self.object,
-            "created": subject.presentation.created,
-            "model": subject.model,
-            "system_fingerprint": subject.model_version or None,
-        }
-        if subject.has(SHOW_TIER):
-            head["service_tier"] = subject.lane
-        self._head = _json(head)[:-1]
-        self._choice = self._head + b',"choices":[{"index":0,'
+        self._tokenizer = tokenizer
+        self._is_alone = is_alone
+        self._tells_logprobs = subject.has(LOGPROBS)
+        self._head = _head(subject, self.object)
+        self._choice = self._head + b',"choices":[{"index":%d,' % index
         self._usage = b',"usage":null' if subject.has(INCLUDE_USAGE) else b""
-        self._before = self._choice + self.open
-        self._behind = self.close + b',"logprobs":null,"finish_reason":null}]%b}\n\n' % self._usage
+        self._before = self._id_close + self._choice + self.open
+        self._end = b',"finish_reason":null}]%b}\n\n' % self._usage
+        self._behind = self.close + b',"logprobs":null' + self._end
+
+    def stand_between(self, before: str, behind: str) -> None:
+        """Write each id between the cursors of other choices."""
+        self._id_open = b"id: " + before.encode()
+        self._id_close = behind.encode() + b"\ndata: "
+        self._before = self._id_close + self._choice + self.open
 
     def tokens(self, batch: Batch) -> list[bytes]:
-        before, behind = self._before, self._behind
-        frames = [
-            b"id: %d-%08x\ndata: %b%b%b" % (position, chain, before, piece, behind)
-            for position, (piece, chain) in enumerate(
-                zip(batch.pieces, batch.chains, strict=True), batch.start + 1
+        if self._tells_logprobs:
+            frames = self._tokens_with_logprobs(batch)
+        else:
+            opened, before, behind = self._id_open, self._before, self._behind
+            frames = [
+                b"%b%d-%08x%b%b%b" % (opened, position, chain, before, piece, behind)
+                for position, (piece, chain) in enumerate(
+                    zip(batch.pieces, batch.chains, strict=True), batch.start + 1
+                )
+            ]
+        return frames if batch.start else self._opened(batch, frames)
+
+    def _tokens_with_logprobs(self, batch: Batch) -> list[bytes]:
+        return [
+            b'%b%d-%08x%b%b%b,"logprobs":%b%b'
+            % (
+                self._id_open, position, chain, self._before, piece, self.close, _json(told),
+                self._end,
             )
-        ]
-        if batch.start == 0 and frames:
-            frames[0] = frames[0].replace(before, self._choice + self.first_open, 1)
+            for position, (piece, chain, told) in enumerate(
+                zip(batch.pieces, batch.chains, self.logprobs(batch), strict=True), batch.start + 1
+            )
+        ]  # fmt: skip
+
+    def _opened(self, batch: Batch, frames: list[bytes]) -> list[bytes]:  # noqa: ARG002 - see echo
+        """The first frames of an answer."""
+        if frames:
+            first = self._id_close + self._choice + self.first_open
+            frames[0] = frames[0].replace(self._before, first, 1)
         return frames
+
+    @abstractmethod
+    def logprobs(self, batch: Batch) -> list[dict[str, Any]]:
+        """``logprobs`` of each token's choice."""
 
     def end(self, finish: Finish, timing: Timing | None) -> list[bytes]:
         if _is_failed(finish):
-            return [*self._final(FINISH, self._broken(finish)), *self._final(DONE, b"[DONE]")]
+            frames = self._final(FINISH, self._broken(finish))
+            return [*frames, *self._final(DONE, b"[DONE]")] if self._is_alone else frames
         nothing = self.empty if self._num_tokens else self.first_open + self.close
         reason = _json(openai_reason(finish))
         told = _json(timings(finish, timing, self._num_tokens))
@@ -235,10 +303,21 @@ class _ChunkFrames(Frames):
             self._choice, nothing, reason, self._usage, told,
         )  # fmt: skip
         frames = self._final(FINISH, last)
-        if self.subject.has(INCLUDE_USAGE):
-            counts = _json(usage(self.subject, self._num_tokens))
-            frames += self._final(USAGE, b'%b,"choices":[],"usage":%b}' % (self._head, counts))
-        return frames + self._final(DONE, b"[DONE]")
+        if self._is_alone:
+            for stage, data in self.closing(self._num_tokens):
+                frames += self._final(stage, data)
+        return frames
+
+    def closing(self, num_tokens: int) -> list[tuple[int, bytes]]:
+        """Stages and data of what stands behind the last choice.
+
+        ``num_tokens`` are those of all choices together.
+        """
+        done = (DONE, b"[DONE]")
+        if not self.subject.has(INCLUDE_USAGE):
+            return [done]
+        counts = _json(usage(self.subject, num_tokens))
+        return [(USAGE, b'%b,"choices":[],"usage":%b}' % (self._head, counts)), done]
 
     def failure(self, failure: Failure) -> bytes:
         return super().failure(failure) + b"data: [DONE]\n\n"
@@ -251,28 +330,160 @@ class ChatFrames(_ChunkFrames):
     close = b'"}'
     empty = b'"delta":{}'
 
+    def logprobs(self, batch: Batch) -> list[dict[str, Any]]:
+        told = chat_logprobs(self._tokenizer, batch.tokens, batch.logprobs, batch.tops)
+        return [told | {"content": [entry]} for entry in told["content"]]
+
 
 class CompletionFrames(_ChunkFrames):
+    """``pieces`` are the texts before ``cursor``: log-probabilities come with a place in the text.
+
+    A prompt that is repeated stands in a chunk of its own ahead of the first token's. It has no
+    ``id:``, because no stream that is resumed can bring it again.
+    """
+
     object = "text_completion"
     first_open = open = b'"text":"'
     close = b'"'
     empty = b'"text":""'
 
+    def __init__(
+        self,
+        subject: Subject,
+        tokenizer: Tokenizer,
+        cursor: Cursor | None = None,
+        pieces: list[bytes] | None = None,
+        **place: Any,
+    ) -> None:
+        super().__init__(subject, tokenizer, cursor, **place)
+        self._offset = subject.presentation.prompt_characters + len(unescape_pieces(pieces or []))
+
+    def _opened(self, batch: Batch, frames: list[bytes]) -> list[bytes]:
+        is_echoed = frames and self.subject.prompt_text
+        return [*([self._echo(batch)] if is_echoed else []), *super()._opened(batch, frames)]
+
+    def logprobs(self, batch: Batch) -> list[dict[str, Any]]:
+        offsets = offsets_of(batch.pieces, self._offset)
+        self._offset = offsets.pop()
+        told = completion_logprobs(
+            self._tokenizer, batch.tokens, batch.logprobs, batch.tops, offsets
+        )
+        return [{name: [told[name][i]] for name in told} for i in range(len(offsets))]
+
+    def _echo(self, batch: Batch) -> bytes:
+        told = None
+        if self._tells_logprobs:
+            told = echoed_logprobs(self._tokenizer, self.subject.prompt, batch.prompt)
+        text = _json(self.subject.prompt_text)[1:-1]
+        return b'data: %b%b%b%b,"logprobs":%b%b' % (
+            self._choice, self.open, text, self.close, _json(told), self._end,
+        )  # fmt: skip
+
+
+class Interleaved:
+    """Frames of several choices in one stream: each ``id:`` holds the cursors of them all.
+
+    The last choice to end is followed by what ends the stream. One that fails ends it at once, as
+    clients take the error for the end; behind its ``id:`` the others can still be read.
+    """
+
+    def __init__(self, choices: Sequence[ChatFrames | CompletionFrames]) -> None:
+        self.is_complete = False
+        self._choices = choices
+        self._is_ended = [False] * len(choices)
+
+    def render(self, batch: Batch) -> bytes:
+        """The frames of a batch of ``batch.choice``."""
+        chosen = self._choices[batch.choice]
+        cursors = [str(choice.cursor) for choice in self._choices]
+        before, behind = cursors[: batch.choice], cursors[batch.choice + 1 :]
+        chosen.stand_between(
+            "".join(cursor + SEPARATOR for cursor in before),
+            "".join(SEPARATOR + cursor for cursor in behind),
+        )
+        had_ended = chosen.cursor.stage >= FINISH
+        frames = chosen.render(batch)
+        self._is_ended[batch.choice] = chosen.is_complete
+        if batch.finish is not None and _is_failed(batch.finish) and not had_ended:
+            self.is_complete = True
+            return frames + b"data: [DONE]\n\n"
+        if all(self._is_ended):
+            self.is_complete = True
+            frames += self._closing()
+        return frames
+
+    def failure(self, failure: Failure) -> bytes:
+        return self._choices[0].failure(failure)
+
+    def _closing(self) -> bytes:
+        """These frames are everybody's, so every cursor stands behind them."""
+        num_tokens = sum(choice.cursor.position for choice in self._choices)
+        frames = b""
+        for stage, data in self._choices[0].closing(num_tokens):
+            if all(choice.cursor.stage >= stage for choice in self._choices):
+                continue
+            for choice in self._choices:
+                choice.stand_at(stage)
+            cursors = SEPARATOR.join(str(choice.cursor) for choice in self._choices)
+            frames += b"id: %b\ndata: %b\n\n" % (cursors.encode(), data)
+        return frames
+
 
 def frames_for(
     subject: Subject,
     tokenizer: Tokenizer,
-    cursor: Cursor | None = None,
-    pieces: list[bytes] | None = None,
-) -> Frames:
-    """The frames of the API that the request came through."""
-    match subject.presentation.api:
-        case "chat":
-            return ChatFrames(subject, cursor)
-        case "completion":
-            return CompletionFrames(subject, cursor)
-        case _:
-            return TgiFrames(subject, tokenizer, cursor, pieces)
+    cursors: Sequence[Cursor] = (),
+    pieces: Sequence[list[bytes]] = (),
+) -> Frames | Interleaved:
+    """The frames of the API that the request came through.
+
+    ``cursors`` and ``pieces``, the texts before them, are those of each choice; none: from the
+    beginning. ``pieces`` are asked for where :func:`needs_pieces` says so.
+    """
+    num_choices = subject.presentation.num_choices
+    places = list(zip_longest(cursors, pieces)) or [(None, None)] * num_choices
+    if subject.presentation.api == "tgi":
+        return TgiFrames(subject, tokenizer, *places[0])
+    if num_choices == 1:
+        return _chunk_frames(subject, tokenizer, *places[0])
+    return Interleaved(
+        [
+            _chunk_frames(subject, tokenizer, *place, index=index, is_alone=False)
+            for index, place in enumerate(places)
+        ]
+    )
+
+
+def _chunk_frames(
+    subject: Subject,
+    tokenizer: Tokenizer,
+    cursor: Cursor | None,
+    pieces: list[bytes] | None,
+    **place: Any,
+) -> ChatFrames | CompletionFrames:
+    if subject.presentation.api == "chat":
+        return ChatFrames(subject, tokenizer, cursor, **place)
+    return CompletionFrames(subject, tokenizer, cursor, pieces, **place)
+
+
+def needs_pieces(presentation: Presentation) -> bool:
+    """Whether what stands behind a cursor depends on the text before it."""
+    tells_offsets = presentation.api == "completion" and presentation.flags & LOGPROBS
+    return presentation.api == "tgi" or bool(tells_offsets)
+
+
+def _head(subject: Subject, kind: str) -> bytes:
+    """What every chunk of a stream begins with."""
+    head: dict[str, Any] = {
+        "id": response_id(subject),
+        "object": kind,
+        "created": subject.presentation.created,
+        "model": subject.model,
+        "system_fingerprint": subject.model_version or None,
+    }
+    if subject.has(SHOW_TIER):
+        head["service_tier"] = subject.lane
+    return _json(head)[:-1]
 
 
 def last_stage(presentation: Presentation) -> int:
@@ -312,11 +523,6 @@ def timings(finish: Finish, timing: Timing | None, num_tokens: int) -> dict[str,
         "model_version": timing.model_version,
         "attempts": timing.attempts,
     } | told
-
-
-def finite(value: float | None) -> float | None:
-    """``value`` with the seven digits of a float32; None for what JSON cannot say."""
-    return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
 
 
 def _number(value: float | None) -> bytes:

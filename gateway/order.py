@@ -17,6 +17,14 @@ AS_LIST = 8
 """TGI's ``POST /``: the answer is a list of one."""
 SHOW_TIER = 16
 """OpenAI: the request named a ``service_tier``, so the answer echoes it."""
+LOGPROBS = 32
+"""OpenAI: each choice tells the log-probabilities of its tokens."""
+ECHO = 64
+"""Completions: the text begins with the prompt."""
+PROMPT_ONLY = 128
+"""Completions: nothing but the prompt was asked for; the one token that is made is not shown."""
+PREFILL = 256
+"""TGI: ``details`` tells the tokens of the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +44,10 @@ class Order:
     """Name of a LoRA adapter; empty: the model alone."""
     num_choices: int = 1
     """Answers to the one prompt, each a generation of its own."""
+    num_best: int = 0
+    """Only so many of the choices are answers, the likeliest by token; 0: all, in their order."""
 
     @property
     def cost(self) -> int:
-        """Cache positions: prompt plus allowed new tokens."""
+        """Cache positions of one choice: prompt plus allowed new tokens."""
         return len(self.prompt) + self.sampling.max_new_tokens

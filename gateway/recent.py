@@ -35,22 +35,24 @@ class RecentAdmissions:
         self._bytes = 0
 
     def ids(self) -> list[str]:
+        """The requests that are kept."""
         return list(self._kept)
 
     def keep(self, admission: Admission) -> None:
         """Remember an admission, dropping the oldest beyond the memory limit."""
-        self._kept[generation_id(admission.request_id)] = _Kept(admission, monotonic_s())
+        self._kept[admission.request_id] = _Kept(admission, monotonic_s())
         self._bytes += len(admission.spec.prompt)
         while self._bytes > self._max_bytes:
             self.forget(next(iter(self._kept)))
 
-    def forget(self, id: str) -> None:
-        kept = self._kept.pop(id, None)
+    def forget(self, request_id: str) -> None:
+        kept = self._kept.pop(request_id, None)
         if kept is not None:
             self._bytes -= len(kept.admission.spec.prompt)
 
-    def note_first_token(self, id: str) -> None:
-        kept = self._kept.get(id)
+    def note_first_token(self, request_id: str) -> None:
+        """Of any choice: all were admitted in one step."""
+        kept = self._kept.get(request_id)
         if kept is not None:
             kept.has_token = True
 
@@ -63,11 +65,13 @@ class RecentAdmissions:
             if kept.has_token or name not in read:
                 self.forget(name)
 
-    async def resubmit(self, id: str, gateway: str) -> bool:
-        """Queue ``id`` again if it is kept; ``gateway`` "" when nobody reads it now."""
-        kept = self._kept.get(id)
+    async def resubmit(self, request_id: str, gateway: str) -> bool:
+        """Queue a request again, all its choices, if it is kept; ``gateway`` "" when nobody reads
+        it now.
+        """
+        kept = self._kept.get(request_id)
         if kept is None:
             return False
         await self._broker.admit(replace(kept.admission, gateway=gateway, resubmit=True))
-        log.warning("admission.resubmitted", generation_id=id)
+        log.warning("admission.resubmitted", generation_id=generation_id(request_id))
         return True

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from common.broker import Attachment, Broker, Look, Page
+from common.broker import MAX_CHOICES, Attachment, Broker, Look, Page
 from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
+from common.ids import generation_id, request_of
 from common.logs import get_logger
 from common.messages import LogEntry
 from common.metrics import GatewayMetrics
@@ -95,9 +96,12 @@ class Relay:
 
     # Streams -------------------------------------------------------------------------------------
 
-    def open(self, id: str, tenant: str, cursor: Cursor | None = None) -> Stream:
-        """A mailbox for a generation. Open it before admit or attach, so that nothing is missed."""
-        stream = Stream(id, tenant, self._read_log, cursor)
+    def open(self, id: str, tenant: str, cursor: Cursor | None = None, choice: int = 0) -> Stream:
+        """A mailbox for a generation. Open it before admit or attach, so that nothing is missed.
+
+        ``choice`` stands on its batches, for who reads several.
+        """
+        stream = Stream(id, tenant, self._read_log, cursor, choice)
         self._readers.setdefault(id, []).append(stream)
         self._metrics.streams.inc()
         return stream
@@ -130,14 +134,25 @@ class Relay:
             if was_subscribed and stream.state != "T":
                 self._detach_soon(stream.id)
 
-    async def cancel(self, id: str, tenant: str) -> str:
-        """End a generation for everybody: ``cancelled``, ``ended`` or ``unknown``."""
-        self._recent.forget(id)
+    async def cancel(self, request_id: str, tenant: str) -> str:
+        """End a request, all its choices, for everybody: ``cancelled``, ``ended`` or ``unknown``.
+
+        One that Redis does not know yet is not admitted any more.
+        """
+        self._recent.forget(request_id)
+        first, *others = (generation_id(request_id, choice) for choice in range(MAX_CHOICES))
+        # The first one first: its tombstone keeps out an admission that comes from now on.
+        states = {await self._cancel(first, tenant)}
+        known = [look.id for look in await self._look_at(others) if look.state]
+        states |= {await self._cancel(id, tenant) for id in known}
+        return next((state for state in ("cancelled", "ended") if state in states), "unknown")
+
+    async def _cancel(self, id: str, tenant: str) -> str:
         self._cancelled.append((monotonic_s(), id, tenant))
         return await self._commands.cancel(id, tenant)
 
     def cancel_soon(self, id: str, tenant: str) -> None:
-        """Cancel until Redis acknowledges it: for an admission whose answer was lost."""
+        """Cancel a generation until Redis acknowledges it, for what nobody will ever read."""
         self._cancelling[id] = tenant
         self._errand.set()
 
@@ -188,8 +203,8 @@ class Relay:
                 is_live = written_ms >= self._joined_ms
                 if is_live:
                     self._metrics.relay_lag_s.observe(max(0, wall_ms() - written_ms) / 1000)
-                for generation_id, entry in items:
-                    self._deliver(generation_id, entry, is_live=is_live)
+                for told, entry in items:
+                    self._deliver(told, entry, is_live=is_live)
 
     def _deliver(self, id: str, entry: LogEntry, *, is_live: bool) -> None:
         """Hand a record to its readers. ``is_live``: written since this gateway joined."""
@@ -199,7 +214,7 @@ class Relay:
                 self._detach_soon(id)  # subscribed by mistake: a late attach, a lost detach
             return
         if entry.record.start == 0:
-            self._recent.note_first_token(id)
+            self._recent.note_first_token(request_of(id))
         for stream in readers:
             stream.offer(entry)
 
@@ -230,11 +245,11 @@ class Relay:
         self._must_join = False
         self._joined_ms = wall_ms()
         now = monotonic_s()
-        for at, generation_id, tenant in list(self._cancelled):
+        for at, cancelled, tenant in list(self._cancelled):
             if now - at < CANCEL_MEMORY_S:
-                self.cancel_soon(generation_id, tenant)
-        for generation_id in list(self._readers):
-            await self._attach_again(generation_id)
+                self.cancel_soon(cancelled, tenant)
+        for read in list(self._readers):
+            await self._attach_again(read)
         await self._resubmit_unread()
         self.joined.set()
         return beat.last_id or "0"
@@ -246,7 +261,7 @@ class Relay:
             return
         tenant, cursor = readers[0].tenant, min(stream.tail for stream in readers)
         attachment = await self._attach(id, tenant, cursor)
-        if attachment is None and await self._recent.resubmit(id, self.name):
+        if attachment is None and await self._recent.resubmit(request_of(id), self.name):
             attachment = await self._attach(id, tenant, cursor)
         if attachment is None:
             self._note_lost(id)
@@ -259,10 +274,11 @@ class Relay:
 
     async def _resubmit_unread(self) -> None:
         """What Redis forgot is queued again also for a client that left: it may come back."""
-        unread = [known for known in self._recent.ids() if known not in self._readers]
+        kept = map(generation_id, self._recent.ids())
+        unread = [known for known in kept if known not in self._readers]
         for look in await self._look_at(unread):
             if not look.state:
-                await self._recent.resubmit(look.id, gateway="")
+                await self._recent.resubmit(request_of(look.id), gateway="")
 
     def _note_lost(self, id: str) -> None:
         since = self._lost_since.setdefault(id, monotonic_s())
@@ -290,7 +306,7 @@ class Relay:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
-            self._recent.forget_old(self._readers.keys())
+            self._recent.forget_old({request_of(id) for id in self._readers})
             now = monotonic_s()
             if self.silent_s > AWAY_LIMIT_S:
                 self.fail_all(Failure("BROKER_UNAVAILABLE"))
@@ -345,16 +361,16 @@ class Relay:
                 self._errand.set()
 
     async def _detach_left(self) -> None:
-        for generation_id in list(self._leaving):
+        for left in list(self._leaving):
             async with self._order:
-                if generation_id in self._leaving and generation_id not in self._readers:
-                    await self._ordered.detach(self.name, generation_id)
-                self._leaving.pop(generation_id, None)
+                if left in self._leaving and left not in self._readers:
+                    await self._ordered.detach(self.name, left)
+                self._leaving.pop(left, None)
 
     async def _cancel_lost(self) -> None:
-        for generation_id, tenant in list(self._cancelling.items()):
-            await self._commands.cancel(generation_id, tenant)
-            self._cancelling.pop(generation_id, None)
+        for lost, tenant in list(self._cancelling.items()):
+            await self._commands.cancel(lost, tenant)
+            self._cancelling.pop(lost, None)
 
     # Contact with Redis --------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ drain owns here.
 """
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 from starlette.responses import Response
@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 from common.failures import Failure
 from common.logs import get_logger
 from gateway.account import Account
-from gateway.frames import PING, Frames
-from gateway.stream import ReaderGone, Stream
+from gateway.frames import PING, Frames, Interleaved
+from gateway.stream import Reader, ReaderGone
 
 log = get_logger()
 
@@ -35,8 +35,8 @@ class EventStream(Response):
 
     def __init__(
         self,
-        stream: Stream,
-        frames: Frames,
+        stream: Reader,
+        frames: Frames | Interleaved,
         account: Account,
         *,
         on_close: Callable[[], None],
@@ -73,7 +73,7 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            with abandoned_on_disconnect(self._stream, receive):
+            with abandoned_on_disconnect([self._stream], receive):
                 await self._write(send)
         except ReaderGone:
             self._account.note_disconnect()
@@ -119,13 +119,14 @@ async def _send(send: Send, data: bytes) -> None:
 
 
 @contextmanager
-def abandoned_on_disconnect(stream: Stream, receive: Receive) -> Generator[None]:
-    """While this lasts, the client's leaving makes ``stream.next`` raise :class:`ReaderGone`."""
+def abandoned_on_disconnect(readers: Iterable[Reader], receive: Receive) -> Generator[None]:
+    """While this lasts, the client's leaving makes ``next`` raise :class:`ReaderGone`."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        stream.abandon()
+        for reader in readers:
+            reader.abandon()
 
     watcher = asyncio.create_task(watch())
     try:

@@ -9,6 +9,7 @@ instead, at the client's pace. Nothing here knows HTTP or frames.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from common.broker import Page
 from common.clock import monotonic_s
@@ -52,17 +53,38 @@ class Batch:
     """One entry per token where the request asks for any, else none at all."""
     prompt: PromptLogprobs | None = None
     """With the first tokens of the log, where the request asks for it."""
+    choice: int = 0
+    """Which of the answers to one request this belongs to."""
+
+
+class Reader(Protocol):
+    """What an answer reads from: a stream, or several as one."""
+
+    id: str
+
+    @property
+    def lags(self) -> int: ...
+    @property
+    def heals(self) -> int: ...
+    async def next(self) -> Batch | None: ...
+    def abandon(self) -> None: ...
 
 
 class Stream:
     """``position`` and ``chain`` say what the client has been given."""
 
     def __init__(
-        self, id: str, tenant: str, read_log: ReadLog, cursor: Cursor | None = None
+        self,
+        id: str,
+        tenant: str,
+        read_log: ReadLog,
+        cursor: Cursor | None = None,
+        choice: int = 0,
     ) -> None:
         cursor = cursor or Cursor()
         self.id = id
         self.tenant = tenant
+        self.choice = choice
         self.position = cursor.position
         self.chain = cursor.chain
         self.state = "Q"
@@ -235,7 +257,7 @@ class Stream:
 
     def _take(self) -> Batch:
         """Move the buffer into a batch and the cursor behind it, checking the chain on the way."""
-        batch = Batch(self.position)
+        batch = Batch(self.position, choice=self.choice)
         for entry in self._ahead:
             if not self._extend(batch, entry):
                 self.fail(Failure("STREAM_DIVERGED"))

@@ -1,6 +1,6 @@
 """All that talks to Redis: the protocol steps, the connection, the keys."""
 
-from common.broker.broker import Broker
+from common.broker.broker import MAX_CHOICES, Broker
 from common.broker.connection import Client, connect
 from common.broker.steps import (
     Admission,
@@ -23,6 +23,7 @@ from common.broker.steps import (
 )
 
 __all__ = [
+    "MAX_CHOICES",
     "Admission",
     "Admitted",
     "Attachment",

@@ -355,8 +355,10 @@ local function admit(keys, args)
       if other ~= request then return { 'existing', other, 0, 0, newest_version(P) } end
     end
   end
-  if redis.call('EXISTS', P .. 'gen:' .. request .. '.0') == 1 then
-    return { 'existing', request, 0, 0, newest_version(P) }
+  for choice = 0, choices - 1 do   -- any of them: one may have ended and expired, another cancelled ahead
+    if redis.call('EXISTS', P .. 'gen:' .. request .. '.' .. choice) == 1 then
+      return { 'existing', request, 0, 0, newest_version(P) }
+    end
   end
   local total, wait = cost * choices, 0
   if not resubmit then

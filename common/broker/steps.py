@@ -20,6 +20,9 @@ class Presentation(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     seed: int | None = None
     """Shown by TGI when it samples."""
+    num_choices: int = 1
+    prompt_characters: int = 0
+    """Length of the prompt where the answer begins with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ With it a gateway and the simulated engine run without downloading anything. Its
 version, are the same on every machine.
 """
 
+from common.models.byte_level import byte_symbols
 from common.models.files import TOKENIZER_FILE, JsonObject, to_json
 
 SIMULATED_MODEL = "simulated"
@@ -65,7 +66,7 @@ def _tokenizer() -> JsonObject:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {symbol: byte for byte, symbol in enumerate(_byte_symbols())},
+            "vocab": {symbol: byte for byte, symbol in enumerate(byte_symbols())},
             "merges": [],
         },
     }
@@ -83,19 +84,3 @@ def _tokenizer_config() -> JsonObject:
 
 
 _SPECIAL_TOKENS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END)
-
-
-def _byte_symbols() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte, as GPT-2 chose them.
-
-    Bytes that are printable in Latin-1 stand for themselves; the rest count up from U+0100.
-    """
-    symbols: list[str] = []
-    next_code = 0x100
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            symbols.append(chr(byte))
-        else:
-            symbols.append(chr(next_code))
-            next_code += 1
-    return symbols

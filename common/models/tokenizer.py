@@ -15,8 +15,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from common.failures import Failure
+from common.models.byte_level import symbol_bytes
 from common.models.files import NAMED_TOKENS, TOKENIZER_FILE, JsonObject, read_json, token_text
 
+_REPLACEMENT = "\ufffd"
+_WORD_START = "\u2581"
+"""How SentencePiece writes a space."""
 _INLINE_CHARACTERS = 10_000
 """Encoding runs at 2 MB/s or more, so a text up to here blocks the event loop for 5 ms at most."""
 
@@ -44,6 +48,7 @@ class Tokenizer:
         """Tokens that stand for one raw byte (``<0xE2>``), decoded as a run or not at all; most
         tokenizers have none."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._bytes_by_id: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -107,6 +112,25 @@ class Tokenizer:
     def token_text(self, id: int) -> str:
         """The text of one token alone, special or not: ``<|im_end|>``; of an unknown id ``""``."""
         return self._backend.decode([id], skip_special_tokens=False)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token as it stands within a text, also where they are but a part of a
+        character; of an unknown id none.
+        """
+        known = self._bytes_by_id.get(id)
+        if known is None:
+            known = self._bytes_by_id[id] = self._bytes_of(id)
+        return known
+
+    def _bytes_of(self, id: int) -> bytes:
+        text, symbol = self.token_text(id), self._backend.id_to_token(id) or ""
+        if id in self.byte_ids:
+            return bytes([int(symbol[3:5], 16)])
+        if _REPLACEMENT in text:
+            return symbol_bytes(symbol) or text.encode()
+        if symbol.startswith(_WORD_START) and not text.startswith(" "):
+            text = " " + text  # decoders drop it at the start of a text, which this is not
+        return text.encode()
 
     def _encode(self, text: str, add_special_tokens: bool, *, offsets: bool) -> Encoding:
         # The batch calls: unlike `encode` they release the GIL while they work, and the fast one

@@ -12,9 +12,9 @@ from starlette.routing import Route
 
 from common.failures import Failure
 from gateway.answer import answer
-from gateway.api.openai import OpenAiBody, check_supported, order
-from gateway.bodies import read_body, unsupported
-from gateway.order import Order
+from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
+from gateway.bodies import check_range, read_body, refuse_unsupported, unsupported
+from gateway.order import LOGPROBS, Order
 from gateway.services import Services, services_of
 
 ROLES = {
@@ -25,6 +25,9 @@ ROLES = {
     "tool": "tool",
 }
 """Roles that are taken, and what the template is given. No others: a role is text in the prompt."""
+
+
+MAX_TOP_LOGPROBS = 20
 
 
 class Part(msgspec.Struct):
@@ -42,6 +45,8 @@ class Message(msgspec.Struct):
 class ChatBody(OpenAiBody, kw_only=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     # Known, and supported only with a value that changes nothing:
     audio: Any = None
     function_call: Any = None
@@ -49,11 +54,9 @@ class ChatBody(OpenAiBody, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     store: Any = None
     tool_choice: Any = None
     tools: Any = None
-    top_logprobs: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -62,15 +65,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -85,13 +85,8 @@ async def chat_completions(request: Request) -> Response:
 
 async def _order(services: Services, body: ChatBody) -> Order:
     """Raises: Failure, for what the caller can put right."""
-    check_supported(body, _NEUTRAL)
-    if None not in (body.max_tokens, body.max_completion_tokens):
-        raise Failure(
-            "BAD_REQUEST",
-            "`max_tokens` and `max_completion_tokens` are the same: send one of them",
-            field="max_tokens",
-        )
+    refuse_unsupported(body, _NEUTRAL)
+    wanted = _wanted(body)
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     if not messages:
         raise Failure("BAD_REQUEST", "`messages` must not be empty", field="messages")
@@ -100,9 +95,26 @@ async def _order(services: Services, body: ChatBody) -> Order:
         messages, add_generation_prompt=not continues, continue_final_message=continues
     )
     prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
-    max_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
-    return order(
-        services, body, "chat", prompt, max_tokens=max_tokens, num_prompt_characters=len(text)
+    return order(services, body, "chat", prompt, wanted, num_prompt_characters=len(text))
+
+
+def _wanted(body: ChatBody) -> Wanted:
+    if None not in (body.max_tokens, body.max_completion_tokens):
+        raise Failure(
+            "BAD_REQUEST",
+            "`max_tokens` and `max_completion_tokens` are the same: send one of them",
+            field="max_tokens",
+        )
+    check_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    if body.top_logprobs and not body.logprobs:
+        raise Failure(
+            "BAD_REQUEST", "`top_logprobs` needs `logprobs` to be true", field="top_logprobs"
+        )
+    return Wanted(
+        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        num_choices=num_choices("n", body.n),
+        flags=LOGPROBS * bool(body.logprobs),
+        top_logprobs=body.top_logprobs or 0,
     )
 
 

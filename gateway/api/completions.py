@@ -1,4 +1,7 @@
-"""``POST /v1/completions``: a prompt as text or as token ids, OpenAI's parameters."""
+"""``POST /v1/completions``: prompts as text or as token ids, OpenAI's parameters.
+
+Several prompts are as many requests, answered together; that needs an answer in one piece.
+"""
 
 from typing import Any
 
@@ -9,55 +12,101 @@ from starlette.routing import Route
 
 from common.failures import Failure
 from gateway.answer import answer
-from gateway.api.openai import OpenAiBody, check_supported, order
-from gateway.bodies import read_body, unsupported
-from gateway.order import Order
+from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
+from gateway.bodies import check_range, read_body, refuse_unsupported, unsupported
+from gateway.order import ECHO, LOGPROBS, PROMPT_ONLY, Order
 from gateway.services import Services, services_of
+
+MAX_LOGPROBS = 5
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
     prompt: str | list[Any]
+    best_of: int | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
     # Known, and supported only with a value that changes nothing:
-    echo: Any = None
     suffix: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"echo": (False,), "logprobs": (), "suffix": ("",)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 _decoder = msgspec.json.Decoder(CompletionBody)
 
 
 async def completions(request: Request) -> Response:
     body = await read_body(request, _decoder)
-    return await answer(request, await _order(services_of(request), body))
+    return await answer(request, *await _orders(services_of(request), body))
 
 
-async def _order(services: Services, body: CompletionBody) -> Order:
-    """Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, CONTEXT_LENGTH_EXCEEDED."""
-    check_supported(body, _NEUTRAL)
-    prompt = await _prompt(services, body.prompt)
-    return order(services, body, "completion", prompt, max_tokens=body.max_tokens)
+async def _orders(services: Services, body: CompletionBody) -> list[Order]:
+    """One for each prompt.
+
+    Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, CONTEXT_LENGTH_EXCEEDED.
+    """
+    refuse_unsupported(body, _NEUTRAL)
+    wanted = _wanted(body)
+    prompts = _prompts(body.prompt, services.settings.max_client_batch_size)
+    if len(prompts) > 1 and body.stream:
+        raise unsupported("stream", "is not supported for more than one prompt")
+    return [await _order(services, body, prompt, wanted) for prompt in prompts]
 
 
-async def _prompt(services: Services, prompt: str | list[Any]) -> list[int]:
-    """The prompt's tokens. Lists of one prompt are taken, of several not yet."""
+async def _order(services: Services, body: CompletionBody, prompt: Any, wanted: Wanted) -> Order:
+    tokenizer = services.model.tokenizer
+    if isinstance(prompt, str):
+        tokens = await tokenizer.encode_async(prompt)
+    else:
+        tokens = _token_ids(prompt, tokenizer.vocab_size)
+    if not tokens:
+        raise Failure("BAD_REQUEST", "`prompt` must not be empty", field="prompt")
+    text = ""
+    if body.echo:
+        is_text = isinstance(prompt, str)
+        text = prompt if is_text else tokenizer.decode(tokens, skip_special_tokens=False)
+    return order(services, body, "completion", tokens, wanted, prompt_text=text)
+
+
+def _wanted(body: CompletionBody) -> Wanted:
+    check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    n = num_choices("n", body.n)
+    best_of = n if body.best_of is None else num_choices("best_of", body.best_of)
+    if best_of < n:
+        raise Failure("BAD_REQUEST", "`best_of` must be at least `n`", field="best_of")
+    if best_of > n and body.stream:
+        raise Failure(
+            "BAD_REQUEST", "`best_of` cannot be more than `n` in a stream", field="best_of"
+        )
+    is_prompt_only = body.max_tokens == 0 and bool(body.echo)
+    if is_prompt_only and body.stream:
+        raise Failure("BAD_REQUEST", "`max_tokens` must be at least 1 in a stream", field="stream")
+    has_logprobs = body.logprobs is not None
+    return Wanted(
+        max_tokens=1 if is_prompt_only else body.max_tokens,
+        num_choices=best_of,
+        num_best=n if best_of > n else 0,
+        flags=LOGPROBS * has_logprobs | ECHO * bool(body.echo) | PROMPT_ONLY * is_prompt_only,
+        top_logprobs=body.logprobs or 0,
+        prompt_logprobs=has_logprobs and bool(body.echo),
+    )
+
+
+def _prompts(prompt: str | list[Any], limit: int) -> list[Any]:
+    """Each prompt alone: a list of numbers is one, any other list holds several."""
     if prompt == []:
         raise Failure(
             "BAD_REQUEST",
             "Empty array detected. Do not use an empty array for the prompt.",
             field="prompt",
         )
-    if isinstance(prompt, list) and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise unsupported("prompt", "with more than one prompt is not supported yet")
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        tokens = await services.model.tokenizer.encode_async(prompt)
-    else:
-        tokens = _token_ids(prompt, services.model.tokenizer.vocab_size)
-    if not tokens:
-        raise Failure("BAD_REQUEST", "`prompt` must not be empty", field="prompt")
-    return tokens
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if len(prompts) > limit:
+        raise Failure(
+            "BAD_REQUEST",
+            f"Number of prompts exceeds the maximum allowed batch size of {limit}",
+            field="prompt",
+        )
+    return prompts
 
 
 def _token_ids(prompt: object, vocab_size: int) -> list[int]:

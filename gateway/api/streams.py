@@ -3,7 +3,7 @@
 ``GET`` replays what lies behind ``Last-Event-ID`` (or ``?after=``) in the format of the API that
 the request came through, and follows live. 204 after the end, so that a browser's EventSource
 stops; 410 when the stream was there and is no longer kept; 404 when it never was, or is another's.
-``DELETE`` ends the generation for everybody.
+``DELETE`` ends the request, all its choices, for everybody.
 """
 
 from dataclasses import replace
@@ -18,8 +18,9 @@ from common.ids import generation_id, is_request_id
 from common.logs import get_logger
 from gateway.account import Account
 from gateway.admission import TENANT
-from gateway.cursor import Cursor, parse_cursor
-from gateway.frames import Subject, frames_for, last_stage
+from gateway.answer import event_stream
+from gateway.cursor import SEPARATOR, Cursor, parse_cursors
+from gateway.frames import Subject, frames_for, last_stage, needs_pieces
 from gateway.middleware import arrival_of
 from gateway.services import Services, services_of
 from gateway.sse import EventStream
@@ -32,39 +33,76 @@ async def read_stream(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, STREAM_EXPIRED, STREAM_DIVERGED; BAD_REQUEST for the cursor."""
     services = services_of(request)
     request_id = _request_id(request)
-    cursor = _cursor(request)
-    stream = services.relay.open(generation_id(request_id), TENANT, cursor)
+    field, cursors = _cursors(request)
+    streams: list[Stream] = []
     try:
-        attachment = await services.relay.attach(stream)
-        response = await _resume(services, request, request_id, cursor, stream, attachment)
+        attachments = await _attach_all(services, request_id, field, cursors, streams)
+        response = await _resume(services, request, request_id, streams, attachments, cursors)
     except BaseException:
-        services.relay.close(stream)
+        _close_all(services, streams)
         raise
     if not isinstance(response, EventStream):
-        services.relay.close(stream)
+        _close_all(services, streams)
     return response
+
+
+async def _attach_all(
+    services: Services,
+    request_id: str,
+    field: str,
+    cursors: list[Cursor],
+    streams: list[Stream],
+) -> list[Attachment]:
+    """Attach a stream for each choice; the first one tells how many there are.
+
+    ``streams`` is filled as they are opened, ``cursors`` if they were none.
+    """
+    attachments: list[Attachment] = []
+    num_choices = 1
+    while len(attachments) < num_choices:
+        choice = len(attachments)
+        cursor = cursors[choice] if cursors else Cursor()
+        id = generation_id(request_id, choice)
+        streams.append(services.relay.open(id, TENANT, cursor, choice))
+        attachment = await services.relay.attach(streams[-1])
+        if attachment is None:
+            raise _not_there(cursor)
+        attachments.append(attachment)
+        num_choices = attachment.presentation.num_choices
+        cursors += [Cursor()] * num_choices if not cursors else []
+        if len(cursors) != num_choices:
+            raise Failure(
+                "BAD_REQUEST", f"{field} must have {num_choices} parts: one per choice", field=field
+            )
+    return attachments
+
+
+def _close_all(services: Services, streams: list[Stream]) -> None:
+    for stream in streams:
+        services.relay.close(stream)
 
 
 async def _resume(
     services: Services,
     request: Request,
     request_id: str,
-    cursor: Cursor,
-    stream: Stream,
-    attachment: Attachment | None,
+    streams: list[Stream],
+    attachments: list[Attachment],
+    cursors: list[Cursor],
 ) -> Response:
-    if attachment is None:
-        raise _not_there(cursor)
-    stream.check()
-    cursor = replace(cursor, chain=stream.chain)  # which the log may have told
-    shown = attachment.presentation
+    for stream in streams:
+        stream.check()
+    # Their chains may have been told by the log.
+    cursors = [
+        replace(cursor, chain=stream.chain) for cursor, stream in zip(cursors, streams, strict=True)
+    ]
+    shown = attachments[0].presentation
     headers = {
         "x-headrace-stream-id": request_id,
-        "x-model-version": attachment.model_version or services.model.version,
-        "x-stream-retention-seconds": str(attachment.retention_ms // 1000),
+        "x-model-version": attachments[0].model_version or services.model.version,
+        "x-stream-retention-seconds": str(attachments[0].retention_ms // 1000),
     }
-    at_end = attachment.state == "T" and cursor.position >= attachment.next
-    if at_end and cursor.stage >= last_stage(shown):
+    if all(map(_is_at_end, attachments, cursors)):
         services.metrics.resumes.labels("ended").inc()
         return Response(status_code=204, headers=headers)
     if request.method == "HEAD":
@@ -82,24 +120,34 @@ async def _resume(
         arrival_of(request),
         stream_id=request_id,
         stream=True,
-        resumed_from=str(cursor),
+        resumed_from=SEPARATOR.join(map(str, cursors)),
         resumed_api=shown.api,
     )
-    pieces = await _pieces_before(services, stream.id, cursor) if shown.api == "tgi" else []
-    return EventStream(
-        stream,
-        frames_for(subject, services.model.tokenizer, cursor, pieces),
+    pieces: list[list[bytes]] = []
+    if needs_pieces(shown):
+        pieces = [
+            await _pieces_before(services, stream.id, cursor)
+            for stream, cursor in zip(streams, cursors, strict=True)
+        ]
+    return event_stream(
+        services,
+        streams,
+        frames_for(subject, services.model.tokenizer, cursors, pieces),
         account,
-        on_close=lambda: services.relay.close(stream),
         headers=headers,
         is_reconnecting=True,
     )
 
 
+def _is_at_end(attachment: Attachment, cursor: Cursor) -> bool:
+    is_read = attachment.state == "T" and cursor.position >= attachment.next
+    return is_read and cursor.stage >= last_stage(attachment.presentation)
+
+
 async def cancel_stream(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE."""
     request_id = _request_id(request)
-    state = await services_of(request).relay.cancel(generation_id(request_id), TENANT)
+    state = await services_of(request).relay.cancel(request_id, TENANT)
     if state == "unknown":
         raise Failure("NOT_FOUND", "No such stream")
     log.info("generation.cancelled", stream_id=request_id, state=state, cause="asked")
@@ -128,13 +176,16 @@ def _request_id(request: Request) -> str:
     return request_id
 
 
-def _cursor(request: Request) -> Cursor:
-    """The header is fresher than the query, which a reconnecting EventSource repeats unchanged."""
+def _cursors(request: Request) -> tuple[str, list[Cursor]]:
+    """Where they stood, and what they are; none: the beginning.
+
+    The header is fresher than the query, which a reconnecting EventSource repeats unchanged.
+    """
     header = request.headers.get("last-event-id", "")
     if header:
-        return parse_cursor(header, "Last-Event-ID")
+        return "Last-Event-ID", parse_cursors(header, "Last-Event-ID")
     text = request.query_params.get("after", "")
-    return parse_cursor(text, "after") if text else Cursor()
+    return "after", parse_cursors(text, "after") if text else []
 
 
 def _not_there(cursor: Cursor) -> Failure:

@@ -2,7 +2,9 @@
 
 Field names, null rules, the order of the validation rules and their messages are
 those of TGI 3.3. Where we differ on purpose: refusals are real status codes before the stream
-begins, ``max_new_tokens`` is exact, and a stop sequence may end inside a token.
+begins, ``max_new_tokens`` is exact, a stop sequence may end inside a token, an unknown adapter is
+refused, and a JSON grammar may be any schema, not only one with properties. Beside TGI's own, the
+parameters are taken that its users asked for and did not get.
 """
 
 from typing import Any
@@ -13,22 +15,26 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from common.failures import Failure
-from common.messages import Sampling
+from common.messages import Grammar, Sampling, Watermark
+from common.settings import GatewaySettings
 from gateway.answer import answer
+from gateway.api.grammars import tgi_grammar
 from gateway.bodies import (
     MAX_NEW_TOKENS,
+    MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_TEMPERATURE,
     MAX_TOP_K,
     check_range,
+    check_stop_tokens,
     check_stops,
     draw_seed,
+    logit_bias,
     read_body,
-    refuse_unsupported,
 )
-from gateway.order import AS_LIST, DETAILS, FULL_TEXT, Order
-from gateway.services import Services, services_of
+from gateway.order import AS_LIST, DETAILS, FULL_TEXT, PREFILL, Order
+from gateway.services import ServedModel, Services, services_of
 
 
 class Parameters(msgspec.Struct):
@@ -53,6 +59,13 @@ class Parameters(msgspec.Struct):
     top_n_tokens: int | None = None
     grammar: Any = None
     adapter_id: str | None = None
+    # What TGI lacks:
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Any = None
+    min_new_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
 
 
 class GenerateBody(msgspec.Struct):
@@ -64,17 +77,6 @@ class GenerateBody(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(GenerateBody)
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (0, 1),
-    "frequency_penalty": (0,),
-    "typical_p": (),
-    "watermark": (False,),
-    "decoder_input_details": (False,),
-    "top_n_tokens": (0,),
-    "grammar": (),
-    "adapter_id": (),
-}
 
 
 async def generate(request: Request) -> Response:
@@ -115,12 +117,13 @@ async def info(request: Request) -> Response:
             "model_version": model.version,
             "model_dtype": model.dtype,
             "max_concurrent_requests": settings.lane_cap_tokens // model.max_total_tokens,
-            "max_best_of": 1,
+            "max_best_of": settings.max_best_of,
             "max_stop_sequences": settings.max_stop_sequences,
             "max_input_tokens": model.max_total_tokens - 1,
             "max_total_tokens": model.max_total_tokens,
             "validation_workers": 1,
-            "max_client_batch_size": 1,
+            "max_top_n_tokens": settings.max_top_n_tokens,
+            "max_client_batch_size": settings.max_client_batch_size,
             "router": "headrace",
             "version": services.version,
             "sha": None,
@@ -132,7 +135,7 @@ async def info(request: Request) -> Response:
 async def _order(services: Services, body: GenerateBody, *, stream: bool, flags: int = 0) -> Order:
     """Raises: Failure, for the first of TGI's rules that the body breaks."""
     p, model = body.parameters, services.model
-    _check_parameters(p, stream=stream, max_stops=services.settings.max_stop_sequences)
+    _check_parameters(p, services.settings, stream=stream)
     if not body.inputs:
         raise _invalid("inputs", "cannot be empty")
     max_input = model.max_total_tokens - 1
@@ -140,29 +143,42 @@ async def _order(services: Services, body: GenerateBody, *, stream: bool, flags:
         raise _invalid(
             "truncate", f"must be strictly positive and less than {max_input}. Given: {p.truncate}"
         )
-    refuse_unsupported(p, _NEUTRAL)
     prompt = await model.tokenizer.encode_async(body.inputs)
     if p.truncate is not None:
         prompt = prompt[-p.truncate :]
+    max_new_tokens = _new_tokens(len(prompt), p.max_new_tokens, model.max_total_tokens)
+    num_choices = p.best_of or 1
     return Order(
         api="tgi",
         prompt=prompt,
-        sampling=_sampling(p, _new_tokens(len(prompt), p.max_new_tokens, model.max_total_tokens)),
+        sampling=_sampling(services, p, max_new_tokens),
         stream=stream,
-        flags=flags | DETAILS * p.details | FULL_TEXT * bool(p.return_full_text),
+        flags=flags
+        | DETAILS * (p.details or p.decoder_input_details)
+        | PREFILL * p.decoder_input_details
+        | FULL_TEXT * bool(p.return_full_text),
         prompt_text=body.inputs if p.return_full_text else "",
         num_prompt_characters=len(body.inputs),
+        adapter=_adapter(model, p.adapter_id),
+        num_choices=num_choices,
+        num_best=num_choices if num_choices > 1 else 0,
     )
 
 
-def _check_parameters(p: Parameters, *, stream: bool, max_stops: int) -> None:
+def _check_parameters(p: Parameters, settings: GatewaySettings, *, stream: bool) -> None:
     """TGI's rules in its order and words, then the bounds that its number types set."""
     if stream and p.best_of not in (None, 1):
         raise _invalid("best_of", "!= 1 is not supported when streaming tokens")
-    if not stream and p.best_of is not None and p.best_of > 1:
-        raise _invalid("best_of", "!= 1 is not allowed for this endpoint")
     if stream and p.decoder_input_details:
         raise _invalid("decoder_input_details", "== true is not supported when streaming tokens")
+    if (p.best_of or 1) > 1:
+        _check_best_of(p, settings.max_best_of)
+    _check_choosing(p)
+    _check_limits(p, settings)
+    _check_bounds(p)
+
+
+def _check_choosing(p: Parameters) -> None:
     for name in ("temperature", "repetition_penalty"):
         value = getattr(p, name)
         if value is not None and value <= 0:
@@ -177,9 +193,30 @@ def _check_parameters(p: Parameters, *, stream: bool, max_stops: int) -> None:
         value = getattr(p, name)
         if value is not None and value <= 0:
             raise _invalid(name, "must be strictly positive")
+
+
+def _check_limits(p: Parameters, settings: GatewaySettings) -> None:
+    max_stops = settings.max_stop_sequences
     if len(p.stop) > max_stops:
         raise _invalid("stop", f"supports up to {max_stops} stop sequences. Given: {len(p.stop)}")
-    _check_bounds(p)
+    if p.seed is not None and (p.best_of or 1) > 1:
+        raise _invalid("seed", "must not be set when `best_of` > 1")
+    max_tops = settings.max_top_n_tokens
+    if p.top_n_tokens is not None and not 0 <= p.top_n_tokens <= max_tops:
+        raise _invalid("top_n_tokens", f"must be >= 0 and <= {max_tops}. Given: {p.top_n_tokens}")
+
+
+def _check_best_of(p: Parameters, limit: int) -> None:
+    if limit == 1:
+        raise _invalid("best_of", "!= 1 is not allowed for this endpoint")
+    if p.best_of is not None and p.best_of > limit:
+        raise _invalid("best_of", f"must be > 0 and <= {limit}. Given: {p.best_of}")
+    if not p.do_sample and {p.temperature, p.top_k, p.top_p, p.typical_p} == {None}:
+        raise Failure(
+            "BAD_REQUEST",
+            "Input validation error: you must use sampling when `best_of` is > 1",
+            field="best_of",
+        )
 
 
 def _check_bounds(p: Parameters) -> None:
@@ -189,6 +226,9 @@ def _check_bounds(p: Parameters) -> None:
     check_range("top_k", p.top_k, 1, MAX_TOP_K)
     check_range("max_new_tokens", p.max_new_tokens, 1, MAX_NEW_TOKENS)
     check_range("seed", p.seed, 0, MAX_SEED)
+    check_range("min_p", p.min_p, 0, 1)
+    check_range("presence_penalty", p.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    check_range("min_new_tokens", p.min_new_tokens, 0, p.max_new_tokens or MAX_NEW_TOKENS)
     check_stops("stop", p.stop)
 
 
@@ -211,25 +251,61 @@ def _new_tokens(num_prompt: int, wished: int | None, max_total: int) -> int:
     return max_total - num_prompt if wished is None else wished
 
 
-def _sampling(p: Parameters, max_new_tokens: int) -> Sampling:
-    """TGI samples when told to, and whenever a warper is set."""
-    is_sampling = (
-        p.do_sample
-        or p.temperature not in (None, 1.0)
-        or p.top_k is not None
-        or p.top_p is not None
-    )
+def _sampling(services: Services, p: Parameters, max_new_tokens: int) -> Sampling:
+    settings, vocab_size = services.settings, services.model.tokenizer.vocab_size
+    watermark = Watermark(settings.watermark_gamma, settings.watermark_delta)
     return Sampling(
         max_new_tokens=max_new_tokens,
         seed=draw_seed() if p.seed is None else p.seed,
-        do_sample=is_sampling,
+        do_sample=_is_sampling(p),
         temperature=p.temperature or 1.0,
         top_k=p.top_k or 0,
         top_p=p.top_p or 1.0,
+        min_p=p.min_p or 0.0,
+        typical_p=p.typical_p or 1.0,
         repetition_penalty=p.repetition_penalty or 1.0,
+        relative_frequency_penalty=p.frequency_penalty or 0.0,
+        presence_penalty=p.presence_penalty or 0.0,
+        logit_bias=logit_bias("logit_bias", p.logit_bias, vocab_size),
+        watermark=watermark if p.watermark else None,
+        grammar=_grammar(p.grammar),
         stop=tuple(p.stop),
+        stop_token_ids=check_stop_tokens("stop_token_ids", p.stop_token_ids or [], vocab_size),
         keep_stop=True,
+        ignore_eos=bool(p.ignore_eos),
+        min_new_tokens=min(p.min_new_tokens or 0, max_new_tokens),
+        top_logprobs=p.top_n_tokens or 0,
+        prompt_logprobs=p.decoder_input_details,
     )
+
+
+def _is_sampling(p: Parameters) -> bool:
+    """TGI samples when told to, and whenever a warper is set; several answers have to differ."""
+    return (
+        p.do_sample
+        or p.temperature not in (None, 1.0)
+        or {p.top_k, p.top_p, p.typical_p, p.min_p} != {None}
+        or (p.best_of or 1) > 1
+    )
+
+
+def _grammar(asked: Any) -> Grammar | None:
+    try:
+        return tgi_grammar("grammar", asked)
+    except Failure as failure:
+        message = f"Input validation error: {failure.message}"
+        raise Failure(failure.code, message, field=failure.field) from failure
+
+
+def _adapter(model: ServedModel, adapter_id: str | None) -> str:
+    """Unlike TGI, which answers with the base model to the name of an adapter that it lacks."""
+    if not adapter_id:
+        return ""
+    try:
+        return model.adapters.resolve(adapter_id).version
+    except Failure as failure:
+        message = f"Input validation error: `adapter_id`: {failure.message}"
+        raise Failure(failure.code, message, field="adapter_id") from failure
 
 
 def _invalid(name: str, what: str) -> Failure:

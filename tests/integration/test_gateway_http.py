@@ -373,7 +373,8 @@ async def test_info_has_the_fields_of_tgi(stand: Stand) -> None:
     assert told["max_total_tokens"] == 1000
     assert told["max_input_tokens"] == 999
     assert told["max_stop_sequences"] == 4
-    assert told["max_best_of"] == 1
+    assert told["max_best_of"] == 2
+    assert told["max_top_n_tokens"] == 5
     assert {
         "model_sha", "model_pipeline_tag", "max_concurrent_requests", "validation_workers",
         "max_client_batch_size", "router", "version", "sha", "docker_label",

@@ -286,7 +286,7 @@ async def test_a_generation_that_redis_lost_for_good_is_said_to_be_gone(
     monkeypatch.setattr(relay_module, "LOST_LIMIT_S", 0.5)
     gateway = await stand.gateway()
     async with streaming(stand, gateway) as scene:
-        gateway.services.relay._recent.forget(f"{scene.stream_id}.0")
+        gateway.services.relay._recent.forget(scene.stream_id)
         await raw.flushall()
         said = await scene.rest()
     assert said[-1].json["code"] == "STREAM_EXPIRED"

@@ -84,8 +84,8 @@ class Reference:
             if fingerprint != admission.fingerprint:
                 return "IDEMPOTENCY_CONFLICT", ""
             return "existing", request
-        first = name_of(admission.request_id)
-        if first in self.generations or first in self.tombstones:
+        names = {name_of(admission.request_id, i) for i in range(admission.num_choices)}
+        if names & (self.generations.keys() | self.tombstones.keys()):
             return "existing", admission.request_id
         refusal = "" if admission.resubmit else _refusal(admission, before)
         if refusal:

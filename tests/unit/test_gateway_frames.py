@@ -13,7 +13,7 @@ from common.failures import Failure
 from common.messages import Finish, Timing, escape_piece
 from common.models.tokenizer import Tokenizer
 from gateway.cursor import Cursor, chains_after, parse_cursor
-from gateway.frames import PING, Frames, Subject, frames_for, last_stage
+from gateway.frames import PING, Subject, frames_for, last_stage
 from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, SHOW_TIER
 from gateway.stream import Batch
 from tests.support.models import simulated
@@ -231,7 +231,7 @@ def test_a_stream_that_was_cut_goes_on_with_just_the_missing_frames(
     seen = told[:cut]
     cursor = parse_cursor(seen[-1][0], "after") if seen else Cursor()
     rest = frames_for(
-        subject(api, flags), tokenizer, cursor, [b"a", b"b", b"c"][: cursor.position]
+        subject(api, flags), tokenizer, [cursor], [[b"a", b"b", b"c"][: cursor.position]]
     ).render(batch(*texts[cursor.position :], start=cursor.position, finish=finish))
     assert seen + events(rest) == told
     is_whole = len(seen) == len(told)
@@ -241,7 +241,7 @@ def test_a_stream_that_was_cut_goes_on_with_just_the_missing_frames(
 @pytest.mark.parametrize("api", ["tgi", "chat"])
 def test_a_keep_alive_is_no_event_for_any_sdk(tokenizer: Tokenizer, api: str) -> None:
     """Between frames with ids: one newline, or the SDKs dispatch an empty event."""
-    frames: Frames = frames_for(subject(api), tokenizer)
+    frames = frames_for(subject(api), tokenizer)
     data = PING + frames.render(batch("a")) + PING + PING + frames.render(batch("b", start=1))
     assert len(events(data)) == 2
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import Unigram
 
 from common.failures import Failure
 from common.models.tokenizer import Tokenizer
@@ -50,6 +53,25 @@ def test_offsets_cover_the_text_in_bytes(tokenizer: Tokenizer, text: str) -> Non
         assert raw[start:stop].decode() == piece
         covered.update(range(start, stop))
     assert covered == set(range(len(raw)))
+
+
+@given(text=TEXTS)
+def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    """Each alone, though most tokens of this model are no character by themselves."""
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_a_token_keeps_the_space_that_a_text_would_lose() -> None:
+    """As SentencePiece writes it; a token for one raw byte is that byte."""
+    vocab = {"<unk>": 0, "\u2581the": 1, "the": 2, "<0xE2>": 3}
+    backend = Backend(Unigram([(piece, -1.0) for piece in vocab], 0, byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    tokenizer = Tokenizer(backend, {})
+    assert tokenizer.token_text(1) == "the"
+    assert [tokenizer.token_bytes(id) for id in (1, 2, 3, 99)] == [b" the", b"the", b"\xe2", b""]
 
 
 def test_tokens_of_one_character_each_cover_it(tokenizer: Tokenizer) -> None:
