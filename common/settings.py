@@ -108,6 +108,8 @@ class WorkerSettings(Settings):
     max_step_tokens: int = Field(default=512, ge=1)
     """Most tokens in one forward pass: decode rows first, then as much of new prompts as does not
     hold up those who read."""
+    max_adapters: int = Field(default=16, ge=1)
+    """Most LoRA adapters in memory; the one that was longest without work gives way to another."""
     prefix_cache: PrefixCache = "tenant"
     """Whose computed prompts a new prompt may begin with: ``tenant``, those of the same tenant;
     ``shared``, everybody's: a common preamble is computed once, but from how soon a first token

@@ -25,6 +25,7 @@ from workers.engine.scheduler import Chunk, Limits
 from workers.engine.sequence import Sequence, TextRules
 from workers.model.kv_cache import SlotCache
 from workers.model.modules import ModulesForward
+from workers.model.native.adapters import StepAdapters
 from workers.model.runner import ModelRunner
 
 POISON = "Z"
@@ -187,6 +188,7 @@ class BrokenDevice:
     name = "broken"
 
     def __init__(self, error: Exception) -> None:
+        self.adapters = StepAdapters(0)
         self._error = error
 
     def __call__(self, *_: object, **__: object) -> torch.Tensor:

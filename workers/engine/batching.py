@@ -15,7 +15,7 @@ from common.logs import get_logger
 from common.messages import Finish, FinishReason, TopTokens, escape_piece
 from workers.engine.grammar import GrammarError
 from workers.engine.places import Places, SlotPlaces
-from workers.engine.port import DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import Adapters, DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
 from workers.engine.scheduler import Chunk, Limits, Scheduler
 from workers.engine.sequence import Sequence, TextRules
 
@@ -82,10 +82,12 @@ class BatchingEngine:
         max_cost: int,
         vocab_size: int,
         places: Places | None = None,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
         places = places or SlotPlaces(limits.max_sequences, limits.cache_tokens)
         self.model_version = model_version
+        self.adapters = adapters
         self.max_cost = min(max_cost, places.capacity_tokens)
         self._runner = runner
         self._rules = rules

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.failures import Failure
 from common.logs import get_logger
+from common.models.adapters import AdapterStore
 from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
@@ -89,6 +90,7 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
 
 def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> BatchingEngine:
     """The loaded ``model`` over pages, with as large a cache as fits its device."""
+    from workers.model.adapters import StoredAdapters
     from workers.model.paged_model import PAGE_TOKENS, prepare_paged
     from workers.model.runner import ModelRunner
 
@@ -123,6 +125,13 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
         places=PagePlaces(
             ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
         ),
+        adapters=StoredAdapters(
+            _adapters_of(settings, stored),
+            ready.forward.adapters,
+            ready.linears,
+            dtype=model.dtype,
+            device=model.device,
+        ),
     )
 
 
@@ -135,6 +144,7 @@ def _build_slots(
     refused: dict[str, str],
 ) -> BatchingEngine:
     """The model on contiguous slots, in the best way that takes it; ``refused`` are better ones."""
+    from workers.model.adapters import StoredAdapters
     from workers.model.kv_cache import SlotCache
     from workers.model.loader import load_model
     from workers.model.runner import ModelRunner
@@ -165,13 +175,21 @@ def _build_slots(
         quantize=settings.quantize,
         num_threads=ready.num_threads,
     )
+    forward = ready.bind(cache)
     return BatchingEngine(
-        ModelRunner(ready.bind(cache), cache, ready.row_statistics),
+        ModelRunner(forward, cache, ready.row_statistics),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
         model_version=_model_version(stored, settings.quantize),
         max_cost=max_cost,
         vocab_size=ready.vocab_size,
+        adapters=StoredAdapters(
+            _adapters_of(settings, stored),
+            forward.adapters,
+            ready.linears,
+            dtype=dtype,
+            device=device,
+        ),
     )
 
 
@@ -186,6 +204,10 @@ def _limit_busy_waiting() -> None:
 
 def _text_rules(tokenizer: Tokenizer, stored: StoredModel) -> TextRules:
     return TextRules(tokenizer, frozenset(stored.manifest.eos_token_ids))
+
+
+def _adapters_of(settings: WorkerSettings, stored: StoredModel) -> AdapterStore:
+    return AdapterStore.beside(settings.data_dir, stored.manifest.name)
 
 
 def _limits(settings: WorkerSettings) -> Limits:

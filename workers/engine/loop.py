@@ -69,6 +69,10 @@ class EngineLoop:
     def cancel(self, id: str) -> None:
         self._commands.put(lambda: self._engine.cancel(id))
 
+    def run_between_steps(self, command: Callable[[], None]) -> None:
+        """Have ``command`` run in the engine thread, in the order of all that is asked of it."""
+        self._commands.put(command)
+
     def pause(self) -> None:
         """No further step begins until ``resume``; commands are still taken."""
         self._commands.put(lambda: self._set_paused(True))

@@ -6,7 +6,7 @@ same four calls.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.messages import Finish, PromptLogprobs, Sampling, TopTokens
 from workers.engine.grammar import Matcher
@@ -27,7 +27,7 @@ class EngineRequest:
     ``logged`` are the tokens that earlier attempts produced; the engine prefills prompt and logged
     tokens alike and continues behind them, with detokenizer and stop state rebuilt by replay.
     Generations of one ``cache_scope`` may use each other's computed prefixes. ``matcher`` stands at
-    the start of the answer; ``adapter`` names what is loaded already.
+    the start of the answer; ``adapter`` is the version of one that is held already.
     """
 
     id: str
@@ -78,12 +78,37 @@ class EngineLoad:
     free_slots: int
 
 
+class Adapters(Protocol):
+    """LoRA adapters of an engine, by version; it holds what it was given until it is dropped."""
+
+    def read(self, version: str) -> Any:
+        """What :meth:`put` takes, from the store; blocks, in any thread.
+
+        Raises:
+            Failure: ADAPTER_NOT_FOUND or ADAPTER_LOAD_FAILED.
+        """
+        ...
+
+    def put(self, version: str, adapter: Any) -> None:
+        """Hold it from the next step on; in the engine thread, and in no time to speak of."""
+        ...
+
+    def drop(self, version: str) -> None:
+        """Hold it no longer; in the engine thread. No generation may have it any more."""
+        ...
+
+
 class Engine(Protocol):
     """Not thread-safe: every call comes from the engine thread."""
 
     model_version: str
     max_cost: int
     """Largest ``EngineRequest.cost`` that can ever run here."""
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """None: whatever adapter a generation names changes nothing (simulated engines)."""
+        ...
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a generation. A known id is replaced: the old attempt is forgotten first."""

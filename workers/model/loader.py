@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.failures import Failure
+from workers.model.adapters import LinearShapes
 from workers.model.attention import ATTENTION, LayerProbe, Stretch, running
 from workers.model.kv_cache import LayerShape, SlotCache
-from workers.model.modules import ModulesForward
+from workers.model.modules import ModulesForward, linear_of
 from workers.model.runner import Forward
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -133,6 +134,21 @@ def inspect_layers(model: PreTrainedModel) -> dict[int, LayerShape]:
         raise _unfit(model, f"{type(error).__name__}: {error}") from error
     _check_layer_types(model, probe)
     return probe.shapes
+
+
+def adaptable_linears(model: PreTrainedModel) -> LinearShapes:
+    """All linears of the model's layers as transformers made them, but for those of single experts,
+    which see some rows of a step only.
+    """
+    head = model.get_output_embeddings()
+    found = {
+        path: linear[0].shape
+        for path, module in model.named_modules()
+        if module is not head
+        and "experts" not in path
+        and (linear := linear_of(module)) is not None
+    }
+    return {path: (outputs, inputs) for path, (outputs, inputs) in found.items()}
 
 
 def check_attention(model: PreTrainedModel, layers: Mapping[int, LayerShape]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from workers.model.adapters import ModuleAdapters
 from workers.model.attention import Layout, StepLayout, Stretch, running
 from workers.model.kv_cache import SlotCache
 
@@ -31,12 +32,14 @@ class ModulesForward:
     def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
         self._model = model
         self._cache = cache
+        self.adapters = ModuleAdapters(model)
 
     def __call__(
         self, tokens: list[int], stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor:
         layout = StepLayout(self._cache, stretches)
-        return run_model(self._model, layout, tokens, layout.positions, rows)
+        with self.adapters.computing(stretches):
+            return run_model(self._model, layout, tokens, layout.positions, rows)
 
 
 def run_model(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from transformers import PreTrainedModel
 
+from workers.model.adapters import AdaptableModule, AdapterRows, ModuleAdapters, current_rows
 from workers.model.attention import Stretch, positions_of
 from workers.model.kv_cache import SlotCache
 from workers.model.modules import children_of, linear_of, rms_norm_of, run_model
@@ -36,13 +37,15 @@ class OperationsForward:
         self._model = model
         self._engine = engine
         self._cache = cache
+        self.adapters = ModuleAdapters(model)
 
     def __call__(
         self, tokens: list[int], stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor:
         layout = _NativeLayout(self._engine, self._cache, stretches)
         positions = positions_of(stretches, self._cache.device)
-        return run_model(self._model, layout, tokens, positions, rows)
+        with self.adapters.computing(stretches):
+            return run_model(self._model, layout, tokens, positions, rows)
 
 
 def unrecognised_module(model: PreTrainedModel) -> str | None:
@@ -138,7 +141,7 @@ class _LayerNorm(torch.nn.Module):
         return self._engine.layer_norm(x, self._weight, self._bias, self._eps)
 
 
-class _GatedMLP(torch.nn.Module):
+class _GatedMLP(AdaptableModule):
     def __init__(
         self,
         engine: Engine,
@@ -152,9 +155,29 @@ class _GatedMLP(torch.nn.Module):
         self._gate_up = engine.pack_gated(gate[0], up[0], gate[1], up[1])
         self._down = engine.pack(*down)
         self._activation = activation
+        self._path: str | None = None
+
+    def adapt(self, path: str, name: str) -> None:  # noqa: ARG002 - each is looked for in a step
+        self._path = path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = current_rows()
+        if rows is not None and self._path is not None:
+            return self._forward_adapted(x, rows, self._path)
         return self._engine.gated_mlp(self._gate_up, self._down, self._activation, x)
+
+    def _forward_adapted(self, x: torch.Tensor, rows: AdapterRows, path: str) -> torch.Tensor:
+        both = rows.delta(f"{path}.gate_up_proj", x)
+        if both is None:
+            none = x.new_zeros((*x.shape[:-1], self._gate_up.num_outputs))
+            gate, up = (rows.delta(f"{path}.{name}_proj", x) for name in ("gate", "up"))
+            gate, up = none if gate is None else gate, none if up is None else up
+        else:
+            gate, up = both.chunk(2, -1)
+        gated = self._engine.gate(self._gate_up, self._activation, x, gate, up)
+        output = self._engine.linear(self._down, gated)
+        delta = rows.delta(f"{path}.down_proj", gated)
+        return output if delta is None else output + delta
 
 
 def _is_recognised(module: torch.nn.Module) -> bool:

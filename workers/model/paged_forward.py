@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from workers.engine.scheduler import SPARE_ROWS
+from workers.model.adapters import ModuleAdapters
 from workers.model.attention import Stretch, running
 from workers.model.paged_attention import PAGED_ATTENTION, TILE_TOKENS, PagedLayout
 from workers.model.paged_cache import PagedCache
@@ -68,6 +69,7 @@ class PagedForward:
             num_pages=-(-max_tokens // cache.page_size),
             device=cache.device,
         )
+        self.adapters = ModuleAdapters(model)
         self._compute = self._run_modules
         self.uncompiled_reason = self._compile(compiler) if compiler else "turned off"
         """Why the modules do not run compiled; None where they do."""
@@ -82,11 +84,22 @@ class PagedForward:
     ) -> torch.Tensor:
         num_decodes = sum(stretch.count == 1 for stretch in stretches)
         self._numbers.load(tokens, stretches, num_decodes, rows)
+        if any(stretch.adapter for stretch in stretches):
+            return self._run_adapted(stretches, num_decodes, len(tokens), len(rows))
         if num_decodes == len(tokens):
             step = self._decodes[_next(self._batches, num_decodes)]
         else:
             step = self._mixed[_next(self._lengths, len(tokens))]
         return step()[: len(rows)]
+
+    def _run_adapted(
+        self, stretches: Sequence[Stretch], num_decodes: int, num_tokens: int, num_rows: int
+    ) -> torch.Tensor:
+        """The step as it is, by the modules one by one: hooks on them know which rows are whose."""
+        num_tiles = sum(-(-stretch.count // TILE_TOKENS) for stretch in stretches[num_decodes:])
+        step = self._step(num_tokens, num_decodes, num_tiles, max(1, num_rows), self._run_modules)
+        with self.adapters.computing(stretches):
+            return step()[:num_rows]
 
     def _run_modules(
         self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor

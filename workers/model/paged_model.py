@@ -6,9 +6,11 @@ import torch
 from transformers import PreTrainedModel
 
 from common.failures import Failure
+from workers.model.adapters import LinearShapes
 from workers.model.fused_linears import fuse_linears
 from workers.model.loader import (
     TOLERANCE,
+    adaptable_linears,
     check_attention,
     difference,
     inspect_layers,
@@ -28,6 +30,8 @@ class PagedModel:
 
     forward: PagedForward
     num_pages: int
+    linears: LinearShapes
+    """Those that adapters may change."""
     vocab_size: int
     max_tokens: int
     """Longest sequence."""
@@ -63,6 +67,7 @@ def prepare_paged(
     vocab_size = vocabulary_size(model)
     max_tokens = min(max_tokens, position_limit(model.config))
     dtype, device = model.dtype, expected.device
+    linears = adaptable_linears(model)
     fuse_linears(model)
     num_pages = _num_pages(
         page_bytes(layers, PAGE_TOKENS, dtype), max_tokens, cache_tokens, memory_share, device
@@ -81,7 +86,7 @@ def prepare_paged(
     off_by = difference(lambda _: forward, expected, layers, dtype)
     if not off_by <= TOLERANCE[dtype]:
         raise Failure("MODEL_LOAD_FAILED", f"Over pages its logits would be off by {off_by:.1%}.")
-    return PagedModel(forward, num_pages, vocab_size, max_tokens)
+    return PagedModel(forward, num_pages, linears, vocab_size, max_tokens)
 
 
 def _num_pages(

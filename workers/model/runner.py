@@ -15,6 +15,7 @@ from workers.engine.batching import Choice, Outcome
 from workers.engine.grammar import GrammarError
 from workers.engine.port import DeviceLostError, DeviceMemoryError
 from workers.engine.scheduler import Chunk
+from workers.model.adapters import AdapterHost
 from workers.model.attention import Stretch
 from workers.model.sampler import RowStatistics, Samples, SamplingRow, sample
 
@@ -24,13 +25,17 @@ class Forward(Protocol):
 
     name: str
 
+    @property
+    def adapters(self) -> AdapterHost: ...
+
     def __call__(
         self, tokens: list[int], stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor:
         """Compute ``tokens``, lying where ``stretches`` say, and store their keys and values.
 
-        Stretches of one token come first, ordered by slot. The answer is the logits of ``rows``
-        among the tokens, ``[len(rows), vocabulary]``, in float32 or the type of the model.
+        Stretches of one token come first, ordered by slot; the adapters that they name are held.
+        The answer is the logits of ``rows`` among the tokens, ``[len(rows), vocabulary]``, in
+        float32 or the type of the model.
         """
         ...
 

@@ -14,9 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from common.failures import Failure
+from workers.model.adapters import LinearShapes
 from workers.model.kv_cache import LayerShape, SlotCache
 from workers.model.loader import (
     TOLERANCE,
+    adaptable_linears,
     check_attention,
     difference,
     inspect_layers,
@@ -58,6 +60,8 @@ class ReadyModel:
     """A faster way to choose greedily, where there is one."""
     num_threads: int
     layers: Mapping[int, LayerShape]
+    linears: LinearShapes
+    """Those that adapters may change."""
     vocab_size: int
     max_tokens: int
     """Longest sequence that the model itself allows."""
@@ -82,7 +86,7 @@ def prepare_model(
     layers = inspect_layers(model)
     expected = check_attention(model, layers)
     vocab_size, max_tokens = vocabulary_size(model), position_limit(model.config)
-    dtype = model.dtype
+    linears, dtype = adaptable_linears(model), model.dtype
     refused: dict[str, str] = {}
     for way in WAYS if wish == "auto" else (wish,):
         model = load() if model is None else model
@@ -105,6 +109,7 @@ def prepare_model(
                 taken.row_statistics,
                 num_threads,
                 layers,
+                linears,
                 vocab_size,
                 max_tokens,
                 refused,

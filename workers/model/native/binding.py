@@ -296,6 +296,33 @@ class Engine:
         )
         return output
 
+    def gate(
+        self,
+        gate_up: Weight,
+        activation: str,
+        x: torch.Tensor,
+        more_gate: torch.Tensor,
+        more_up: torch.Tensor,
+    ) -> torch.Tensor:
+        """``activation(gate(x) + more_gate) * (up(x) + more_up)``; what is added is float32."""
+        x = _rows(x, gate_up.num_inputs)
+        output = x.new_empty((*x.shape[:-1], gate_up.num_outputs))
+        more = [tensor.float().contiguous() for tensor in (more_gate, more_up)]
+        if any(tensor.numel() != output.numel() for tensor in more):
+            raise ValueError("what is added differs in shape from what it is added to")
+        self._check(
+            self.functions.headrace_gate(
+                self.handle,
+                gate_up.handle,
+                ACTIVATIONS[activation],
+                x.data_ptr(),
+                _num_rows(x),
+                *[tensor.data_ptr() for tensor in more],
+                output.data_ptr(),
+            )
+        )
+        return output
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """``x / rms(x) * weight``; ``weight`` is float32 (Gemma's must be given as 1 + w)."""
         x = _rows(x, weight.numel())
@@ -438,9 +465,17 @@ class Step:
         self.close()
 
     def run(
-        self, tokens: Sequence[int], places: Places, rows: Sequence[int], logits: torch.Tensor
+        self,
+        tokens: Sequence[int],
+        places: Places,
+        rows: Sequence[int],
+        logits: torch.Tensor,
+        adapters: Sequence[int | None] | None = None,
     ) -> None:
         """Compute ``tokens`` at ``places`` and write ``logits`` ``[len(rows), vocab]`` of ``rows``.
+
+        ``adapters`` holds for each stretch the address of its adapter, if any stretch has one; see
+        :mod:`workers.model.native.adapters`.
 
         Raises:
             ValueError: for a token, place or row that the model or its cache does not have.
@@ -456,6 +491,7 @@ class Step:
             places.slots,
             places.starts,
             places.counts,
+            None if adapters is None else (ctypes.c_void_p * places.count)(*adapters),
             len(rows),
             (ctypes.c_int * len(rows))(*rows),
             logits.data_ptr(),
@@ -511,6 +547,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "weight_new": (pointer, [pointer, integer, integer, *[pointer] * 4, integer]),
         "linear": (integer, [pointer, pointer, pointer, integer, pointer, pointer]),
         "gated_mlp": (integer, [pointer, pointer, pointer, integer, pointer, integer, pointer]),
+        "gate": (integer, [pointer, pointer, integer, pointer, integer, *[pointer] * 3]),
         "rms_norm": (None, [pointer, pointer, pointer, integer, integer, real, pointer]),
         "layer_norm": (None, [*[pointer] * 4, integer, integer, real, pointer]),
         "attend": (
@@ -532,7 +569,17 @@ def _declare(functions: ctypes.CDLL) -> None:
         "step_free": (None, [pointer]),
         "step_run": (
             integer,
-            [pointer, integer, integers, integer, *[integers] * 3, integer, integers, pointer],
+            [
+                pointer,
+                integer,
+                integers,
+                integer,
+                *[integers] * 3,
+                ctypes.POINTER(pointer),
+                integer,
+                integers,
+                pointer,
+            ],
         ),
         "row_statistics": (None, [pointer, pointer, integer, integer, *[pointer] * 3]),
     }

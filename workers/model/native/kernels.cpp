@@ -5,7 +5,7 @@
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
 //
 // Contents: 1 memory, 2 vectors of 16 floats, 3 the team of threads, 4 packed weights and their
-// product, 5 row operations, 6 attention, 7 single operations, 8 the step, 9 the C ABI.
+// product, 5 row operations, 6 attention, 7 single operations, 8 adapters, 9 the step, 10 the C ABI.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -1446,6 +1446,24 @@ class Engine {
     });
   }
 
+  // The first half of a gated MLP, with something more added to gate and up: [rows, outputs] each.
+  void gate(const Weight& gate_up, Activation activation, const bf16* x, int rows,
+            const float* more_gate, const float* more_up, bf16* to) {
+    bf16* staged = inputs_.reserve(rows, gate_up.inputs);
+    const int width = gate_up.outputs;
+    team.run([&](int thread) {
+      stage(thread, x, rows, gate_up.inputs, staged);
+      multiply(team, thread, gate_up, staged, rows, [=](int row, int block, __m512 gate,
+                                                        __m512 up) {
+        const __mmask16 lanes = first_lanes(width - block * 16);
+        const size_t at = size_t(row) * width + block * 16;
+        gate = _mm512_add_ps(gate, _mm512_maskz_loadu_ps(lanes, more_gate + at));
+        up = _mm512_add_ps(up, _mm512_maskz_loadu_ps(lanes, more_up + at));
+        store_bf16(to + at, _mm512_mul_ps(activate(activation, gate), up), lanes);
+      });
+    });
+  }
+
   // Applies work(row) to all rows; few of them are not worth waking the others.
   void for_rows(int rows, int width, const std::function<void(int)>& work) {
     if (int64_t{rows} * width < kWorthWaking) {
@@ -1504,7 +1522,160 @@ class Engine {
   RowBuffer inputs_, gated_;
 };
 
-// ---- 8. the step -------------------------------------------------------------------------------
+// ---- 8. adapters -------------------------------------------------------------------------------
+//
+// A low-rank adapter (LoRA) adds B(A(x)) to what a linear gives. Rows of one step may have different
+// adapters, or none. A is as small as B, and both together a few percent of the weight, but there is
+// one of each per adapter: what counts is to read each once, in order, at the speed of memory. So
+//
+//   shrink   A of all siblings (q, k, v) stands row below row: each row of A is a dot product with
+//            the inputs, four rows of A at a time. Everybody waits until all rows have been shrunk.
+//   expand   B lies like a packed weight, tiles of 16 outputs, pairs of ranks side by side, and is
+//            added where the product of the weight comes out, tile by tile, from registers.
+
+}  // namespace
+
+extern "C" {
+
+// B of one linear: tiles of [rank / 2][16 outputs][2]; null where the linear has none.
+struct HeadraceExpand {
+  const bf16* tiles;
+  int first, rank;                             // where its ranks begin in the shrunk row; a multiple of 4
+};
+
+// What an adapter adds to one packed weight: up to three linears in one.
+struct HeadraceLowRank {
+  const bf16* shrink;                          // [rank, inputs in whole steps], or null
+  int rank;                                    // of all parts
+  HeadraceExpand parts[3];
+};
+
+enum { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kAdapted = 4 };
+
+}  // extern "C"
+
+namespace {
+
+constexpr int kRanksTogether = 4, kRowsTogether = 4;
+
+// shrunk[row][first .. first + 4) of up to four rows.
+template <int ROWS>
+void shrink_rows(const bf16* const* x, const bf16* ranks, int width, bf16* const* shrunk) {
+  __m512 sums[16];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int k = 0; k < width; k += kStep) {
+    __m512bh a[kRanksTogether];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRanksTogether; i++) a[i] = load_pairs(ranks + size_t(i) * width + k);
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; row++) {
+      const __m512bh input = load_pairs(x[row] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRanksTogether; i++)
+        sums[row * 4 + i] = _mm512_dpbf16_ps(sums[row * 4 + i], input, a[i]);
+    }
+  }
+  alignas(32) bf16 all[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(all), narrow(sum_each(sums)));
+  for (int row = 0; row < ROWS; row++)
+    std::memcpy(shrunk[row], all + row * 4, kRanksTogether * sizeof(bf16));
+}
+
+inline __m512 expand(__m512 sum, const HeadraceExpand& part, int tile, const bf16* shrunk) {
+  if (part.tiles == nullptr) return sum;
+  const bf16* line = part.tiles + size_t(tile) * part.rank * 16;
+  const bf16* pair = shrunk + part.first;
+  __m512 other = _mm512_setzero_ps();
+  for (int i = 0; i < part.rank; i += 4, line += 64) {
+    sum = _mm512_dpbf16_ps(sum, broadcast_pair(pair + i), load_pairs(line));
+    other = _mm512_dpbf16_ps(other, broadcast_pair(pair + i + 2), load_pairs(line + 32));
+  }
+  return _mm512_add_ps(sum, other);
+}
+
+// Which rows of a step have which adapter, and their shrunk inputs of the moment.
+class StepAdapters {
+ public:
+  // `adapters` has one per stretch, each [num_layers][kAdapted]; null where there is none.
+  void set(const HeadraceLowRank* const* adapters, const std::vector<Stretch>& stretches,
+           int num_layers) {
+    groups_.clear();
+    of_row_.clear();
+    stride_ = 0;
+    if (adapters == nullptr) return;
+    for (size_t i = 0; i < stretches.size(); i++) {
+      const HeadraceLowRank* adapter = adapters[i];
+      of_row_.insert(of_row_.end(), stretches[i].count, adapter);
+      if (adapter == nullptr) continue;
+      auto group = std::find_if(groups_.begin(), groups_.end(),
+                                [&](const Group& g) { return g.adapter == adapter; });
+      if (group == groups_.end()) {
+        group = groups_.insert(groups_.end(), Group{adapter, {}});
+        for (int part = 0; part < num_layers * kAdapted; part++)
+          stride_ = std::max(stride_, size_t(adapter[part].rank));
+      }
+      for (int row = 0; row < stretches[i].count; row++)
+        group->rows.push_back(stretches[i].first_token + row);
+    }
+    if (groups_.empty()) of_row_.clear();
+    shrunk_.resize(std::max(shrunk_.size(), of_row_.size() * stride_));
+  }
+
+  bool any() const { return !groups_.empty(); }
+
+  // This thread's share of A(x) for the weight `number` (layer * kAdapted + which of the four).
+  void shrink(int thread, int num_threads, int number, const bf16* x, int inputs) {
+    const int width = round_up(inputs, kStep);
+    int total = 0;
+    for (const Group& group : groups_) total += group.adapter[number].rank / kRanksTogether;
+    const Share share(total, thread, num_threads);
+    int first = 0;
+    for (const Group& group : groups_) {
+      const HeadraceLowRank& part = group.adapter[number];
+      const int count = part.rank / kRanksTogether;
+      for (int i = std::max(0, share.first - first); i < std::min(count, share.last - first); i++)
+        shrink_group(group, part.shrink + size_t(i) * kRanksTogether * width, i * kRanksTogether, x,
+                     row_stride(inputs), width);
+      first += count;
+    }
+  }
+
+  const HeadraceLowRank* of_row(int row, int number) const {
+    return of_row_[row] == nullptr ? nullptr : of_row_[row] + number;
+  }
+  const bf16* shrunk(int row) const { return shrunk_.data() + row * stride_; }
+
+ private:
+  struct Group {
+    const HeadraceLowRank* adapter;
+    std::vector<int> rows;
+  };
+
+  void shrink_group(const Group& group, const bf16* ranks, int first_rank, const bf16* x,
+                    size_t x_stride, int width) {
+    const int count = static_cast<int>(group.rows.size());
+    for (int done = 0; done < count; done += kRowsTogether) {
+      const bf16* from[kRowsTogether];
+      bf16* to[kRowsTogether];
+      const int num_rows = std::min(kRowsTogether, count - done);
+      for (int i = 0; i < num_rows; i++) {
+        const int row = group.rows[done + i];
+        from[i] = x + row * x_stride;
+        to[i] = shrunk_.data() + row * stride_ + first_rank;
+      }
+      static constexpr decltype(&shrink_rows<1>) shrink[kRowsTogether] = {
+          shrink_rows<1>, shrink_rows<2>, shrink_rows<3>, shrink_rows<4>};
+      shrink[num_rows - 1](from, ranks, width, to);
+    }
+  }
+
+  std::vector<Group> groups_;
+  std::vector<const HeadraceLowRank*> of_row_;  // per token
+  std::vector<bf16> shrunk_;                    // [tokens, stride_]
+  size_t stride_ = 0;
+};
+
+// ---- 9. the step -------------------------------------------------------------------------------
 //
 // All tokens of a step go through the model together, whoever they belong to:
 //
@@ -1610,9 +1781,10 @@ class Step {
            all_below(rows, num_rows, num_tokens);
   }
 
-  void run(int num_tokens, const int* tokens, const std::vector<Stretch>& stretches, int num_rows,
-           const int* rows, float* logits) {
+  void run(int num_tokens, const int* tokens, const std::vector<Stretch>& stretches,
+           const HeadraceLowRank* const* adapters, int num_rows, const int* rows, float* logits) {
     reserve(num_tokens);
+    adapters_.set(adapters, stretches, model_.num_layers);
     places_.clear();
     for (const auto& stretch : stretches)
       for (int i = 0; i < stretch.count; i++) places_.push_back({stretch.slot, stretch.start + i});
@@ -1624,7 +1796,7 @@ class Step {
       for (int t = share.first; t < share.last; t++) embed(tokens[t], residual(t));
       for (int i = 0; i < model_.num_layers; i++) {
         attend(thread, share, num_tokens, i, plan);
-        feed_forward(thread, share, num_tokens, model_.layers[i]);
+        feed_forward(thread, share, num_tokens, i);
       }
       compute_logits(thread, num_rows, rows, logits);
     });
@@ -1685,8 +1857,8 @@ class Step {
                           model_.scale,     0.0f,                layer.window};
     const LayerCache cache{layer.keys, layer.values, model_.max_tokens};
     normalise(share, layer.attention_norm);
-    multiply(team, thread, *static_cast<const Weight*>(layer.qkv), normed_, num_tokens,
-             store_as_float(qkv_, qkv_width_, qkv_width_));
+    multiply_adapted(thread, layer.qkv, number, kQkv, normed_, num_tokens,
+                     store_as_float(qkv_, qkv_width_, qkv_width_));
     team.barrier();
     for (int t = share.first; t < share.last; t++) place_token(t, layer, shape, cache);
     team.barrier();
@@ -1694,8 +1866,8 @@ class Step {
                 {attended_, row_stride(query_width_)}, engine_.spans(thread),
                 next_blocks_[number]);
     team.barrier();
-    multiply(team, thread, *static_cast<const Weight*>(layer.out), attended_, num_tokens,
-             add_to_float(residual_, residual_stride_));
+    multiply_adapted(thread, layer.out, number, kOut, attended_, num_tokens,
+                     add_to_float(residual_, residual_stride_));
     team.barrier();
   }
 
@@ -1723,16 +1895,56 @@ class Step {
     }
   }
 
-  void feed_forward(int thread, const Share& share, int num_tokens, const HeadraceLayer& layer) {
+  void feed_forward(int thread, const Share& share, int num_tokens, int number) {
+    const HeadraceLayer& layer = model_.layers[number];
     Team& team = engine_.team;
     normalise(share, layer.mlp_norm);
-    multiply(team, thread, *static_cast<const Weight*>(layer.gate_up), normed_, num_tokens,
-             store_gated(static_cast<Activation>(model_.activation), gated_,
-                         row_stride(gated_width_)));
+    multiply_adapted(thread, layer.gate_up, number, kGateUp, normed_, num_tokens,
+                     store_gated(static_cast<Activation>(model_.activation), gated_,
+                                 row_stride(gated_width_)));
     team.barrier();
-    multiply(team, thread, *static_cast<const Weight*>(layer.down), gated_, num_tokens,
-             add_to_float(residual_, residual_stride_));
+    multiply_adapted(thread, layer.down, number, kDown, gated_, num_tokens,
+                     add_to_float(residual_, residual_stride_));
     team.barrier();
+  }
+
+  // The product of a layer's weight, and what the adapters of the step add to it.
+  template <class Epilogue>
+  void multiply_adapted(int thread, const void* packed, int layer, int which, const bf16* a,
+                        int rows, Epilogue epilogue) {
+    Team& team = engine_.team;
+    const Weight& weight = *static_cast<const Weight*>(packed);
+    if (!adapters_.any()) return multiply(team, thread, weight, a, rows, epilogue);
+    const int number = layer * kAdapted + which;
+    adapters_.shrink(thread, team.size(), number, a, weight.inputs);
+    team.barrier();
+    multiply(team, thread, weight, a, rows, [=, this](int row, int block, __m512 left,
+                                                      __m512 right) {
+      if (const HeadraceLowRank* adapter = adapters_.of_row(row, number)) {
+        const bf16* shrunk = adapters_.shrunk(row);
+        const auto [part, tile] = locate(which, block);
+        left = expand(left, adapter->parts[part], tile, shrunk);
+        right = which == kGateUp ? expand(right, adapter->parts[1], tile, shrunk)
+                                 : expand(right, adapter->parts[part], tile + 1, shrunk);
+      }
+      epilogue(row, block, left, right);
+    });
+  }
+
+  struct Location {
+    int part, tile;
+  };
+
+  // Which linear the left half of a block belongs to, and which of its tiles of 16 outputs it is.
+  // Heads are multiples of 32 wide, so both halves of a block of q, k and v are of one of them.
+  Location locate(int which, int block) const {
+    if (which == kGateUp) return {0, block};
+    const int tile = block * 2;
+    if (which != kQkv) return {0, tile};
+    const int queries = query_width_ / 16, keys = model_.num_kv_heads * model_.size / 16;
+    if (tile < queries) return {0, tile};
+    if (tile < queries + keys) return {1, tile - queries};
+    return {2, tile - queries - keys};
   }
 
   void compute_logits(int thread, int num_rows, const int* rows, float* logits) {
@@ -1755,10 +1967,11 @@ class Step {
   float *residual_, *qkv_;
   bf16 *normed_, *query_, *attended_, *gated_;
   std::vector<Place> places_;
+  StepAdapters adapters_;
   std::vector<std::atomic<int>> next_blocks_;  // per layer; see AttentionPlan::attend
 };
 
-// ---- 9. the C ABI ------------------------------------------------------------------------------
+// ---- 10. the C ABI ------------------------------------------------------------------------------
 
 // Runs `work`; false where memory or threads could not be had.
 template <class Work>
@@ -1847,6 +2060,16 @@ int headrace_gated_mlp(void* engine, const void* gate_up, const void* down, int 
   });
 }
 
+// activation(gate(x) + more_gate) * (up(x) + more_up); `more` and the answer are [rows, outputs].
+int headrace_gate(void* engine, const void* gate_up, int activation, const bf16* x, int rows,
+                  const float* more_gate, const float* more_up, bf16* to) {
+  return succeeds([&] {
+    static_cast<Engine*>(engine)->gate(*static_cast<const Weight*>(gate_up),
+                                       static_cast<Activation>(activation), x, rows, more_gate,
+                                       more_up, to);
+  });
+}
+
 // x [rows, width] -> [rows, width].
 void headrace_rms_norm(void* engine, const bf16* x, const float* weight, int rows, int width,
                        float eps, bf16* to) {
@@ -1915,9 +2138,10 @@ void headrace_step_free(void* step) { delete static_cast<Step*>(step); }
 enum { kDone = 0, kNoMemory = 1, kUnknownPlace = 2 };
 
 // Computes the tokens of `count` stretches, in their order, and writes the logits of `rows` among
-// them, [num_rows, vocab].
+// them, [num_rows, vocab]. `adapters` is null, or has one adapter per stretch or null for none.
 int headrace_step_run(void* step, int num_tokens, const int* tokens, int count, const int* slots,
-                      const int* starts, const int* counts, int num_rows, const int* rows,
+                      const int* starts, const int* counts,
+                      const HeadraceLowRank* const* adapters, int num_rows, const int* rows,
                       float* logits) {
   auto& s = *static_cast<Step*>(step);
   int result = kNoMemory;
@@ -1927,7 +2151,7 @@ int headrace_step_run(void* step, int num_tokens, const int* tokens, int count, 
       result = kUnknownPlace;
       return;
     }
-    s.run(num_tokens, tokens, stretches, num_rows, rows, logits);
+    s.run(num_tokens, tokens, stretches, adapters, num_rows, rows, logits);
     result = kDone;
   });
   return result;

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from workers.model.attention import Stretch
 from workers.model.kv_cache import SlotCache
+from workers.model.native.adapters import StepAdapters
 from workers.model.native.binding import (
     ACTIVATIONS,
     MAX_GROUP,
@@ -149,6 +150,7 @@ class StepForward:
     def __init__(self, packed: PackedModel, cache: SlotCache) -> None:
         pointers, self._kept = packed.on_cache(cache)
         self._packed = packed
+        self.adapters = StepAdapters(pointers.num_layers)
         self._step = Step(packed.engine, pointers, _STEP_TOKENS)
         # Written once, so that no step has to take the page faults.
         self._logits = torch.zeros(pointers.num_slots, packed.vocab_size)
@@ -162,7 +164,8 @@ class StepForward:
         if len(rows) > len(self._logits):
             self._logits = self._logits.new_zeros(len(rows), self._packed.vocab_size)
         logits = self._logits[: len(rows)]
-        self._step.run(tokens, Places(stretches), rows, logits)
+        adapters = self.adapters.addresses(stretches)
+        self._step.run(tokens, Places(stretches), rows, logits, adapters)
         return logits
 
 
