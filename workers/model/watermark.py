@@ -3,8 +3,9 @@
 Behind each token a share ``gamma`` of the vocabulary is green, and green tokens get ``delta`` more.
 Which are green is a hash of the previous token and the token itself (the paper's "left hash" with a
 context of one), so a detector needs neither model nor vocabulary, and every worker agrees. Token
-``t`` is green behind ``p`` when lane ``t % 4`` of ``random_bits(noise_key(HASH_KEY, p), t // 4)``,
-16 bits each and the lowest first, is below ``gamma * 2**16``.
+``t`` is green behind ``p`` if, of the four signed 16-bit numbers that make up the 64 bits of
+``random_bits(noise_key(HASH_KEY, p), t // 4)``, lowest first, number ``t % 4`` is below
+``(gamma - 1/2) * 2**16``.
 """
 
 import math
@@ -65,7 +66,7 @@ def add_watermark(
 
 
 def _lanes(previous: Sequence[int], words: torch.Tensor) -> torch.Tensor:
-    """``[rows, 4 * words]`` in float32: 16 bits for each token, less half their range."""
+    """``[rows, 4 * words]`` in float32: a signed 16-bit number for each token."""
     keys = [[noise_key(HASH_KEY, token)] for token in previous]
     return random_bits(torch.tensor(keys, device=words.device), words).view(torch.int16).float()
 
