@@ -73,6 +73,15 @@ KINDS: dict[str, FailureKind] = {
             "A parameter that Headrace does not support yet.",
         ),
         _kind(
+            "GRAMMAR_REJECTED",
+            400,
+            _INVALID,
+            "validation",
+            False,
+            Actor.CALLER,
+            "The grammar is invalid, unsupported, or takes too much work.",
+        ),
+        _kind(
             "BODY_TOO_LARGE",
             413,
             _INVALID,

@@ -33,7 +33,6 @@ from gateway.order import (
     FULL_TEXT,
     LOGPROBS,
     PREFILL,
-    PROMPT_ONLY,
     SHOW_TIER,
 )
 from gateway.stream import Batch, Stream
@@ -149,7 +148,9 @@ def _chunk_body(
     subject, first = replies[0].subject, replies[0].choices[0]
     pairs = [(reply.subject, choice) for reply in replies for choice in reply.choices]
     choices = [
-        {"index": index, **say(of, choice, tokenizer), "finish_reason": _reason(of, choice)}
+        {"index": index}
+        | say(of, choice, tokenizer)
+        | {"finish_reason": openai_reason(choice.finish)}
         for index, (of, choice) in enumerate(pairs)
     ]
     body: dict[str, Any] = {
@@ -180,24 +181,15 @@ def _chat_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> d
 
 
 def _completion_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    is_new_shown = not subject.has(PROMPT_ONLY)
     prompt = subject.prompt_text if subject.has(ECHO) else ""
     told: dict[str, list[Any]] | None = None
     if subject.has(LOGPROBS):
-        parts: list[dict[str, list[Any]]] = []
+        offsets = offsets_of(whole.pieces, len(prompt))[:-1]
+        told = completion_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops, offsets)
         if subject.has(ECHO):
-            parts.append(echoed_logprobs(tokenizer, subject.prompt, whole.prompt))
-        if is_new_shown:
-            offsets = offsets_of(whole.pieces, len(prompt))[:-1]
-            parts.append(
-                completion_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops, offsets)
-            )
-        told = {name: [one for part in parts for one in part[name]] for name in parts[0]}
-    return {"text": prompt + whole.text if is_new_shown else prompt, "logprobs": told}
-
-
-def _reason(subject: Subject, whole: Completion) -> str:
-    return "length" if subject.has(PROMPT_ONLY) else openai_reason(whole.finish)
+            before = echoed_logprobs(tokenizer, subject.prompt, whole.prompt)
+            told = {name: before[name] + told[name] for name in told}
+    return {"text": prompt + whole.text, "logprobs": told}
 
 
 def _version(subject: Subject, whole: Completion) -> str:
@@ -206,10 +198,7 @@ def _version(subject: Subject, whole: Completion) -> str:
 
 def _total_usage(replies: Sequence[Reply]) -> dict[str, Any]:
     """Every prompt once, and the tokens of all choices, of those too that were not the best."""
-    counts = [
-        usage(reply.subject, 0 if reply.subject.has(PROMPT_ONLY) else reply.num_tokens)
-        for reply in replies
-    ]
+    counts = [usage(reply.subject, reply.num_tokens) for reply in replies]
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 

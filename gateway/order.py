@@ -21,9 +21,7 @@ LOGPROBS = 32
 """OpenAI: each choice tells the log-probabilities of its tokens."""
 ECHO = 64
 """Completions: the text begins with the prompt."""
-PROMPT_ONLY = 128
-"""Completions: nothing but the prompt was asked for; the one token that is made is not shown."""
-PREFILL = 256
+PREFILL = 128
 """TGI: ``details`` tells the tokens of the prompt."""
 
 

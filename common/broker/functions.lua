@@ -570,7 +570,7 @@ local function append(P, now, outbox, item, record)
   local repeated = start + n <= at
   if repeated and reason == '' then return nil end
   if repeated and start + n == at and chain == h[4] then
-    record, n = nil, 0                     -- its tokens are in the log, its end is not
+    record, n = start == at and record or nil, 0   -- its tokens are in the log, its end is not
   elseif start ~= at or prev ~= h[4] then
     return { id, 'realign', at, h[4] }
   end

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
-from gateway.bodies import check_range, read_body, refuse_unsupported, unsupported
+from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
 from gateway.order import LOGPROBS, Order
 from gateway.services import Services, services_of
 
@@ -105,13 +105,15 @@ def _wanted(body: ChatBody) -> Wanted:
             "`max_tokens` and `max_completion_tokens` are the same: send one of them",
             field="max_tokens",
         )
+    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    check_range("max_tokens", max_tokens, 1, MAX_NEW_TOKENS)
     check_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if body.top_logprobs and not body.logprobs:
         raise Failure(
             "BAD_REQUEST", "`top_logprobs` needs `logprobs` to be true", field="top_logprobs"
         )
     return Wanted(
-        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        max_tokens=max_tokens,
         num_choices=num_choices("n", body.n),
         flags=LOGPROBS * bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
-from gateway.bodies import check_range, read_body, refuse_unsupported, unsupported
-from gateway.order import ECHO, LOGPROBS, PROMPT_ONLY, Order
+from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
+from gateway.order import ECHO, LOGPROBS, Order
 from gateway.services import Services, services_of
 
 MAX_LOGPROBS = 5
@@ -77,15 +77,15 @@ def _wanted(body: CompletionBody) -> Wanted:
         raise Failure(
             "BAD_REQUEST", "`best_of` cannot be more than `n` in a stream", field="best_of"
         )
-    is_prompt_only = body.max_tokens == 0 and bool(body.echo)
-    if is_prompt_only and body.stream:
-        raise Failure("BAD_REQUEST", "`max_tokens` must be at least 1 in a stream", field="stream")
+    # Nothing but the prompt, with what the model says of it: that is no stream.
+    may_be_none = bool(body.echo) and not body.stream
+    check_range("max_tokens", body.max_tokens, 0 if may_be_none else 1, MAX_NEW_TOKENS)
     has_logprobs = body.logprobs is not None
     return Wanted(
-        max_tokens=1 if is_prompt_only else body.max_tokens,
+        max_tokens=body.max_tokens,
         num_choices=best_of,
         num_best=n if best_of > n else 0,
-        flags=LOGPROBS * has_logprobs | ECHO * bool(body.echo) | PROMPT_ONLY * is_prompt_only,
+        flags=LOGPROBS * has_logprobs | ECHO * bool(body.echo),
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=has_logprobs and bool(body.echo),
     )

@@ -146,7 +146,7 @@ def lane_of(service_tier: str | None) -> Lane:
 def _sampling(
     services: Services, body: OpenAiBody, num_prompt_tokens: int, wanted: Wanted
 ) -> Sampling:
-    _check_ranges(body, wanted.max_tokens)
+    _check_ranges(body)
     vocab_size = services.model.tokenizer.vocab_size
     max_new_tokens = _room(services.model, num_prompt_tokens, wanted.max_tokens)
     if body.min_tokens is not None and body.min_tokens > max_new_tokens:
@@ -188,7 +188,7 @@ def _warpers(body: OpenAiBody) -> dict[str, Any]:
     }
 
 
-def _check_ranges(body: OpenAiBody, max_tokens: int | None) -> None:
+def _check_ranges(body: OpenAiBody) -> None:
     check_range("temperature", body.temperature, 0.0, 2.0)
     check_range("top_p", body.top_p, 0.0, 1.0)
     check_range("top_k", body.top_k, -1, MAX_TOP_K)
@@ -197,7 +197,6 @@ def _check_ranges(body: OpenAiBody, max_tokens: int | None) -> None:
     check_range("frequency_penalty", body.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     check_range("presence_penalty", body.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     check_above_0("repetition_penalty", body.repetition_penalty, MAX_REPETITION_PENALTY)
-    check_range("max_tokens", max_tokens, 1, MAX_NEW_TOKENS)
     check_range("min_tokens", body.min_tokens, 0, MAX_NEW_TOKENS)
     check_range("seed", body.seed, -(2**63), MAX_SEED)
 
@@ -226,7 +225,7 @@ def _grammar(body: OpenAiBody) -> Grammar | None:
 
 def _room(model: ServedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
     limit = model.max_total_tokens
-    if num_prompt_tokens + (max_tokens or 1) > limit:
+    if num_prompt_tokens + (1 if max_tokens is None else max_tokens) > limit:
         wish = f" and asks for up to {max_tokens} more" if max_tokens else ""
         raise Failure(
             "CONTEXT_LENGTH_EXCEEDED",

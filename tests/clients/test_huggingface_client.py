@@ -3,7 +3,15 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from huggingface_hub import AsyncInferenceClient, InferenceClient, close_session, constants
+from huggingface_hub import (
+    AsyncInferenceClient,
+    ChatCompletionInputJSONSchema,
+    ChatCompletionInputResponseFormatJSONSchema,
+    InferenceClient,
+    TextGenerationInputGrammarType,
+    close_session,
+    constants,
+)
 from huggingface_hub.errors import ValidationError
 
 from tests.clients.conftest import System
@@ -54,6 +62,77 @@ async def test_a_stream_with_details(client: AsyncInferenceClient) -> None:
     assert events[-1].details is not None
     assert events[-1].details.generated_tokens == len(events)
     assert all(event.generated_text is None for event in events[:-1])
+
+
+async def test_everything_that_details_may_hold(client: AsyncInferenceClient) -> None:
+    answer = await client.text_generation(
+        "hello",
+        max_new_tokens=4,
+        details=True,
+        decoder_input_details=True,
+        best_of=2,
+        do_sample=True,
+        top_n_tokens=3,
+        return_full_text=False,
+    )
+    details = answer.details
+    assert details is not None
+    assert [token.text for token in details.prefill] == list("hello")
+    assert details.prefill[0].logprob is None
+    assert details.prefill[1].logprob is not None
+    assert details.top_tokens is not None
+    assert [len(tops) for tops in details.top_tokens] == [3] * len(details.tokens)
+    assert details.best_of_sequences is not None
+    [other] = details.best_of_sequences
+    assert other.seed != details.seed
+
+
+async def test_a_stream_with_the_likeliest_tokens(client: AsyncInferenceClient) -> None:
+    stream = await client.text_generation(
+        "hello", max_new_tokens=4, stream=True, details=True, top_n_tokens=2
+    )
+    events = [event async for event in stream]
+    tops = [event.top_tokens for event in events]
+    assert all(top is not None and len(top) == 2 for top in tops)
+
+
+async def test_every_parameter_that_the_client_knows(client: AsyncInferenceClient) -> None:
+    text = await client.text_generation(
+        "hello",
+        max_new_tokens=6,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+        temperature=0.7,
+        top_k=40,
+        top_p=0.9,
+        typical_p=0.9,
+        truncate=3,
+        watermark=True,
+        seed=4,
+        stop=["never said"],
+    )
+    assert text
+
+
+async def test_an_answer_may_have_a_grammar(client: AsyncInferenceClient) -> None:
+    grammar = TextGenerationInputGrammarType(type="regex", value="[a-z ]{3,8}")
+    assert await client.text_generation("hello", max_new_tokens=20, grammar=grammar)
+    answer = await client.chat_completion(
+        [{"role": "user", "content": "hello"}],
+        max_tokens=20,
+        logprobs=True,
+        top_logprobs=2,
+        response_format=ChatCompletionInputResponseFormatJSONSchema(
+            type="json_schema",
+            json_schema=ChatCompletionInputJSONSchema(
+                name="s", schema={"type": "object", "properties": {}}
+            ),
+        ),
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content
+    assert len(logprobs.content[0].top_logprobs) == 2
 
 
 def test_the_synchronous_client_streams(system: System) -> None:

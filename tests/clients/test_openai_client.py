@@ -87,6 +87,119 @@ async def test_a_completion_and_its_stream(client: openai.AsyncOpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+async def test_choices_and_their_stream(client: openai.AsyncOpenAI) -> None:
+    """The choices differ, and a stream interleaves the same ones."""
+    whole = await client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=150, seed=7, n=3
+    )
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    texts = {choice.index: choice.message.content for choice in whole.choices}
+    assert len(set(texts.values())) == 3
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 450
+    stream = await client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=150, seed=7, n=3, stream=True
+    )
+    streamed = dict.fromkeys(texts, "")
+    async for chunk in stream:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+async def test_chat_logprobs(client: openai.AsyncOpenAI) -> None:
+    whole = await client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=4, seed=7, logprobs=True, top_logprobs=2
+    )
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == whole.choices[0].message.content
+    for entry in logprobs.content:
+        assert bytes(entry.bytes or []).decode() == entry.token
+        assert entry.top_logprobs[0].token == entry.token
+        assert len(entry.top_logprobs) == 2
+    stream = await client.chat.completions.create(
+        model="m",
+        messages=HELLO,
+        max_tokens=4,
+        seed=7,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+    )
+    told = [
+        entry
+        async for chunk in stream
+        for choice in chunk.choices
+        for entry in (choice.logprobs.content if choice.logprobs else None) or []
+    ]
+    assert told == logprobs.content
+
+
+async def test_every_parameter_that_the_client_knows(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model="m",
+        messages=HELLO,
+        max_completion_tokens=6,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        logit_bias={"65": -100},
+        temperature=0.7,
+        top_p=0.9,
+        stop=["never said"],
+        extra_body={"top_k": 40, "min_p": 0.05, "min_tokens": 2, "stop_token_ids": [0]},
+    )
+    assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+async def test_an_answer_may_have_a_format(client: openai.AsyncOpenAI, kind: str) -> None:
+    schema = {"name": "s", "schema": {"type": "object", "properties": {"a": {"type": "null"}}}}
+    asked: dict[str, object] = {"type": kind}
+    if kind == "json_schema":
+        asked["json_schema"] = schema
+    answer = await client.chat.completions.create(
+        model="m",
+        messages=HELLO,
+        max_tokens=30,
+        response_format=asked,  # pyright: ignore[reportArgumentType] - one of several shapes
+    )
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+async def test_an_evaluation_harness_scores_a_prompt(client: openai.AsyncOpenAI) -> None:
+    """As lm-evaluation-harness does: of an echoed prompt it adds up what stands behind a context,
+    without the one token that was made, and compares it with the likeliest tokens.
+    """
+    contexts = [[104, 101], [104]]
+    prompts = [[104, 101, 108, 108, 111], [104, 105, 33]]
+    answer = await client.completions.create(
+        model="m", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    for choice, context, prompt in zip(answer.choices, contexts, prompts, strict=True):
+        told = choice.logprobs
+        assert told is not None
+        assert told.token_logprobs is not None
+        assert told.top_logprobs is not None
+        scored = told.token_logprobs[len(context) : -1]
+        likeliest = told.top_logprobs[len(context) : -1]
+        assert len(scored) == len(prompt) - len(context)
+        assert sum(scored) < 0
+        assert all(score == max(top.values()) for score, top in zip(scored, likeliest, strict=True))
+        assert choice.text.startswith(bytes(prompt).decode())
+    alone = await client.completions.create(
+        model="m", prompt=prompts[0], max_tokens=0, logprobs=1, echo=True
+    )
+    assert alone.choices[0].text == "hello"
+    assert alone.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs is not None
+    told_all = answer.choices[0].logprobs.token_logprobs or []
+    assert alone.choices[0].logprobs.token_logprobs == told_all[:-1]
+    assert alone.usage is not None
+    assert alone.usage.completion_tokens == 0
+
+
 async def test_models(client: openai.AsyncOpenAI) -> None:
     listed = [model.id async for model in client.models.list()]
     assert listed == ["simulated"]

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -93,6 +94,22 @@ async def test_all_choices_are_admitted_or_none(broker: Broker, worker: Scripted
     assert await worker.claim() == []
     await broker.admit(admission(num_choices=2))
     assert len(await worker.claim()) == 2
+
+
+async def test_a_request_is_known_by_any_of_its_choices(
+    broker: Broker, worker: ScriptedClaims, raw: RawRedis
+) -> None:
+    """Its first one may have ended and expired: admitted again, the others would begin anew."""
+    request = admission(num_choices=2)
+    await broker.admit(request)
+    await worker.claim()
+    await raw.delete(f"{KEY}gen:{request.request_id}.0")
+    again = await broker.admit(replace(request, resubmit=True))
+    assert again.existing
+    assert await worker.claim() == []
+    ahead = admission(num_choices=2)
+    await broker.cancel(f"{ahead.request_id}.1", ahead.tenant)
+    assert (await broker.admit(ahead)).existing, "a cancel that came first wins for all of it"
 
 
 async def test_the_prompt_goes_with_the_last_choice(

@@ -14,7 +14,9 @@ from common.ids import new_nonce, new_process_name
 from common.messages import (
     Finish,
     GenerationSpec,
+    PromptLogprobs,
     TokenRecord,
+    TopTokens,
     chain_next,
     chain_start,
     chain_text,
@@ -50,6 +52,8 @@ class Turn:
         *texts: str,
         tokens: Sequence[int] | None = None,
         logprobs: Sequence[float] | None = None,
+        tops: Sequence[TopTokens] | None = None,
+        prompt: PromptLogprobs | None = None,
         finish: str = "",
         code: str = "",
         message: str = "",
@@ -67,6 +71,8 @@ class Turn:
             pieces=[escape_piece(text) for text in texts],
             logprobs=list(logprobs) if logprobs is not None else [-0.5] * len(ids),
             finish=Finish(finish, code, message) if finish else None,
+            tops=list(tops) if tops is not None else None,
+            prompt=prompt,
         )
         return await self._worker.publish(Publication(self.id, self._fence, before, record))
 

@@ -10,11 +10,11 @@ from openai._streaming import SSEDecoder
 
 from common.broker import Presentation
 from common.failures import Failure
-from common.messages import Finish, Timing, escape_piece
+from common.messages import Finish, PromptLogprobs, Timing, TopTokens, escape_piece
 from common.models.tokenizer import Tokenizer
-from gateway.cursor import Cursor, chains_after, parse_cursor
+from gateway.cursor import Cursor, chains_after, parse_cursor, parse_cursors
 from gateway.frames import PING, Subject, frames_for, last_stage
-from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, SHOW_TIER
+from gateway.order import DETAILS, ECHO, FULL_TEXT, INCLUDE_USAGE, LOGPROBS, SHOW_TIER
 from gateway.stream import Batch
 from tests.support.models import simulated
 
@@ -37,8 +37,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(simulated(tmp_path_factory.mktemp("data")).path)
 
 
-def subject(api: str, flags: int = 0, **fields: Any) -> Subject:
-    shown = Presentation(api, flags, created=1730000000, prompt_tokens=9, seed=42)
+def subject(
+    api: str, flags: int = 0, num_choices: int = 1, prompt_characters: int = 0, **fields: Any
+) -> Subject:
+    shown = Presentation(api, flags, 1730000000, 9, 42, num_choices, prompt_characters)
     return Subject("r" * 32, "m", "m@abc", shown, **fields)
 
 
@@ -47,6 +49,9 @@ def batch(
     start: int = 0,
     tokens: list[int] | None = None,
     finish: Finish | None = None,
+    choice: int = 0,
+    tops: list[TopTokens] | None = None,
+    prompt: PromptLogprobs | None = None,
 ) -> Batch:
     ids = tokens or [65 + start + index for index in range(len(texts))]
     before = chains_after(START_CHAIN, [65 + index for index in range(start)])
@@ -58,6 +63,9 @@ def batch(
         chains=chains_after(before[-1] if before else START_CHAIN, ids),
         finish=finish,
         timing=TIMING if finish else None,
+        choice=choice,
+        tops=tops or [],
+        prompt=prompt,
     )
 
 
@@ -252,3 +260,179 @@ def test_every_frame_is_ascii_on_one_line(tokenizer: Tokenizer) -> None:
     assert data.isascii()
     assert len(data.decode().splitlines()) == 3
     assert events(data)[0][1]["choices"][0]["delta"]["content"] == "a\u2028b\u0085c\x0bd\U0001f600"
+
+
+# Log-probabilities -------------------------------------------------------------------------------
+
+
+def test_native_events_tell_the_likeliest_tokens(tokenizer: Tokenizer) -> None:
+    tops: list[TopTokens] = [[(65, -0.5), (0xE2, -1.0), (EOS, float("-inf"))], [(66, -0.5)]]
+    told = events(
+        frames_for(subject("tgi"), tokenizer).render(
+            batch("A", "B", tops=tops, finish=Finish("length"))
+        )
+    )
+    assert list(told[0][1])[:3] == ["index", "token", "top_tokens"]
+    assert told[0][1]["top_tokens"] == [
+        {"id": 65, "text": "A", "logprob": -0.5, "special": False},
+        {"id": 0xE2, "text": "\ufffd", "logprob": -1.0, "special": False},
+        {"id": EOS, "text": "<|im_end|>", "logprob": None, "special": True},
+    ]
+    assert told[1][1]["top_tokens"] == [{"id": 66, "text": "B", "logprob": -0.5, "special": False}]
+    assert told[1][1]["generated_text"] == "AB"
+
+
+def test_a_chat_stream_with_logprobs(tokenizer: Tokenizer) -> None:
+    """A token that is no text alone has its bytes; what is impossible has a number, too."""
+    frames = frames_for(subject("chat", LOGPROBS), tokenizer)
+    tops: list[TopTokens] = [[(65, -0.5), (66, float("-inf"))], [(0xC3, -0.1)]]
+    told = events(frames.render(batch("A", "", tokens=[65, 0xC3], tops=tops)))
+    assert told[0][1]["choices"][0]["delta"] == {"role": "assistant", "content": "A"}
+    assert told[0][1]["choices"][0]["logprobs"] == {
+        "content": [
+            {
+                "token": "A",
+                "logprob": -0.5,
+                "bytes": [65],
+                "top_logprobs": [
+                    {"token": "A", "logprob": -0.5, "bytes": [65]},
+                    {"token": "B", "logprob": -9999.0, "bytes": [66]},
+                ],
+            }
+        ],
+        "refusal": None,
+    }
+    [entry] = told[1][1]["choices"][0]["logprobs"]["content"]
+    assert (entry["token"], entry["bytes"]) == ("bytes:\\xc3", [0xC3])
+    end = events(frames.render(batch(start=2, finish=Finish("length"))))
+    assert end[0][1]["choices"][0]["logprobs"] is None
+
+
+def test_a_chat_stream_with_logprobs_alone(tokenizer: Tokenizer) -> None:
+    told = events(frames_for(subject("chat", LOGPROBS), tokenizer).render(batch("A")))
+    [entry] = told[0][1]["choices"][0]["logprobs"]["content"]
+    assert entry == {"token": "A", "logprob": -0.5, "bytes": [65], "top_logprobs": []}
+
+
+def test_a_completion_stream_tells_where_each_token_begins(tokenizer: Tokenizer) -> None:
+    """Held-back text counts where it comes; a resumed stream goes on counting."""
+    one = subject("completion", LOGPROBS, prompt_characters=3)
+    first = batch("Ä", "", "b🙂", tops=[[(67, -0.25)], [], []])
+    told = [
+        payload["choices"][0]["logprobs"]
+        for _, payload in events(frames_for(one, tokenizer).render(first))
+    ]
+    assert [entry["text_offset"] for entry in told] == [[3], [4], [4]]
+    assert told[0]["tokens"] == ["A"]
+    assert told[0]["token_logprobs"] == [-0.5]
+    assert told[0]["top_logprobs"] == [{"C": -0.25, "A": -0.5}], "the token itself is among them"
+    cursor = Cursor(3, first.chains[-1])
+    rest = frames_for(one, tokenizer, [cursor], [first.pieces]).render(batch("c", start=3))
+    assert events(rest)[0][1]["choices"][0]["logprobs"]["text_offset"] == [6]
+
+
+def test_a_prompt_is_repeated_in_a_chunk_without_a_cursor(tokenizer: Tokenizer) -> None:
+    """No resumed stream could bring it again, so no cursor may stand behind it."""
+    one = subject("completion", ECHO | LOGPROBS, prompt_text="é!", prompt=[0xC3, 0xA9, 33])
+    scores = PromptLogprobs([None, -1.0, -2.0], [None, [(0xA9, -1.0)], [(34, -0.5)]])
+    told = events(frames_for(one, tokenizer).render(batch("A", prompt=scores)))
+    assert told[0][0] == ""
+    choice = told[0][1]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("é!", None)
+    assert choice["logprobs"] == {
+        "tokens": ["bytes:\\xc3", "bytes:\\xa9", "!"],
+        "token_logprobs": [None, -1.0, -2.0],
+        "top_logprobs": [None, {"bytes:\\xa9": -1.0}, {'"': -0.5, "!": -2.0}],
+        "text_offset": [0, 0, 1],
+    }
+    assert told[1][1]["choices"][0]["text"] == "A"
+    silent = subject("completion", ECHO, prompt_text="hi")
+    echoed = events(frames_for(silent, tokenizer).render(batch("A")))[0][1]["choices"][0]
+    assert (echoed["text"], echoed["logprobs"]) == ("hi", None)
+
+
+# Several choices ---------------------------------------------------------------------------------
+
+
+def interleaved() -> list[Batch]:
+    """Two choices, as their tokens came."""
+    return [
+        batch("a"),
+        batch("x", "y", choice=1),
+        batch("b", start=1, finish=Finish("eos_token")),
+        batch("z", start=2, choice=1),
+        batch(start=3, choice=1, finish=Finish("length")),
+    ]
+
+
+@pytest.mark.parametrize("api", ["chat", "completion"])
+def test_choices_are_interleaved_by_index(tokenizer: Tokenizer, api: str) -> None:
+    frames = frames_for(subject(api, INCLUDE_USAGE, num_choices=2), tokenizer)
+    told = [event for one in interleaved() for event in events(frames.render(one))]
+    assert frames.is_complete
+    assert told[0][0].endswith("~0-00000000")
+    choices = [payload["choices"][0] for _, payload in told[:-2]]
+    assert [choice["index"] for choice in choices] == [0, 1, 1, 0, 0, 1, 1]
+    reasons = [choice["finish_reason"] for choice in choices]
+    assert reasons == [None, None, None, None, "stop", None, "length"]
+    assert told[-2][1]["usage"]["completion_tokens"] == 5
+    assert told[-1][1] == "[DONE]"
+    if api == "chat":
+        opened = [choice["index"] for choice in choices if "role" in choice["delta"]]
+        assert opened == [0, 1]
+
+
+@given(
+    api=st.sampled_from(["chat", "completion"]),
+    flags=st.sampled_from([0, INCLUDE_USAGE, INCLUDE_USAGE | LOGPROBS]),
+    cut=st.integers(1, 11),
+)
+def test_several_choices_go_on_with_just_the_missing_frames(
+    tokenizer: Tokenizer, api: str, flags: int, cut: int
+) -> None:
+    """Each from its own place, whatever the others have shown."""
+    one = subject(api, flags, num_choices=2)
+    frames = frames_for(one, tokenizer)
+    told = [event for part in interleaved() for event in events(frames.render(part))]
+    seen = told[:cut]
+    cursors = parse_cursors(seen[-1][0], "after")
+    texts = [["a", "b"], ["x", "y", "z"]]
+    pieces = [
+        [text.encode() for text in of[: cursor.position]]
+        for of, cursor in zip(texts, cursors, strict=True)
+    ]
+    again = frames_for(one, tokenizer, cursors, pieces)
+    rest: list[Any] = []
+    for choice, (of, cursor) in enumerate(zip(texts, cursors, strict=True)):
+        finish = Finish("length" if choice else "eos_token")
+        start = cursor.position
+        rest += events(again.render(batch(*of[start:], start=start, choice=choice, finish=finish)))
+    assert again.is_complete
+
+    def shown(those: list[Any]) -> list[list[Any]]:
+        """The payloads of each choice in their order, and those of all together."""
+        found: list[list[Any]] = [[], [], []]
+        for _, payload in those:
+            of = payload["choices"] if isinstance(payload, dict) else []
+            found[of[0]["index"] if of else 2].append(payload)
+        return found
+
+    assert shown(seen + rest) == shown(told)
+
+
+def test_a_choice_that_fails_ends_the_stream_and_can_be_passed(tokenizer: Tokenizer) -> None:
+    """Clients stop at an error; who resumes behind it gets what the others had to say."""
+    one = subject("chat", num_choices=2)
+    frames = frames_for(one, tokenizer)
+    frames.render(batch("a"))
+    told = events(frames.render(batch(choice=1, finish=Finish("failed", "NAN_LOGITS"))))
+    assert told[0][1]["error"]["code"] == "nan_logits"
+    assert told[1][1] == "[DONE]"
+    assert frames.is_complete
+    cursors = parse_cursors(told[0][0], "after")
+    again = frames_for(one, tokenizer, cursors)
+    assert again.render(batch(choice=1, finish=Finish("failed", "NAN_LOGITS"))) == b""
+    rest = events(again.render(batch("b", start=1, finish=Finish("length"))))
+    assert rest[0][1]["choices"][0]["delta"] == {"content": "b"}
+    assert rest[-1][1] == "[DONE]"
+    assert again.is_complete

@@ -9,7 +9,7 @@ from common.failures import Failure
 from common.messages import Grammar, Watermark
 from common.models.adapters import AdapterStore
 from gateway.api.grammars import MAX_GRAMMAR_BYTES
-from gateway.order import DETAILS, ECHO, LOGPROBS, PREFILL, PROMPT_ONLY
+from gateway.order import DETAILS, ECHO, LOGPROBS, PREFILL
 from gateway.services import Services
 from tests.support.adapters import write_adapter
 from tests.support.gateway_bodies import (
@@ -272,8 +272,8 @@ async def test_completion_logprobs_and_echo(services: Services) -> None:
     assert (order.flags, order.prompt_text) == (LOGPROBS | ECHO, "hi")
     assert (order.sampling.top_logprobs, order.sampling.prompt_logprobs) == (5, True)
     order = await complete(services, echo=True, max_tokens=0)
-    assert order.flags == ECHO | PROMPT_ONLY
-    assert (order.sampling.max_new_tokens, order.sampling.prompt_logprobs) == (1, False)
+    assert order.flags == ECHO
+    assert (order.sampling.max_new_tokens, order.sampling.prompt_logprobs) == (0, False)
 
 
 async def test_several_prompts_are_as_many_orders(services: Services) -> None:

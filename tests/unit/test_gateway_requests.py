@@ -384,7 +384,7 @@ async def test_a_completion_takes_text_one_text_or_tokens(services: Services) ->
         ({"n": 3, "best_of": 2}, "BAD_REQUEST", "best_of"),
         ({"best_of": 2, "stream": True}, "BAD_REQUEST", "best_of"),
         ({"max_tokens": 0}, "BAD_REQUEST", "max_tokens"),
-        ({"max_tokens": 0, "echo": True, "stream": True}, "BAD_REQUEST", "stream"),
+        ({"max_tokens": 0, "echo": True, "stream": True}, "BAD_REQUEST", "max_tokens"),
     ],
 )
 async def test_completion_refusals_name_the_field(
