@@ -104,7 +104,7 @@ def _blocks(logits: torch.Tensor) -> torch.Tensor:
 def _take_best(
     blocks: torch.Tensor, numbers: list[int], row_statistics: RowStatistics | None
 ) -> _Chosen:
-    index = torch.tensor(numbers, device=blocks.device)
+    index = _index(numbers, len(blocks), blocks.device)
     if row_statistics is not None:
         # Of all rows: that takes less time than to copy these.
         tokens, best, total = (t[index] for t in row_statistics(blocks.flatten(1)))
@@ -114,6 +114,15 @@ def _take_best(
     heated = HeatedRows(blocks, index, best[:, None], torch.ones_like(log_total))
     band = Band.open(len(numbers), blocks.device)
     return _Chosen(numbers, heated, band, tokens, -log_total[:, 0], log_total)
+
+
+def _index(numbers: list[int], num_rows: int, device: torch.device) -> torch.Tensor:
+    """``numbers`` on the device. All rows are counted there: a copy would wait for what the device
+    still computes, and keep it idle while the rest is asked for.
+    """
+    if len(numbers) == num_rows:
+        return torch.arange(num_rows, device=device)
+    return torch.tensor(numbers, device=device)
 
 
 def _most_likely(
@@ -132,7 +141,7 @@ def _most_likely(
 def _draw(blocks: torch.Tensor, numbers: list[int], rows: Sequence[SamplingRow]) -> _Chosen:
     samplings, device = [row.sampling for row in rows], blocks.device
     limits = Limits.of_samplings(samplings, blocks.shape[1] * BLOCK, device)
-    index = torch.tensor(numbers, device=device)
+    index = _index(numbers, len(blocks), device)
     block_max = blocks.amax(-1)[index]
     heated = HeatedRows(blocks, index, block_max.amax(-1, keepdim=True), limits.temperature)
     heated_max = heated.heat(block_max)
