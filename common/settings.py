@@ -110,6 +110,10 @@ class WorkerSettings(Settings):
     hold up those who read."""
     max_adapters: int = Field(default=16, ge=1)
     """Most LoRA adapters in memory; the one that was longest without work gives way to another."""
+    speculation: Literal["auto", "off"] = "auto"
+    """``auto``: where text of the prompt or the answer seems to come again, several tokens are
+    guessed and checked in one step, if that is measured to be worth its time here; the answers are
+    the same. ``off``: one token per step."""
     prefix_cache: PrefixCache = "tenant"
     """Whose computed prompts a new prompt may begin with: ``tenant``, those of the same tenant;
     ``shared``, everybody's: a common preamble is computed once, but from how soon a first token

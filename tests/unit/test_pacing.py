@@ -136,3 +136,46 @@ def test_rows_leave_some_room_to_prompts() -> None:
     assert pace.max_rows(is_alone=True) == 24
     assert pace.max_rows(is_alone=False) == 12
     assert Pace(512).max_rows(is_alone=False) == 496
+
+
+def learnt(draft_s: float, num_decoding: int, decode_s: float = 0.01) -> Pace:
+    """Of steps of ``num_decoding`` rows with four guesses each, and looks between them."""
+    pace = Pace(512)
+    for _ in range(20):
+        pace.note(num_decoding, 0, decode_s)
+        pace.note(num_decoding, 0, decode_s + 4 * draft_s, num_draft_tokens=4)
+    return pace
+
+
+def test_a_guess_costs_what_it_adds_by_measure() -> None:
+    """Half a millisecond of ten: one in twenty that it is right, and some more to be on the safe
+    side. Beside seven others the step makes so much of its time that it must be likelier."""
+    alone, beside = learnt(0.0005, 1), learnt(0.0005, 8)
+    assert alone.draft_price(1) == pytest.approx(0.075, rel=0.05)
+    assert beside.draft_price(8) == pytest.approx(0.6, rel=0.05)
+
+
+def test_a_step_that_computes_all_the_time_has_no_guesses() -> None:
+    assert learnt(0.001, 16, decode_s=0.016).draft_price(16) == 1.0
+
+
+def test_what_was_dear_is_tried_again() -> None:
+    pace = learnt(0.02, 1)
+    assert pace.draft_price(1) == 1.0
+    for _ in range(700):
+        pace.note(1, 0, 0.01)
+    assert pace.draft_price(1) < 0.5
+
+
+def test_guesses_make_no_step_longer_than_prompts_may() -> None:
+    assert learnt(0.0005, 4).draft_tokens(4) == pytest.approx(18, abs=1)
+    assert learnt(0.0, 4).draft_tokens(4) == 508
+
+
+def test_decoding_is_looked_at_beside_guesses_too() -> None:
+    pace = learnt(0.0005, 1)
+    for _ in range(15):
+        assert pace.draft_tokens(1) > 0
+        pace.note(1, 0, 0.012, num_draft_tokens=4)
+    assert pace.draft_tokens(1) == 0
+    assert Pace(512).draft_tokens(1) == 0

@@ -256,3 +256,21 @@ def test_names_grow_with_the_sequence() -> None:
         seq.append(1)
     assert digests(seq, BLOCK)[:-1] == before
     assert digests(seq, BLOCK) == digests(sequence("b", [*PREFIX, 1, 1, 1, 1]), BLOCK)
+
+
+@pytest.mark.parametrize("places", [slots(2, 24), pages(7)], ids=["slots", "pages"])
+def test_what_is_lent_is_back_with_the_next_step(places: Places) -> None:
+    """And what a sequence has meanwhile come to need is its own."""
+    one = run(places, sequence("one", PREFIX[:14]))
+    two = run(places, sequence("two", PREFIX[14:]))
+    assert places.lend(one, 4)
+    assert not places.lend(two, 20)
+    places.begin_step()
+    one.tokens += [90] * 3
+    assert places.hold(one)
+    three = sequence("three", [91])
+    assert places.hold(two)
+    end(places, two)
+    places.begin_step()
+    assert places.admit(three)
+    assert not places.lend(one, 8)

@@ -146,3 +146,48 @@ def test_freed_slots_are_used_again_lowest_first() -> None:
     scheduler.remove(first)
     scheduler.add(sequence("c", 1))
     assert {chunk.sequence.id: chunk.slot for chunk in step(scheduler)} == {"b": 1, "c": 0}
+
+
+def drafting(**limits: int) -> PlacedScheduler:
+    chosen = {"max_sequences": 4, "cache_tokens": 1000, "step_tokens": 100, "draft_tokens": 5}
+    return Scheduler(Limits(**(chosen | limits)))
+
+
+def test_guesses_stand_behind_what_is_known() -> None:
+    scheduler = drafting()
+    scheduler.add(sequence("a", 10))
+    step(scheduler)
+    step(scheduler)  # how long it takes without any is looked at first
+    (chunk,) = step(scheduler)
+    assert (chunk.start, chunk.count, chunk.known_end) == (11, 6, 12)
+    assert chunk.tokens == [LETTER] * 6
+    (chunk,) = scheduler.plan()
+    assert chunk.start == 12, "a guess counts only when it was chosen"
+
+
+def test_a_step_with_prompts_has_no_guesses() -> None:
+    scheduler = drafting()
+    scheduler.add(sequence("a", 10))
+    for _ in range(4):
+        step(scheduler)
+    scheduler.add(sequence("b", 10))
+    assert shape(step(scheduler)) == [("a", 13, 1), ("b", 0, 10)]
+
+
+def test_no_guess_goes_beyond_the_end() -> None:
+    """The last token of all is never guessed: nobody would ask what comes behind it."""
+    scheduler = drafting()
+    scheduler.add(sequence("a", 10, max_new_tokens=5))
+    counts = [len(step(scheduler)[0].draft) for _ in range(5)]
+    assert counts == [0, 0, 2, 1, 0]
+
+
+def test_no_one_is_put_back_for_a_guess() -> None:
+    scheduler = drafting(cache_tokens=33)
+    scheduler.add(sequence("a", 10, max_new_tokens=15))
+    scheduler.add(sequence("b", 10, max_new_tokens=15))
+    for _ in range(3):
+        step(scheduler)
+    drafts = [[len(chunk.draft) for chunk in step(scheduler)] for _ in range(3)]
+    assert drafts == [[5, 0], [5, 0], [0, 0]]
+    assert scheduler.num_running == 2

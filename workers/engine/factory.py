@@ -16,6 +16,7 @@ from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from workers.engine.batching import BatchingEngine
+from workers.engine.lookup import MAX_DRAFT_TOKENS
 from workers.engine.places import PagePlaces
 from workers.engine.port import Engine
 from workers.engine.scheduler import Limits
@@ -211,10 +212,12 @@ def _adapters_of(settings: WorkerSettings, stored: StoredModel) -> AdapterStore:
 
 
 def _limits(settings: WorkerSettings) -> Limits:
+    speculates = settings.speculation == "auto" and settings.engine == "torch"
     return Limits(
         max_sequences=settings.max_batch_size,
         cache_tokens=settings.max_batch_total_tokens,
         step_tokens=settings.max_step_tokens,
+        draft_tokens=MAX_DRAFT_TOKENS if speculates else 0,
     )
 
 

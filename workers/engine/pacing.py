@@ -22,8 +22,14 @@ _FORGETTING = 0.1
 """How much of what was usual is forgotten per step without prompts. In a burst of prompts few rows
 decode at first; measured by their short steps, the last prompts would wait much longer."""
 _LOOK_EVERY_STEPS = 16
-"""While prompts keep coming, every so-manieth step carries none of them: what decoding takes by
-itself changes with the rows and their contexts, and cannot be told from mixed steps."""
+"""While prompts or guesses keep coming, every so-manieth step carries none of them: what decoding
+takes by itself changes with the rows and their contexts, and cannot be told from mixed steps."""
+_DRAFT_MARGIN = 1.5
+"""A guess must promise so many times what its time would bring otherwise: estimates are rough, and
+free text should not pay for them."""
+_FADING = 0.005
+"""How much of what a guess is said to cost is forgotten per step without any: what was dear once,
+beside many others or by a hiccup of the machine, is tried again some hundred steps later."""
 
 
 class Pace:
@@ -37,6 +43,8 @@ class Pace:
         self._usual_s = 0.0
         """The longest of late that steps without prompts took on average."""
         self._token_s: float | None = None
+        self._draft_s: float | None = None
+        """What a guessed token adds; before the first one, what a prompt's token does."""
         self._steps_since_look = 0
 
     def max_rows(self, *, is_alone: bool) -> int:
@@ -60,9 +68,44 @@ class Pace:
         affordable_s = pressure * (_STRETCH * self._usual_s - self._decode_s)
         return min(room, max(int(affordable_s / self._token_s), _MIN_PREFILL_TOKENS))
 
-    def note(self, num_decoding: int, num_prefill_tokens: int, duration_s: float) -> None:
-        """Learn from a step that ran."""
+    def draft_tokens(self, num_decoding: int) -> int:
+        """Most guessed tokens beside ``num_decoding`` rows, in a step without prompts."""
+        if self._decode_s is None or self._steps_since_look >= _LOOK_EVERY_STEPS:
+            return 0
+        room = self.step_tokens - num_decoding
+        cost_s = self._draft_s or self._token_s
+        if not cost_s:
+            return room
+        affordable_s = _STRETCH * self._usual_s - self._decode_s
+        return max(0, min(room, int(affordable_s / cost_s)))
+
+    def draft_price(self, num_decoding: int) -> float:
+        """How likely a guess must be right to bring more than its time would bring without it.
+
+        A guessed token that takes ``c`` and is right with probability ``p`` speeds up a step that
+        takes ``d`` for ``n`` tokens as long as ``p / c > n / d``.
+        """
+        cost_s = self._draft_s or self._token_s
+        if not cost_s or not self._decode_s:
+            return 0.0
+        return min(1.0, _DRAFT_MARGIN * cost_s * num_decoding / self._decode_s)
+
+    def note(
+        self,
+        num_decoding: int,
+        num_prefill_tokens: int,
+        duration_s: float,
+        num_draft_tokens: int = 0,
+    ) -> None:
+        """Learn from a step that ran; guesses and prompts are never in one."""
         self.step_tokens = min(self.step_tokens + 1, self._max_step_tokens)
+        if num_draft_tokens:
+            self._steps_since_look += 1
+            added_s = max(duration_s - (self._decode_s or 0.0), 0.0)
+            self._draft_s = _moved(self._draft_s, added_s / num_draft_tokens)
+            return
+        if self._draft_s:
+            self._draft_s *= 1 - _FADING
         if num_prefill_tokens == 0:
             self._steps_since_look = 0
             self._decode_s = _moved(self._decode_s, duration_s)

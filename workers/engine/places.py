@@ -38,7 +38,7 @@ class Places(Protocol):
     """Most tokens of running sequences."""
 
     def begin_step(self) -> None:
-        """The last step is over: what it copied from may be overwritten."""
+        """The last step is over: what it copied from may be overwritten, what it lent is back."""
         ...
 
     def admit(self, sequence: Sequence) -> bool:
@@ -51,6 +51,10 @@ class Places(Protocol):
 
     def hold(self, sequence: Sequence) -> bool:
         """Keep room for all its tokens now that it has grown; False when there is none."""
+        ...
+
+    def lend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Let it have room behind its tokens for this step only; False when there is none."""
         ...
 
     def place_of(self, sequence: Sequence) -> Place: ...
@@ -91,10 +95,12 @@ class SlotPlaces:
         self._places: dict[str, Place] = {}
         self._held: dict[str, int] = {}
         self._used_tokens = 0
+        self._lent_tokens = 0
         self._starting: dict[str, Sequence] = {}
 
     def begin_step(self) -> None:
         self._sources.clear()
+        self._lent_tokens = 0
 
     def admit(self, sequence: Sequence) -> bool:
         free = self._free - self._sources
@@ -129,6 +135,12 @@ class SlotPlaces:
             return False
         self._used_tokens += sequence.num_tokens - held
         self._held[sequence.id] = sequence.num_tokens
+        return True
+
+    def lend(self, sequence: Sequence, num_tokens: int) -> bool:  # noqa: ARG002 - any slot is long enough
+        if self._used_tokens + self._lent_tokens + num_tokens > self.capacity_tokens:
+            return False
+        self._lent_tokens += num_tokens
         return True
 
     def place_of(self, sequence: Sequence) -> Place:
@@ -187,9 +199,13 @@ class PagePlaces:
         self._num_proven: dict[str, int] = {}
         """Pages of each running sequence that have been looked at by :meth:`prove`."""
         self._starting: dict[str, Sequence] = {}
+        self._lent: list[Sequence] = []
 
     def begin_step(self) -> None:
-        """Nothing is copied here."""
+        for sequence in self._lent:
+            if sequence.id in self._places:
+                self._take_back(sequence)
+        self._lent.clear()
 
     def admit(self, sequence: Sequence) -> bool:
         if not self._free_slots:
@@ -213,14 +229,11 @@ class PagePlaces:
         return True
 
     def hold(self, sequence: Sequence) -> bool:
-        place = self._places[sequence.id]
-        num_new = self._num_pages_for(sequence) - len(place.pages)
-        if num_new > len(self._empty) + len(self._unused):
-            return False
-        if num_new:
-            pages = (*place.pages, *(self._take_page() for _ in range(num_new)))
-            self._places[sequence.id] = Place(place.slot, pages)
-        return True
+        return self._reach(sequence, sequence.num_tokens)
+
+    def lend(self, sequence: Sequence, num_tokens: int) -> bool:
+        self._lent.append(sequence)
+        return self._reach(sequence, sequence.num_tokens + num_tokens)
 
     def place_of(self, sequence: Sequence) -> Place:
         return self._places[sequence.id]
@@ -252,6 +265,26 @@ class PagePlaces:
                 self._unused[page] = None
             else:
                 self._empty.append(page)
+
+    def _reach(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give it pages for so many tokens; False when there are none."""
+        place = self._places[sequence.id]
+        num_new = -(-num_tokens // self._page_tokens) - len(place.pages)
+        if num_new > len(self._empty) + len(self._unused):
+            return False
+        if num_new > 0:
+            pages = (*place.pages, *(self._take_page() for _ in range(num_new)))
+            self._places[sequence.id] = Place(place.slot, pages)
+        return True
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Empty the pages that its tokens did not come to need; nobody has been told of them."""
+        place, num_needed = self._places[sequence.id], self._num_pages_for(sequence)
+        for page in place.pages[num_needed:]:
+            self._num_users[page] = 0
+            self._empty.append(page)
+        if num_needed < len(place.pages):
+            self._places[sequence.id] = Place(place.slot, place.pages[:num_needed])
 
     def _num_pages_for(self, sequence: Sequence) -> int:
         return -(-sequence.num_tokens // self._page_tokens)

@@ -28,6 +28,8 @@ class Limits:
     """Most tokens in the cache at once, over all running sequences."""
     step_tokens: int
     """Most tokens in one forward pass."""
+    draft_tokens: int = 0
+    """Most guessed tokens behind those of one sequence; 0: no speculation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, places: Places) -> None:
         self._max_sequences = limits.max_sequences
+        self._draft_tokens = limits.draft_tokens
         self._places = places
         self._pace = Pace(limits.step_tokens)
         self._waiting: deque[Sequence] = deque()
@@ -119,8 +122,9 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """Choose the chunks of the next step: at most one per sequence, ``step_tokens`` in all.
 
-        Empty only when nothing waits or runs. The caller computes all of them, then says
-        :meth:`complete`, and :meth:`prove` of each that brought finite logits.
+        Guessed tokens are among them. Empty only when nothing waits or runs. The caller computes
+        all of them, then says :meth:`complete`, and :meth:`prove` of each that brought finite
+        logits.
         """
         self._places.begin_step()
         self._make_room()
@@ -144,13 +148,16 @@ class Scheduler:
                 spare_rows -= min(count, num_unscored)
             budget -= count
             chunks.append(self._chunk(sequence, count))
+        if self._draft_tokens and len(chunks) == len(decoding):
+            chunks = self._with_drafts(decoding)
         return chunks
 
     def complete(self, chunks: list[Chunk], duration_s: float) -> None:
         """Note that the step ran: its tokens are in the cache now."""
-        counts = [chunk.count for chunk in chunks]
+        counts = [chunk.count - len(chunk.draft) for chunk in chunks]
+        num_drafted = sum(len(chunk.draft) for chunk in chunks)
         num_decoding = counts.count(1)
-        self._pace.note(num_decoding, sum(counts) - num_decoding, duration_s)
+        self._pace.note(num_decoding, sum(counts) - num_decoding, duration_s, num_drafted)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.known_end
 
@@ -182,12 +189,30 @@ class Scheduler:
         running = [sequence for sequence in self._running.values() if sequence.num_pending > 1]
         return running + list(self._waiting)
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+    def _with_drafts(self, decoding: list[Sequence]) -> list[Chunk]:
+        """Chunks of one token and what is guessed behind it, where that is worth its time.
+
+        Only steps without prompts carry guesses: who waits for a first token comes before who would
+        have the next ones sooner.
+        """
+        room = min(SPARE_ROWS, self._pace.draft_tokens(len(decoding)))
+        price = self._pace.draft_price(len(decoding))
+        chunks: list[Chunk] = []
+        for sequence in decoding:
+            draft = sequence.draft(min(room, self._draft_tokens), price)
+            if draft and not self._places.lend(sequence, len(draft)):
+                draft = ()
+            room -= len(draft)
+            chunks.append(self._chunk(sequence, 1 + len(draft), draft))
+        return chunks
+
+    def _chunk(self, sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Chunk:
         place = self._places.place_of(sequence)
         start, copied = sequence.num_computed, place.copied_from
         # What was copied lies there once the first chunk has run.
         is_first = copied is not None and copied[1] == start
-        return Chunk(sequence, place.slot, start, count, place.pages, copied if is_first else None)
+        copied_from = copied if is_first else None
+        return Chunk(sequence, place.slot, start, count, place.pages, copied_from, draft)
 
     def _make_room(self) -> None:
         for sequence in list(self._running.values()):

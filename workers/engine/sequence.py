@@ -1,10 +1,12 @@
 """One generation inside the engine: its tokens, how far they are computed, and its text state."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from common.messages import FinishReason, PromptLogprobs, Sampling, TopTokens
 from workers.engine.counts import TokenCounts, are_counts_needed
 from workers.engine.detokenizer import Detokenizer, TextDecoder
+from workers.engine.lookup import Lookup
 from workers.engine.port import EngineRequest
 from workers.engine.stopping import StopMatcher
 
@@ -78,6 +80,7 @@ class Sequence:
         self._stops = StopMatcher(request.sampling.stop, keep=request.sampling.keep_stop)
         if are_counts_needed(request.sampling):
             self.counts = TokenCounts(request.prompt)
+        self._lookup: Lookup | None = None
         self.prompt_scores: PromptScores | None = None
         """What is told about the prompt, with the first record of a log; None when nothing is."""
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
@@ -109,6 +112,20 @@ class Sequence:
         if self.prompt_scores is None or self.prompt_scores.is_complete:
             return 0
         return max(0, self.num_prompt - 1 - start)
+
+    def draft(self, max_tokens: int, price: float) -> tuple[int, ...]:
+        """Guessed next tokens, see :meth:`workers.engine.lookup.Lookup.draft`.
+
+        None of them can be the last, and a grammar allows them all.
+        """
+        if self._lookup is None:
+            self._lookup = Lookup(self.tokens)
+        room = self.sampling.max_new_tokens - self.num_generated - 1
+        guessed = self._lookup.draft(min(max_tokens, room), price)
+        draft = list(takewhile(lambda token: self._reason_to_end(token) is None, guessed))
+        if draft and self.matcher is not None:
+            del draft[self.matcher.count_allowed(draft) :]
+        return tuple(draft)
 
     def banned(self, num_drafted: int = 0) -> tuple[int, ...]:
         """What may not come ``num_drafted`` tokens from here, since it would end too short an

@@ -5,6 +5,7 @@ Knows neither the model nor how a step is computed: that is a :class:`Forward`, 
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from operator import or_
 from typing import Protocol
 
 import numpy as np
@@ -104,7 +105,7 @@ class ModelRunner:
         first = 0
         for chunk, its_masks in zip(sampled, masks, strict=True):
             end = first + 1 + len(chunk.draft)
-            if all(samples.finite[first:end]):
+            if all(map(or_, samples.finite[first:end], samples.exhausted[first:end])):
                 self._unproven.pop(chunk.slot, None)
             failure = its_masks if isinstance(its_masks, GrammarError) else None
             outcomes[chunk.slot] = failure or _outcome(samples, first, chunk.draft)
@@ -205,6 +206,8 @@ def _outcome(samples: Samples, first: int, draft: Sequence[int]) -> Outcome:
 
     Behind a row that is not finite nothing is known; it is met again as the first of a later step.
     """
+    if samples.exhausted[first]:
+        return GrammarError("Of all tokens that are allowed here, none is left to choose.")
     choices: list[Choice] = []
     for row, guess in enumerate((*draft, None), first):
         if not samples.finite[row]:
