@@ -117,7 +117,7 @@ class Account:
         """A word of a closed set: ok, cancelled, disconnected, or a failure code."""
         if self._failure is not None:
             return self._failure.code
-        if self._finish is None:
+        if self._finish is None or self._left_at is not None:
             return "disconnected"
         if self._has_failed:
             return self._finish.code or "INTERNAL"

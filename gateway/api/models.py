@@ -1,4 +1,4 @@
-"""``GET /v1/models`` and ``/v1/models/{id}``: the one model of this gateway."""
+"""``GET /v1/models`` and ``/v1/models/{id}``: the one model of this gateway, and its adapters."""
 
 from typing import Any
 
@@ -7,21 +7,26 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from common.failures import Failure
+from common.models.adapters import AdapterManifest
 from gateway.services import ServedModel, services_of
 
 
 async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_shown(services_of(request).model)]})
+    model = services_of(request).model
+    adapters = [_shown_adapter(model, adapter) for adapter in model.adapters.list()]
+    return JSONResponse({"object": "list", "data": [_shown(model), *adapters]})
 
 
 async def show_model(request: Request) -> Response:
     """Raises: Failure MODEL_NOT_FOUND."""
     model = services_of(request).model
-    if request.path_params["id"] not in (model.name, model.version):
-        raise Failure(
-            "MODEL_NOT_FOUND", f"The model {request.path_params['id'][:100]!r} is not here"
-        )
-    return JSONResponse(_shown(model))
+    name = request.path_params["id"]
+    if name in (model.name, model.version):
+        return JSONResponse(_shown(model))
+    try:
+        return JSONResponse(_shown_adapter(model, model.adapters.resolve(name)))
+    except Failure as failure:
+        raise Failure("MODEL_NOT_FOUND", f"The model {name[:100]!r} is not here") from failure
 
 
 def _shown(model: ServedModel) -> dict[str, Any]:
@@ -32,6 +37,16 @@ def _shown(model: ServedModel) -> dict[str, Any]:
         "owned_by": model.name,
         "model_version": model.version,
         "max_model_len": model.max_total_tokens,
+    }
+
+
+def _shown_adapter(model: ServedModel, adapter: AdapterManifest) -> dict[str, Any]:
+    """As a model of its own, because a request chooses it by the same field."""
+    return _shown(model) | {
+        "id": adapter.name,
+        "created": adapter.created_s,
+        "adapter_version": adapter.version,
+        "parent": model.name,
     }
 
 

@@ -3,11 +3,15 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from common.models.adapters import AdapterStore
+from tests.support.adapters import write_adapter
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import EOS, saying
 from tests.support.waiting import wait_until
@@ -364,6 +368,19 @@ async def test_models(stand: Stand) -> None:
     assert (await gateway.client.get("/v1/models/simulated")).json() == model
     missing = await gateway.client.get("/v1/models/org/other")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_adapters_are_models_with_a_parent(stand: Stand, tmp_path: Path) -> None:
+    gateway = await stand.gateway()
+    store = AdapterStore(tmp_path / "adapters", "simulated")
+    added = store.add(str(write_adapter(tmp_path / "made")), "polite")
+    services = gateway.services
+    services.model = replace(services.model, adapters=store)
+    listed = (await gateway.client.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed] == ["simulated", "polite"]
+    assert listed[1]["parent"] == "simulated"
+    assert listed[1]["adapter_version"] == added.version
+    assert (await gateway.client.get("/v1/models/polite")).json() == listed[1]
 
 
 async def test_info_has_the_fields_of_tgi(stand: Stand) -> None:
