@@ -119,6 +119,10 @@ class WorkerSettings(Settings):
     ``shared``, everybody's: a common preamble is computed once, but from how soon a first token
     comes, a tenant can tell whether another has lately sent a prompt that begins alike; ``off``,
     nobody's."""
+    grammar_max_bytes: int = Field(default=256 * 1024, ge=1)
+    """Largest JSON schema, regular expression or EBNF that an answer may have to match."""
+    grammar_compile_s: float = Field(default=2.0, gt=0)
+    """Most processor time that one may take to compile, in a process apart."""
     lease_ms: int = Field(default=5000, ge=500)
     """Time without a beat after which this worker counts as dead."""
     beat_ms: int = Field(default=1500, ge=100)

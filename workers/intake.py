@@ -10,6 +10,7 @@ import asyncio
 import random
 import struct
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -19,9 +20,18 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import choice_of, new_nonce, request_of
 from common.logs import get_logger
-from common.messages import Finish, GenerationSpec, chain_next, chain_start, chain_text
+from common.messages import (
+    Finish,
+    FinishReason,
+    GenerationSpec,
+    Grammar,
+    chain_next,
+    chain_start,
+    chain_text,
+)
 from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
+from workers.engine.grammar import Matcher
 from workers.engine.port import EngineLoad, EngineRequest
 
 log = get_logger()
@@ -42,6 +52,14 @@ class EngineIntake(Protocol):
     def cancel(self, id: str) -> None: ...
 
 
+class GrammarSource(Protocol):
+    """What makes matchers, off the event loop."""
+
+    async def matcher(self, grammar: Grammar) -> Matcher:
+        """Raises Failure: the grammar is refused."""
+        ...
+
+
 class Intake:
     """Claims for one engine. ``capacity`` is the load of the empty engine: what it can promise.
 
@@ -59,6 +77,7 @@ class Intake:
         capacity: EngineLoad,
         model_version: str,
         prefix_cache: PrefixCache,
+        grammars: GrammarSource,
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
@@ -70,6 +89,7 @@ class Intake:
         self._capacity = capacity
         self._model_version = model_version
         self._prefix_cache: PrefixCache = prefix_cache
+        self._grammars = grammars
         self._wake = wake
         self._spawn = spawn
         self._turn = 0
@@ -183,9 +203,12 @@ class Intake:
         if claimed.spec is not None and claimed.next == 0:
             self._submit(attempt, claimed.spec, [])
         else:
-            task = self._spawn(self._read(attempt, claimed))
-            self._reading.add(task)
-            task.add_done_callback(self._reading.discard)
+            self._read_beside(self._read(attempt, claimed))
+
+    def _read_beside(self, reading: Coroutine[None, None, None]) -> None:
+        task = self._spawn(reading)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
 
     async def _read(self, attempt: Attempt, claimed: Claimed) -> None:
         """Fetch what was too large for the claim's answer, as often as Redis needs to answer."""
@@ -195,10 +218,10 @@ class Intake:
                 logged = await read_log(self._broker, claimed, self._model_version)
             except Failure as failure:
                 if failure.code != "BROKER_UNAVAILABLE":
-                    return self._reject(attempt, str(failure))
+                    return self._reject_damaged(attempt, str(failure))
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
             except (msgspec.MsgspecError, UnreadableLogError) as error:
-                return self._reject(attempt, str(error))
+                return self._reject_damaged(attempt, str(error))
             else:
                 return self._start(attempt, spec, logged)
         return None
@@ -214,7 +237,7 @@ class Intake:
 
     def _submit(self, attempt: Attempt, spec: GenerationSpec, logged: list[int]) -> None:
         if not spec.prompt or len(spec.prompt) % 4:
-            self._reject(attempt, f"its prompt has {len(spec.prompt)} bytes")
+            self._reject_damaged(attempt, f"its prompt has {len(spec.prompt)} bytes")
             return
         prompt = list(struct.unpack(f"<{len(spec.prompt) // 4}I", spec.prompt))
         attempt.request = EngineRequest(
@@ -225,8 +248,24 @@ class Intake:
             self._cache_scope(attempt, spec),
             adapter=spec.adapter,
         )
-        self._engine.submit(attempt.request)
         self._room_changed.set()
+        grammar = spec.sampling.grammar
+        if grammar is None:
+            self._engine.submit(attempt.request)
+        else:
+            self._read_beside(self._submit_with(grammar, attempt, attempt.request))
+
+    async def _submit_with(
+        self, grammar: Grammar, attempt: Attempt, request: EngineRequest
+    ) -> None:
+        """Submit ``request`` once its grammar is compiled; its cost is promised meanwhile."""
+        try:
+            matcher = await self._grammars.matcher(grammar)
+        except Failure as failure:
+            self._reject(attempt, failure)
+            return
+        if self._ledger.is_running(attempt):
+            self._engine.submit(replace(request, matcher=matcher))
 
     def _cache_scope(self, attempt: Attempt, spec: GenerationSpec) -> str:
         match self._prefix_cache:
@@ -237,12 +276,19 @@ class Intake:
             case "off":
                 return f"alone {attempt.engine_id}"
 
-    def _reject(self, attempt: Attempt, why: str) -> None:
+    def _reject_damaged(self, attempt: Attempt, why: str) -> None:
         """End a generation that no worker could run, so that its reader gets an answer."""
         log.error("generation.rejected", reason=why, **attempt.names())
-        attempt.end_with(
-            Finish("failed", "INTERNAL", "The stored request is damaged."), monotonic_s()
-        )
+        self._end(attempt, Failure("INTERNAL", "The stored request is damaged."))
+
+    def _reject(self, attempt: Attempt, failure: Failure) -> None:
+        """The reason stays out of the log: it may quote the request."""
+        log.info("generation.rejected", code=failure.code, **attempt.names())
+        self._end(attempt, failure)
+
+    def _end(self, attempt: Attempt, failure: Failure) -> None:
+        finish = Finish(FinishReason.FAILED, failure.code, failure.message)
+        attempt.end_with(finish, monotonic_s())
         self._room_changed.set()
         self._wake()
 

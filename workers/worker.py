@@ -29,6 +29,7 @@ from workers.attempts import Ledger
 from workers.engine.factory import build_engine
 from workers.engine.loop import EngineLoop, StepReport
 from workers.engine.port import DeviceLostError, Engine
+from workers.grammars import Grammars, build_grammars
 from workers.heartbeat import EngineStalledError, Heartbeat
 from workers.intake import Intake
 from workers.publisher import Publisher
@@ -51,7 +52,9 @@ class EngineFailedError(Exception):
 class Worker:
     """One engine behind one pool. Use :func:`run` to run one as a process."""
 
-    def __init__(self, name: str, settings: WorkerSettings, engine: Engine) -> None:
+    def __init__(
+        self, name: str, settings: WorkerSettings, engine: Engine, grammars: Grammars
+    ) -> None:
         self.name = name
         self._settings = settings
         self._engine = engine
@@ -74,6 +77,7 @@ class Worker:
             model_version=engine.model_version,
             wake=self._wake.set,
         )
+        self._grammars = grammars
         self._intake = Intake(
             self._ordered,
             self._bell,
@@ -83,6 +87,7 @@ class Worker:
             capacity=capacity,
             model_version=engine.model_version,
             prefix_cache=settings.prefix_cache,
+            grammars=self._grammars,
             wake=self._wake.set,
             spawn=self._spawn,
         )
@@ -121,7 +126,8 @@ class Worker:
         await asyncio.to_thread(self._loop.stop)
 
     async def close(self) -> None:
-        """Close the connections, however :meth:`run` ended."""
+        """Close the connections and end what runs beside, however :meth:`run` ended."""
+        self._grammars.close()
         for broker in (self._ordered, self._beats, self._bell):
             with suppress(Failure):
                 await broker.close()
@@ -230,9 +236,10 @@ async def _run(name: str, settings: WorkerSettings) -> int:
     try:
         await _check_redis(settings)
         engine = await asyncio.to_thread(build_engine, settings)
+        grammars = await asyncio.to_thread(build_grammars, settings, vocab_size=engine.vocab_size)
         logs.adopt("transformers")
         gc.freeze()  # what was loaded stays: collections need not walk through it
-        worker = Worker(name, settings, engine)
+        worker = Worker(name, settings, engine, grammars)
         stop.drain = worker.drain
         try:
             await worker.run()

@@ -132,6 +132,10 @@ class Tokenizer:
             text = " " + text  # decoders drop it at the start of a text, which this is not
         return text.encode()
 
+    def to_json(self) -> str:
+        """The tokenizer as it stands, in the form of a ``tokenizer.json``."""
+        return self._backend.to_str()
+
     def _encode(self, text: str, add_special_tokens: bool, *, offsets: bool) -> Encoding:
         # The batch calls: unlike `encode` they release the GIL while they work, and the fast one
         # takes half the time because it keeps no offsets.

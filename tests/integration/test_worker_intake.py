@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -14,14 +14,26 @@ from structlog.testing import capture_logs
 from common.broker import Admission, Broker, connect
 from common.failures import Failure
 from common.ids import generation_id
+from common.messages import Finish, Grammar
 from common.settings import PrefixCache
 from tests.conftest import POOL
 from tests.support.broker_view import PartitionView
 from tests.support.fault_proxy import fault_proxy
 from tests.support.generations import admission, admit
+from tests.support.grammars import Residues
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
-from tests.support.worker_parts import Parts, logged, tokens_of
+from tests.support.worker_parts import Parts, RecordingGrammars, logged, tokens_of
+from workers.attempts import Attempt
+from workers.engine.grammar import Matcher
+
+
+@dataclass
+class Waiting:
+    parts: Parts
+    generation: str
+    attempt: Attempt
+    matcher: asyncio.Future[Matcher]
 
 
 @pytest.fixture
@@ -300,6 +312,86 @@ async def test_nothing_is_claimed_for_an_engine_that_hangs(parts: Parts) -> None
     assert not parts.intake.should_claim(waiting_tokens=12)
     parts.engine.is_stalled = False
     assert len(await parts.claim()) == 1
+
+
+async def admit_with_grammar(broker: Broker, value: str) -> str:
+    request = admission()
+    sampling = structs.replace(request.spec.sampling, grammar=Grammar("regex", value))
+    return await admit_spec(broker, request, structs.replace(request.spec, sampling=sampling))
+
+
+@pytest.fixture
+async def waiting(broker: Broker, blocking_broker: Broker) -> AsyncIterator[Waiting]:
+    """A worker that has claimed a generation whose grammar is being compiled."""
+    grammars = RecordingGrammars()
+    parts = Parts(broker, blocking_broker, grammars=grammars)
+    await parts.beat()
+    generation = await admit_with_grammar(broker, "slow")
+    [attempt] = await parts.claim()
+    await wait_until(lambda: "slow" in grammars.asked)
+    yield Waiting(parts, generation, attempt, grammars.asked["slow"])
+    await parts.close()
+
+
+async def test_nobody_waits_for_the_grammar_of_another(waiting: Waiting) -> None:
+    """Its room is promised, so claims go on beside it; it runs when its matcher is there."""
+    parts = waiting.parts
+    assert parts.intake.free() == (3, 1000 - 12)
+    other = await admit(parts.broker)
+    await parts.claim()
+    assert [request.id for request in parts.engine.submitted] == [engine_id(parts, other)]
+    matcher = Residues()
+    waiting.matcher.set_result(matcher)
+    await submitted(parts, 2)
+    assert parts.engine.submitted[1].id == waiting.attempt.engine_id
+    assert parts.engine.submitted[1].matcher is matcher
+    assert parts.engine.submitted[1].sampling.grammar == Grammar("regex", "slow")
+
+
+async def test_a_bad_grammar_fails_alone_with_its_reason(waiting: Waiting) -> None:
+    parts = waiting.parts
+    other = await admit(parts.broker)
+    await parts.claim()
+    waiting.matcher.set_exception(Failure("GRAMMAR_REJECTED", "grammar is not valid: a reason"))
+    await wait_until(lambda: len(parts.ledger.unpublished()) == 1)
+    await parts.publisher.publish()
+    [end] = await logged(parts.broker, waiting.generation)
+    expected = Finish("failed", "GRAMMAR_REJECTED", "grammar is not valid: a reason")
+    assert end.record.finish == expected
+    assert [attempt.id for attempt in parts.ledger.running()] == [other]
+    assert parts.intake.free() == (3, 1000 - 12)
+
+
+async def test_who_leaves_while_a_grammar_compiles_never_reaches_the_engine(
+    waiting: Waiting,
+) -> None:
+    parts = waiting.parts
+    await parts.broker.cancel(waiting.generation, "public")
+    async with asyncio.timeout(5):
+        while parts.ledger.running():  # what publishes nothing is asked about every 0.25 s
+            await parts.publisher.publish()
+    waiting.matcher.set_result(Residues())
+    other = await admit(parts.broker)
+    await parts.claim()
+    assert [request.id for request in parts.engine.submitted] == [engine_id(parts, other)]
+
+
+async def test_a_worker_that_leaves_hands_over_what_waits_for_its_grammar(
+    waiting: Waiting, broker: Broker, blocking_broker: Broker
+) -> None:
+    parts = waiting.parts
+    await parts.intake.stop_reading()
+    await parts.publisher.release(parts.ledger.running(), event="generation.released")
+    assert parts.engine.submitted == []
+    heir = Parts(broker, blocking_broker, name="w2")
+    await heir.beat()
+    assert [attempt.id for attempt in await heir.claim()] == [waiting.generation]
+    await heir.close()
+
+
+def engine_id(parts: Parts, generation: str) -> str:
+    [attempt] = [it for it in parts.ledger.running() if it.id == generation]
+    return attempt.engine_id
 
 
 async def admit_spec(broker: Broker, request: Admission, spec: Any) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.broker import Broker, WorkerPresence
-from common.messages import Finish, LogEntry, chain_next, chain_start, chain_text
+from common.messages import Finish, Grammar, LogEntry, chain_next, chain_start, chain_text
 from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
+from workers.engine.grammar import Matcher
 from workers.engine.port import EngineLoad, EngineRequest, StepOutput
-from workers.intake import Intake
+from workers.intake import GrammarSource, Intake
 from workers.publisher import Publisher
 
 VERSION = "m@1"
@@ -41,6 +42,18 @@ class RecordingEngine:
         self.is_paused = False
 
 
+@dataclass
+class RecordingGrammars:
+    """What grammars were asked for; each is ready when the test says so, or refused."""
+
+    asked: dict[str, asyncio.Future[Matcher]] = field(
+        default_factory=dict[str, "asyncio.Future[Matcher]"]
+    )
+
+    async def matcher(self, grammar: Grammar) -> Matcher:
+        return await self.asked.setdefault(grammar.value, asyncio.Future())
+
+
 class Parts:
     """One worker's parts on one broker."""
 
@@ -54,6 +67,7 @@ class Parts:
         tokens: int = 1000,
         clock: Callable[[], float] | None = None,
         prefix_cache: PrefixCache = "tenant",
+        grammars: GrammarSource | None = None,
     ) -> None:
         self.broker = broker
         self.name = name
@@ -81,6 +95,7 @@ class Parts:
             capacity=EngineLoad(running=0, waiting=0, free_tokens=tokens, free_slots=slots),
             model_version=VERSION,
             prefix_cache=prefix_cache,
+            grammars=grammars or RecordingGrammars(),
             wake=self.wake.set,
             spawn=self.spawn,
         )

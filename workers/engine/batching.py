@@ -21,9 +21,6 @@ from workers.engine.sequence import Sequence, TextRules
 
 log = get_logger()
 
-_GRAMMAR_CODE = "UNSUPPORTED_PARAMETER"
-"""Of a generation whose grammar does not let it go on."""
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -92,7 +89,7 @@ class BatchingEngine:
         self._runner = runner
         self._rules = rules
         self._limits = limits
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._clock = clock
         self._capacity_tokens = places.capacity_tokens
         self._scheduler = Scheduler(limits, places)
@@ -109,7 +106,7 @@ class BatchingEngine:
         try:
             sequence = Sequence(request, self._rules)
         except GrammarError as error:
-            finish = _failed(_GRAMMAR_CODE, str(error))
+            finish = _failed("GRAMMAR_REJECTED", str(error))
             self._ended.append(_ending(request.id, len(request.logged), finish))
             return
         except Exception as error:  # noqa: BLE001 - one generation's fault must not end the others
@@ -181,12 +178,12 @@ class BatchingEngine:
         if request.cost > self.max_cost:
             message = f"{request.cost} tokens are needed and {self.max_cost} allowed."
             return _failed("CONTEXT_LENGTH_EXCEEDED", message)
-        if max(request.prompt) >= self._vocab_size or max(request.logged, default=0) >= (
-            self._vocab_size
+        if max(request.prompt) >= self.vocab_size or max(request.logged, default=0) >= (
+            self.vocab_size
         ):
             return _failed("TOKENIZER_MISMATCH", "A token id lies outside of the vocabulary.")
         named = (*request.sampling.stop_token_ids, *request.sampling.logit_bias)
-        if not all(0 <= id < self._vocab_size for id in named):
+        if not all(0 <= id < self.vocab_size for id in named):
             return _failed("BAD_REQUEST", "A token id lies outside of the vocabulary.")
         return None
 
@@ -196,7 +193,7 @@ class BatchingEngine:
         if outcome is None:
             return self._fail(sequence, "NAN_LOGITS")
         if isinstance(outcome, GrammarError):
-            return self._fail(sequence, _GRAMMAR_CODE, str(outcome))
+            return self._fail(sequence, "GRAMMAR_REJECTED", str(outcome))
         if sequence.sampling.max_new_tokens <= 0:  # only its prompt was asked about
             sequence.finish, outcome = FinishReason.LENGTH, []
         pieces: list[bytes] = []
@@ -204,7 +201,7 @@ class BatchingEngine:
             try:
                 pieces.append(escape_piece(sequence.append(choice.token)))
             except GrammarError as error:
-                return self._fail(sequence, _GRAMMAR_CODE, str(error), position=position)
+                return self._fail(sequence, "GRAMMAR_REJECTED", str(error), position=position)
             except Exception as error:  # noqa: BLE001 - as in `submit`
                 return self._fail(sequence, "ENGINE_ERROR", error, position=position)
             if sequence.finish is not None:

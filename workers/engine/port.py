@@ -102,6 +102,8 @@ class Engine(Protocol):
     """Not thread-safe: every call comes from the engine thread."""
 
     model_version: str
+    vocab_size: int
+    """Token ids that it can choose from; may be more than the tokenizer has."""
     max_cost: int
     """Largest ``EngineRequest.cost`` that can ever run here."""
 
