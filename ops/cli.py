@@ -251,6 +251,7 @@ class LazyGroup(click.Group):
         "engine": "ops.bench.engine:main",
         "latency": "ops.bench.latency:latency",
         "peers": "ops.bench.peers:peers",
+        "speculation": "ops.bench.speculation:main",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002

@@ -122,7 +122,7 @@ def main(
             "max_batch_size": max(counts),
         }
     )
-    engine = build_torch(settings, _endless(ModelStore(data_dir).get(model)))
+    engine = build_torch(settings, endless(ModelStore(data_dir).get(model)))
     shape: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -137,7 +137,7 @@ def main(
         _show(rows, f"{engine.model_version}, {dtype}, {way}, {json.dumps(shape)}")
 
 
-def _endless(stored: StoredModel) -> StoredModel:
+def endless(stored: StoredModel) -> StoredModel:
     """The same model without an end-of-sequence token: each generation has its full length."""
     return StoredModel(stored.path, msgspec.structs.replace(stored.manifest, eos_token_ids=[]))
 
