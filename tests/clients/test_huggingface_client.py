@@ -1,5 +1,6 @@
 """The unmodified ``huggingface_hub`` client works, as it did against TGI."""
 
+import re
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -116,7 +117,13 @@ async def test_every_parameter_that_the_client_knows(client: AsyncInferenceClien
 
 async def test_an_answer_may_have_a_grammar(client: AsyncInferenceClient) -> None:
     grammar = TextGenerationInputGrammarType(type="regex", value="[a-z ]{3,8}")
-    assert await client.text_generation("hello", max_new_tokens=20, grammar=grammar)
+    text = await client.text_generation(
+        "hello", max_new_tokens=20, grammar=grammar, return_full_text=False
+    )
+    assert re.fullmatch("[a-z ]{3,8}", text)
+    bad = TextGenerationInputGrammarType(type="regex", value="(")
+    with pytest.raises(ValidationError):
+        await client.text_generation("hello", grammar=bad)
     answer = await client.chat_completion(
         [{"role": "user", "content": "hello"}],
         max_tokens=20,
