@@ -23,8 +23,10 @@ from tests.support.engines import (
     tiny_runner,
 )
 from tests.support.grammars import Residues
+from tests.support.matching import matcher_of
 from tests.support.tiny_model import EOS_TOKEN_IDS
 from workers.engine.batching import BatchingEngine
+from workers.engine.grammar import Matcher
 from workers.engine.lookup import MAX_DRAFT_TOKENS
 from workers.engine.places import PagePlaces
 from workers.engine.port import EngineRequest
@@ -37,6 +39,8 @@ LENGTH = 30
 SAMPLED: dict[str, Any] = {"do_sample": True, "seed": 7, "top_logprobs": 2}
 FEW = {"logit_bias": dict.fromkeys((70, 71, 72, 73), 6.0)}
 """An answer of few different tokens says much again: guesses are right now and then."""
+
+RESIDUES = Grammar("regex", "as the class of that name says")
 
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {"top_logprobs": 2},
@@ -56,9 +60,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "min_new_tokens": SAMPLED | {"min_new_tokens": 12, "logit_bias": {EOS_TOKEN_IDS[0]: 8.0}},
     "stop_tokens": SAMPLED | FEW | {"min_new_tokens": 20, "stop_token_ids": (71, 90)},
     "stop": SAMPLED | FEW | {"stop": ("eeg", "ggd"), "min_new_tokens": 9},
-    "grammar": SAMPLED | {"grammar": Grammar("regex", "as Residues says")},
-    "grammar_greedy": {"grammar": Grammar("regex", "as Residues says"), "top_logprobs": 1},
-    "grammar_of_few": SAMPLED | FEW | {"grammar": Grammar("regex", "as Residues says")},
+    "grammar": SAMPLED | {"grammar": RESIDUES},
+    "grammar_greedy": {"grammar": RESIDUES, "top_logprobs": 1},
+    "regex": SAMPLED | {"grammar": Grammar("regex", "[ab]{2}(-[ab]{2}){8,}")},
+    "json_schema": SAMPLED
+    | {"grammar": Grammar("json_schema", '{"enum": ["so it is, so it was"]}')},
+    "grammar_of_few": SAMPLED | FEW | {"grammar": RESIDUES},
 }
 
 
@@ -120,8 +127,7 @@ def answers(
     """What all of them get, computed together; a grammar starts anew with each."""
     got: dict[str, Answer] = {one.id: Answer() for one in requests}
     for one in requests:
-        matcher = Residues() if one.sampling.grammar else None
-        engine.submit(replace(one, matcher=matcher))
+        engine.submit(replace(one, matcher=_matcher(one.sampling.grammar)))
     while is_busy(engine):
         outputs = engine.step()
         for output in outputs:
@@ -135,6 +141,12 @@ def answers(
             num_running.append(engine.load().running)
             num_running[-1] += sum(output.finish is not None for output in outputs)
     return got
+
+
+def _matcher(grammar: Grammar | None) -> Matcher | None:
+    if grammar is None:
+        return None
+    return Residues() if grammar == RESIDUES else matcher_of(grammar)
 
 
 def assert_same(got: Answer, expected: Answer, start: int = 0) -> None:
@@ -179,7 +191,7 @@ def test_guesses_are_right_now_and_then(
     speculating: BatchingEngine, requests: dict[str, EngineRequest]
 ) -> None:
     """Guards the test above."""
-    for name in ("bias", "bias_and_penalties", "watermark_of_few", "grammar_of_few"):
+    for name in ("bias", "bias_and_penalties", "watermark_of_few", "grammar_of_few", "regex"):
         num_running: list[int] = []
         (answer,) = answers(speculating, [requests[name]], num_running).values()
         assert len(num_running) < len(answer.tokens), name

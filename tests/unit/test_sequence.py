@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,27 @@ def test_the_end_of_a_grammar_is_an_end_even_where_end_tokens_are_ignored() -> N
     seq.append(70)
     seq.append(EOS_TOKEN_IDS[0])
     assert seq.finish == FinishReason.EOS
+
+
+def test_guesses_keep_to_the_grammar_and_never_end_it() -> None:
+    """What is guessed is cut where the grammar, an end or the limit of tokens comes."""
+    said = [70, 71, 72, 73, 75, 70, 71]
+    assert sequence_of(said).draft(9, 0.0) == (72, 73, 75, 70, 71, 72, 73, 75, 70)
+    assert sequence_of(said, matcher=Residues()).draft(9, 0.0) == (72, 73)
+    assert sequence_of(said, stop_token_ids=(75,)).draft(9, 0.0) == (72, 73)
+    assert sequence_of(said, max_new_tokens=5).draft(9, 0.0) == (72, 73, 75, 70)
+    assert sequence_of(said, matcher=TooHard()).draft(9, 0.0) == ()
+
+
+class TooHard(Residues):
+    def count_allowed(self, tokens: list[int]) -> int:
+        raise GrammarError(f"{tokens} are too hard.")
+
+
+def sequence_of(prompt: list[int], *, matcher: Residues | None = None, **sampling: Any) -> Sequence:
+    if matcher is not None:
+        matcher.taken.append(prompt[-1])
+    return Sequence(replace(request("g", prompt, **sampling), matcher=matcher), RULES)
 
 
 def test_replay_restores_held_text() -> None:

@@ -6,6 +6,7 @@ from itertools import takewhile
 from common.messages import FinishReason, PromptLogprobs, Sampling, TopTokens
 from workers.engine.counts import TokenCounts, are_counts_needed
 from workers.engine.detokenizer import Detokenizer, TextDecoder
+from workers.engine.grammar import GrammarError
 from workers.engine.lookup import Lookup
 from workers.engine.port import EngineRequest
 from workers.engine.stopping import StopMatcher
@@ -124,7 +125,10 @@ class Sequence:
         guessed = self._lookup.draft(min(max_tokens, room), price)
         draft = list(takewhile(lambda token: self._reason_to_end(token) is None, guessed))
         if draft and self.matcher is not None:
-            del draft[self.matcher.count_allowed(draft) :]
+            try:
+                del draft[self.matcher.count_allowed(draft) :]
+            except GrammarError:  # as the choice of the next token is going to find out
+                return ()
         return tuple(draft)
 
     def banned(self, num_drafted: int = 0) -> tuple[int, ...]:
