@@ -249,6 +249,7 @@ class LazyGroup(click.Group):
     places: ClassVar[dict[str, str]] = {
         "chaos": "ops.bench.chaos:chaos",
         "engine": "ops.bench.engine:main",
+        "features": "ops.bench.features:main",
         "latency": "ops.bench.latency:latency",
         "peers": "ops.bench.peers:peers",
         "speculation": "ops.bench.speculation:main",
