@@ -222,6 +222,11 @@ class Ledger:
         for attempt in [kept for kept in self._ended.values() if kept.ended_s < time_s]:
             del self._ended[attempt.id]
 
+    def adapters(self) -> set[str]:
+        """Versions that generations in the engine, or on their way into it, compute with."""
+        running = [attempt for attempt in self._running.values() if attempt.is_in_engine]
+        return {attempt.request.adapter for attempt in running if attempt.request is not None}
+
     def ended(self) -> Iterable[Attempt]:
         return self._ended.values()
 

@@ -60,6 +60,16 @@ class GrammarSource(Protocol):
         ...
 
 
+class AdapterSource(Protocol):
+    """What has LoRA adapters loaded, off the event loop."""
+
+    async def hold(self, version: str) -> None:
+        """Raises Failure: there is none, or it cannot be used."""
+        ...
+
+    def room_changed(self) -> None: ...
+
+
 class Intake:
     """Claims for one engine. ``capacity`` is the load of the empty engine: what it can promise.
 
@@ -78,6 +88,7 @@ class Intake:
         model_version: str,
         prefix_cache: PrefixCache,
         grammars: GrammarSource,
+        adapters: AdapterSource,
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
@@ -90,6 +101,7 @@ class Intake:
         self._model_version = model_version
         self._prefix_cache: PrefixCache = prefix_cache
         self._grammars = grammars
+        self._adapters = adapters
         self._wake = wake
         self._spawn = spawn
         self._turn = 0
@@ -115,6 +127,7 @@ class Intake:
 
     def room_changed(self) -> None:
         """Something ended in the engine, or was dropped."""
+        self._adapters.room_changed()
         if self.has_room():
             self._room_changed.set()
 
@@ -250,17 +263,21 @@ class Intake:
         )
         self._room_changed.set()
         grammar = spec.sampling.grammar
-        if grammar is None:
+        if grammar is None and not spec.adapter:
             self._engine.submit(attempt.request)
         else:
             self._read_beside(self._submit_with(grammar, attempt, attempt.request))
 
     async def _submit_with(
-        self, grammar: Grammar, attempt: Attempt, request: EngineRequest
+        self, grammar: Grammar | None, attempt: Attempt, request: EngineRequest
     ) -> None:
-        """Submit ``request`` once its grammar is compiled; its cost is promised meanwhile."""
+        """Submit ``request`` once its grammar is compiled and its adapter loaded; its cost is
+        promised meanwhile.
+        """
         try:
-            matcher = await self._grammars.matcher(grammar)
+            matcher = await self._grammars.matcher(grammar) if grammar else None
+            if request.adapter:
+                await self._adapters.hold(request.adapter)
         except Failure as failure:
             self._reject(attempt, failure)
             return
@@ -268,11 +285,13 @@ class Intake:
             self._engine.submit(replace(request, matcher=matcher))
 
     def _cache_scope(self, attempt: Attempt, spec: GenerationSpec) -> str:
+        """Keys and values are those of the adapter as well."""
+        adapter = f" with {spec.adapter}" if spec.adapter else ""
         match self._prefix_cache:
             case "tenant":
-                return f"tenant {spec.tenant}"
+                return f"tenant {spec.tenant}{adapter}"
             case "shared":
-                return "shared"
+                return f"shared{adapter}"
             case "off":
                 return f"alone {attempt.engine_id}"
 

@@ -25,6 +25,7 @@ from common.logs import get_logger
 from common.reaping import keep_reaping
 from common.settings import WorkerSettings
 from workers import exit_codes
+from workers.adapters import HeldAdapters
 from workers.attempts import Ledger
 from workers.engine.factory import build_engine
 from workers.engine.loop import EngineLoop, StepReport
@@ -88,6 +89,12 @@ class Worker:
             model_version=engine.model_version,
             prefix_cache=settings.prefix_cache,
             grammars=self._grammars,
+            adapters=HeldAdapters(
+                engine.adapters,
+                self._loop,
+                max_adapters=settings.max_adapters,
+                needed=self._ledger.adapters,
+            ),
             wake=self._wake.set,
             spawn=self._spawn,
         )

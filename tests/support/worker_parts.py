@@ -11,9 +11,10 @@ from typing import Any
 from common.broker import Broker, WorkerPresence
 from common.messages import Finish, Grammar, LogEntry, chain_next, chain_start, chain_text
 from common.settings import PrefixCache
+from workers.adapters import HeldAdapters
 from workers.attempts import Attempt, Ledger
 from workers.engine.grammar import Matcher
-from workers.engine.port import EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import Adapters, EngineLoad, EngineRequest, StepOutput
 from workers.intake import GrammarSource, Intake
 from workers.publisher import Publisher
 
@@ -28,6 +29,9 @@ class RecordingEngine:
     cancelled: list[str] = field(default_factory=list[str])
     is_paused: bool = False
     is_stalled: bool = False
+
+    def run_between_steps(self, command: Callable[[], None]) -> None:
+        command()
 
     def submit(self, request: EngineRequest) -> None:
         self.submitted.append(request)
@@ -68,6 +72,8 @@ class Parts:
         clock: Callable[[], float] | None = None,
         prefix_cache: PrefixCache = "tenant",
         grammars: GrammarSource | None = None,
+        adapters: Adapters | None = None,
+        max_adapters: int = 2,
     ) -> None:
         self.broker = broker
         self.name = name
@@ -96,6 +102,9 @@ class Parts:
             model_version=VERSION,
             prefix_cache=prefix_cache,
             grammars=grammars or RecordingGrammars(),
+            adapters=HeldAdapters(
+                adapters, self.engine, max_adapters=max_adapters, needed=self.ledger.adapters
+            ),
             wake=self.wake.set,
             spawn=self.spawn,
         )

@@ -1558,15 +1558,19 @@ namespace {
 
 constexpr int kRanksTogether = 4, kRowsTogether = 4;
 
-// shrunk[row][first .. first + 4) of up to four rows.
+// shrunk[row][first .. first + 4) of up to four rows; `next` is what will be read after `ranks`.
 template <int ROWS>
-void shrink_rows(const bf16* const* x, const bf16* ranks, int width, bf16* const* shrunk) {
+void shrink_rows(const bf16* const* x, const bf16* ranks, const bf16* next, int width,
+                 bf16* const* shrunk) {
   __m512 sums[16];
   for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int k = 0; k < width; k += kStep) {
     __m512bh a[kRanksTogether];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRanksTogether; i++) a[i] = load_pairs(ranks + size_t(i) * width + k);
+    for (int i = 0; i < kRanksTogether; i++) {
+      a[i] = load_pairs(ranks + size_t(i) * width + k);
+      _mm_prefetch(reinterpret_cast<const char*>(next + size_t(i) * width + k), _MM_HINT_T0);
+    }
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; row++) {
       const __m512bh input = load_pairs(x[row] + k);
@@ -1585,8 +1589,11 @@ inline __m512 expand(__m512 sum, const HeadraceExpand& part, int tile, const bf1
   if (part.tiles == nullptr) return sum;
   const bf16* line = part.tiles + size_t(tile) * part.rank * 16;
   const bf16* pair = shrunk + part.first;
+  const int ahead = part.rank * 32;  // two tiles: those of the next block
   __m512 other = _mm512_setzero_ps();
   for (int i = 0; i < part.rank; i += 4, line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead + 32), _MM_HINT_T0);
     sum = _mm512_dpbf16_ps(sum, broadcast_pair(pair + i), load_pairs(line));
     other = _mm512_dpbf16_ps(other, broadcast_pair(pair + i + 2), load_pairs(line + 32));
   }
@@ -1630,12 +1637,16 @@ class StepAdapters {
     for (const Group& group : groups_) total += group.adapter[number].rank / kRanksTogether;
     const Share share(total, thread, num_threads);
     int first = 0;
-    for (const Group& group : groups_) {
-      const HeadraceLowRank& part = group.adapter[number];
+    for (size_t g = 0; g < groups_.size(); g++) {
+      const HeadraceLowRank& part = groups_[g].adapter[number];
       const int count = part.rank / kRanksTogether;
-      for (int i = std::max(0, share.first - first); i < std::min(count, share.last - first); i++)
-        shrink_group(group, part.shrink + size_t(i) * kRanksTogether * width, i * kRanksTogether, x,
+      const HeadraceLowRank* after = g + 1 < groups_.size() ? groups_[g + 1].adapter + number : &part;
+      for (int i = std::max(0, share.first - first); i < std::min(count, share.last - first); i++) {
+        const bf16* ranks = part.shrink + size_t(i) * kRanksTogether * width;
+        const bf16* next = i + 1 < count ? ranks + kRanksTogether * width : after->shrink;
+        shrink_group(groups_[g], ranks, next == nullptr ? ranks : next, i * kRanksTogether, x,
                      row_stride(inputs), width);
+      }
       first += count;
     }
   }
@@ -1651,8 +1662,8 @@ class StepAdapters {
     std::vector<int> rows;
   };
 
-  void shrink_group(const Group& group, const bf16* ranks, int first_rank, const bf16* x,
-                    size_t x_stride, int width) {
+  void shrink_group(const Group& group, const bf16* ranks, const bf16* next, int first_rank,
+                    const bf16* x, size_t x_stride, int width) {
     const int count = static_cast<int>(group.rows.size());
     for (int done = 0; done < count; done += kRowsTogether) {
       const bf16* from[kRowsTogether];
@@ -1665,7 +1676,7 @@ class StepAdapters {
       }
       static constexpr decltype(&shrink_rows<1>) shrink[kRowsTogether] = {
           shrink_rows<1>, shrink_rows<2>, shrink_rows<3>, shrink_rows<4>};
-      shrink[num_rows - 1](from, ranks, width, to);
+      shrink[num_rows - 1](from, ranks, next, width, to);
     }
   }
 
