@@ -17,6 +17,7 @@ class StepwiseEngine:
 
     model_version = "m@1"
     max_cost = 100
+    vocab_size = 512
     adapters = None
 
     def __init__(self) -> None:
