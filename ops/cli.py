@@ -247,6 +247,7 @@ class LazyGroup(click.Group):
     """A group whose commands live in modules of their own, imported when they are asked for."""
 
     places: ClassVar[dict[str, str]] = {
+        "adapters": "ops.bench.adapters:main",
         "chaos": "ops.bench.chaos:chaos",
         "engine": "ops.bench.engine:main",
         "features": "ops.bench.features:main",

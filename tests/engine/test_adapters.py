@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,27 @@ from transformers import AutoModelForCausalLM
 
 from common.failures import Failure
 from common.models.adapters import AdapterStore
-from tests.support.engines import CPU, ROOMY, cache_for, ready_model, tiny_paged
+from common.models.tokenizer import Tokenizer
+from tests.support.engines import (
+    CPU,
+    MAX_COST,
+    ROOMY,
+    cache_for,
+    ready_model,
+    request,
+    run_all,
+    tiny_paged,
+)
 from tests.support.logits import divergence
 from tests.support.native_kernels import are_runnable
 from tests.support.tiny_model import build_tiny_model
+from workers.engine.batching import BatchingEngine
+from workers.engine.places import PagePlaces
+from workers.engine.sequence import TextRules
 from workers.model.adapters import LinearShapes, StoredAdapters
 from workers.model.attention import Stretch
-from workers.model.runner import Forward
+from workers.model.paged_model import PAGE_TOKENS
+from workers.model.runner import Forward, ModelRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 """peft asks transformers by an old name."""
@@ -221,6 +235,43 @@ def test_what_was_dropped_comes_again_and_leaves_nothing_behind(llama: Case, way
         adapters.drop(version)
     (after,) = compute(forward, [(prompt, "")])
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("way", ["modules", "paged"])
+def test_an_answer_is_the_same_from_any_position_in_any_crowd(llama: Case, way: str) -> None:
+    """A worker that dies hands its generation to another, whose batch is of other adapters."""
+
+    def answer(logged: list[int], crowd: Sequence[str]) -> list[int]:
+        engine = _engine(llama, way)
+        others = [
+            replace(request(f"other-{n}", prompts(9)[n + 1]), adapter=version)
+            for n, version in enumerate(crowd)
+        ]
+        sampled = request("it", prompts(1)[0], logged=logged, do_sample=True, seed=5, top_k=20)
+        it = replace(sampled, adapter=llama.versions[2])
+        return logged + run_all(engine, [*others[:1], it, *others[1:]])["it"].tokens
+
+    whole = answer([], [])
+    assert len(whole) == 16
+    for position in (0, 1, 5, 15):
+        assert answer(whole[:position], ["", *llama.versions[:4]]) == whole
+
+
+def _engine(case: Case, way: str) -> BatchingEngine:
+    """Holding all adapters."""
+    forward, adapters = host(case, way, torch.float32, num_slots=8)
+    hold(adapters, case.versions)
+    pages = PagePlaces(256, page_tokens=PAGE_TOKENS, max_sequences=8) if way == "paged" else None
+    return BatchingEngine(
+        ModelRunner(forward),
+        TextRules(Tokenizer.load(case.path), frozenset()),
+        ROOMY,
+        model_version="tiny@1",
+        max_cost=MAX_COST,
+        vocab_size=300,
+        places=pages,
+        adapters=adapters,
+    )
 
 
 def test_an_adapter_of_another_model_is_refused_by_name(llama: Case, tmp_path: Path) -> None:

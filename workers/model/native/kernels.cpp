@@ -1557,8 +1557,9 @@ enum { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kAdapted = 4 };
 namespace {
 
 constexpr int kRanksTogether = 4, kRowsTogether = 4;
+constexpr int kUnitsAhead = 2;  // so many times four rows of A: 4-12 KiB each, as kPrefetchAhead
 
-// shrunk[row][first .. first + 4) of up to four rows; `next` is what will be read after `ranks`.
+// shrunk[row][first .. first + 4) of up to four rows; `next` is what will be read soon.
 template <int ROWS>
 void shrink_rows(const bf16* const* x, const bf16* ranks, const bf16* next, int width,
                  bf16* const* shrunk) {
@@ -1569,7 +1570,7 @@ void shrink_rows(const bf16* const* x, const bf16* ranks, const bf16* next, int 
 #pragma GCC unroll 4
     for (int i = 0; i < kRanksTogether; i++) {
       a[i] = load_pairs(ranks + size_t(i) * width + k);
-      _mm_prefetch(reinterpret_cast<const char*>(next + size_t(i) * width + k), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(next + size_t(i) * width + k), _MM_HINT_T1);
     }
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; row++) {
@@ -1592,8 +1593,8 @@ inline __m512 expand(__m512 sum, const HeadraceExpand& part, int tile, const bf1
   const int ahead = part.rank * 32;  // two tiles: those of the next block
   __m512 other = _mm512_setzero_ps();
   for (int i = 0; i < part.rank; i += 4, line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(line + ahead + 32), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead + 32), _MM_HINT_T1);
     sum = _mm512_dpbf16_ps(sum, broadcast_pair(pair + i), load_pairs(line));
     other = _mm512_dpbf16_ps(other, broadcast_pair(pair + i + 2), load_pairs(line + 32));
   }
@@ -1643,7 +1644,9 @@ class StepAdapters {
       const HeadraceLowRank* after = g + 1 < groups_.size() ? groups_[g + 1].adapter + number : &part;
       for (int i = std::max(0, share.first - first); i < std::min(count, share.last - first); i++) {
         const bf16* ranks = part.shrink + size_t(i) * kRanksTogether * width;
-        const bf16* next = i + 1 < count ? ranks + kRanksTogether * width : after->shrink;
+        const size_t ahead = i + kUnitsAhead < count ? i + kUnitsAhead : i + kUnitsAhead - count;
+        const bf16* from = i + kUnitsAhead < count ? part.shrink : after->shrink;
+        const bf16* next = from == nullptr ? nullptr : from + ahead * kRanksTogether * width;
         shrink_group(groups_[g], ranks, next == nullptr ? ranks : next, i * kRanksTogether, x,
                      row_stride(inputs), width);
       }
