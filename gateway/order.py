@@ -39,7 +39,7 @@ class Order:
     num_prompt_characters: int = 0
     lane: Lane = "default"
     adapter: str = ""
-    """Name of a LoRA adapter; empty: the model alone."""
+    """Version of a LoRA adapter, ``name@digest``; empty: the model alone."""
     num_choices: int = 1
     """Answers to the one prompt, each a generation of its own."""
     num_best: int = 0
