@@ -184,13 +184,12 @@ async def test_what_dies_is_started_again(start: Start) -> None:
     for name in ("worker 1", "gateway 1", "background", "server"):
         victim = instance.process(name)
         os.kill(victim.pid, signal.SIGKILL)
-        await wait_until(
-            lambda name=name, victim=victim: (
-                instance.process(name).state == "ready" and instance.process(name).pid != victim.pid
-            ),
-            timeout_s=_START_S,
-            what=f"a new {name}",
-        )
+
+        def is_replaced(name: str = name, victim: runfile.ProcessState = victim) -> bool:
+            process = instance.process(name)
+            return process.state == "ready" and process.pid != victim.pid
+
+        await wait_until(is_replaced, timeout_s=_START_S, what=f"a new {name}")
         assert instance.process(name).restarts == 1
 
     async def answers() -> bool:

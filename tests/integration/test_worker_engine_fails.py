@@ -15,6 +15,7 @@ from tests.support.waiting import wait_until
 from tests.support.worker_parts import VERSION
 from tests.support.worker_pool import POOL
 from workers import exit_codes, worker
+from workers.engine.factory import build_engine
 from workers.engine.port import DeviceLostError, EngineLoad, EngineRequest, StepOutput
 
 
@@ -23,6 +24,8 @@ class BrokenEngine:
 
     model_version = VERSION
     max_cost = 1000
+    vocab_size = 512
+    adapters = None
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -65,8 +68,15 @@ async def test_an_engine_that_raises_ends_the_worker(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     """What it held is left to the lease: whatever broke the device counts as a death."""
-    monkeypatch.setattr(worker, "build_engine", lambda _: BrokenEngine(error))
-    settings = WorkerSettings(redis_url=redis_url, data_dir=tmp_path, model=POOL, lease_ms=1000)
+    settings = WorkerSettings(
+        redis_url=redis_url, data_dir=tmp_path, model=POOL, engine="simulated", lease_ms=1000
+    )
+
+    def build_broken(settings: WorkerSettings) -> BrokenEngine:
+        build_engine(settings)  # so that its model is there
+        return BrokenEngine(error)
+
+    monkeypatch.setattr(worker, "build_engine", build_broken)
     broker = Broker(connect(redis_url), POOL)
     with capture_logs() as lines:
         run = asyncio.create_task(worker._run("w1", settings))

@@ -47,7 +47,7 @@ class PackedAdapter:
 
 class _Memory:
     """One piece of memory on pages of 2 MiB where the system has them, handed out in the order in
-    which a step reads from end to end.
+    which a step reads.
     """
 
     def __init__(self, num_bytes: int) -> None:
