@@ -23,6 +23,7 @@ from common.settings import WorkerSettings
 from ops.bench.engine import endless
 from workers.engine.factory import build_torch
 from workers.engine.port import Engine, EngineRequest
+from workers.model.ways import available_threads
 
 _PASSAGE = """The mill at the ford is older than the village. Nobody knows who built the first weir,
 but the parish book of 1652 names a miller who paid four sacks of rye a year for the right to the
@@ -131,7 +132,9 @@ def main(
 ) -> None:
     """Measure what speculation brings on this machine."""
     stored = endless(ModelStore(data_dir).get(model))
-    values = {"data_dir": data_dir, "model": model, "dtype": dtype}
+    # Found out before the first engine is built, which leaves torch a single thread.
+    threads = available_threads()
+    values = {"data_dir": data_dir, "model": model, "dtype": dtype, "num_threads": threads}
 
     def build(speculation: str) -> Engine:
         settings = WorkerSettings.model_validate({**values, "speculation": speculation})
