@@ -11,7 +11,6 @@ arXiv 2106.09685; ``use_rslora``: Kalajdzievski, arXiv 2312.03732.
 
 import fcntl
 import math
-import os
 import re
 import shutil
 from collections.abc import Generator, Mapping
@@ -30,6 +29,7 @@ from common.models.files import (
     read_json,
     refuse_remote_code,
     refuse_unsafe_name,
+    sync,
 )
 from common.models.manifest import MANIFEST_FILE, FileEntry, Provenance, hash_file, model_version
 from common.models.sources import HubSource, Progress
@@ -225,7 +225,7 @@ class AdapterStore:
             (staged / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
             for path in staged.iterdir():
                 path.chmod(0o644)  # a gateway may run as another user than who added it
-                _sync(path)
+                sync(path)
             shutil.rmtree(target, ignore_errors=True)
             staged.rename(target)
             _write_current(folder, versions | {name: manifest.version})
@@ -422,9 +422,9 @@ def _read_current(folder: Path) -> dict[str, str]:
 def _write_current(folder: Path, versions: Mapping[str, str]) -> None:
     staged = folder / f".{_CURRENT_FILE}"
     staged.write_bytes(msgspec.json.encode(versions))
-    _sync(staged)
+    sync(staged)
     staged.replace(folder / _CURRENT_FILE)
-    _sync(folder)
+    sync(folder)
 
 
 @contextmanager
@@ -433,14 +433,6 @@ def _locked(path: Path) -> Generator[None]:
     with path.open("w") as file:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unfit(reason: str) -> Failure:

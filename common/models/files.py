@@ -151,6 +151,15 @@ def to_json(value: JsonObject) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk before anything else is done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def token_text(config: JsonObject, key: str) -> str | None:
     """The text of a named token; ``tokenizer_config.json`` holds it bare or as an object."""
     value = config.get(key)

@@ -5,7 +5,6 @@ for one another. What is stored is never changed in place: engines map the weigh
 """
 
 import fcntl
-import os
 import re
 import shutil
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.failures import Failure
-from common.models.files import check_directory
+from common.models.files import check_directory, sync
 from common.models.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -201,7 +200,7 @@ class ModelStore:
             shutil.rmtree(old, ignore_errors=True)
         else:
             staged.rename(target)
-        _sync(self._root)
+        sync(self._root)
 
 
 def _checked_name(name: str) -> str:
@@ -222,17 +221,9 @@ def _complete(staged: Path, name: str, provenance: Provenance) -> Manifest:
     manifest = describe(staged, name, provenance, files)
     for path in files:
         path.chmod(0o644)  # a gateway may run as another user than who added the model
-        _sync(path)
+        sync(path)
     write_manifest(staged, manifest)
     return manifest
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -1,5 +1,6 @@
 // The engine's arithmetic on processors with AVX512-bf16, or AMX beside it: matrix products over
-// packed weights, in bf16 or quantized to 8 bits, norms, gated MLPs, attention over the slot cache, a whole step of a Llama-like model.
+// packed weights, in bf16 or quantized to 8 bits, norms, gated MLPs, attention over the slot cache, a
+// whole step of a Llama-like model.
 //
 // Plain C ABI at the end of the file; binding.py declares it for Python and checks the processor.
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
