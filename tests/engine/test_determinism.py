@@ -15,8 +15,8 @@ import pytest
 from common.messages import Grammar, TopTokens, Watermark
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import (
-    MAX_COST,
     Transcript,
+    engine_around,
     is_busy,
     request,
     tiny_paged,
@@ -31,7 +31,6 @@ from workers.engine.lookup import MAX_DRAFT_TOKENS
 from workers.engine.places import PagePlaces
 from workers.engine.port import EngineRequest
 from workers.engine.scheduler import Limits
-from workers.engine.sequence import TextRules
 from workers.model.paged_model import PAGE_TOKENS
 from workers.model.runner import ModelRunner
 
@@ -109,16 +108,7 @@ def _engine(
     path: Path, limits: Limits, runner: ModelRunner, places: PagePlaces | None = None
 ) -> BatchingEngine:
     tokenizer = Tokenizer.load(path)
-    return BatchingEngine(
-        runner,
-        TextRules(tokenizer, frozenset(EOS_TOKEN_IDS)),
-        limits,
-        model_version="tiny@1",
-        max_cost=MAX_COST,
-        vocab_size=tokenizer.vocab_size,
-        places=places,
-        clock=lambda: 0.0,
-    )
+    return engine_around(runner, tokenizer, limits, places=places, clock=lambda: 0.0)
 
 
 def answers(

@@ -1,5 +1,6 @@
 """Engines for tests: the tiny model behind the real engine, and what came out of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
+from common.clock import monotonic_s
 from common.messages import Finish, Sampling, unescape_pieces
 from common.models.tokenizer import Tokenizer
 from tests.support.tiny_model import EOS_TOKEN_IDS
 from workers.engine.batching import BatchingEngine, Runner
-from workers.engine.places import PagePlaces
+from workers.engine.places import PagePlaces, Places
 from workers.engine.port import Engine, EngineRequest, StepOutput
 from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
@@ -69,7 +71,14 @@ def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
     return ModelRunner(ready.bind(cache), cache, ready.row_statistics)
 
 
-def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) -> BatchingEngine:
+def engine_around(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    limits: Limits = ROOMY,
+    *,
+    places: Places | None = None,
+    clock: Callable[[], float] = monotonic_s,
+) -> BatchingEngine:
     return BatchingEngine(
         runner,
         TextRules(tokenizer, frozenset(EOS_TOKEN_IDS)),
@@ -77,6 +86,8 @@ def engine_around(runner: Runner, tokenizer: Tokenizer, limits: Limits = ROOMY) 
         model_version="tiny@1",
         max_cost=MAX_COST,
         vocab_size=tokenizer.vocab_size,
+        places=places,
+        clock=clock,
     )
 
 
