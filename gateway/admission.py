@@ -21,13 +21,12 @@ from common.failures import Failure
 from common.ids import generation_id
 from common.messages import GenerationSpec
 from common.settings import GatewaySettings
+from gateway.callers import Caller
 from gateway.order import DETAILS, ECHO, Order
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.stream import Stream
 
-TENANT = "public"
-"""Everybody's tenant until there are keys."""
 PATIENCE_S = 3.0
 """How long admission waits for a Redis that just restarts or fails over."""
 MAX_GRACE_S = 3600.0
@@ -94,18 +93,24 @@ class Admissions:
         self._settings = settings
 
     async def admit(
-        self, request_id: str, order: Order, manner: Manner, trace: str, first_choice: int = 0
+        self,
+        caller: Caller,
+        request_id: str,
+        order: Order,
+        manner: Manner,
+        trace: str,
+        first_choice: int = 0,
     ) -> Ticket:
-        """Queue ``order`` under ``request_id`` and follow it.
+        """Queue ``order`` of ``caller`` under ``request_id`` and follow it.
 
         ``first_choice`` counts the choices of orders that are answered together with this one.
 
         Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
             BROKER_FULL.
         """
-        admission = self._admission(request_id, order, manner, trace)
+        admission = self._admission(caller, request_id, order, manner, trace)
         streams = [
-            self._relay.open(generation_id(request_id, i), TENANT, choice=first_choice + i)
+            self._relay.open(generation_id(request_id, i), caller.tenant, choice=first_choice + i)
             for i in range(order.num_choices)
         ]
         self._recent.keep(admission)
@@ -123,7 +128,7 @@ class Admissions:
         for stream in ticket.streams:
             self._recent.forget(ticket.admitted.request_id)
             self._relay.close(stream, was_subscribed=False)
-            self._relay.cancel_soon(stream.id, TENANT)
+            self._relay.cancel_soon(stream.id, stream.tenant)
 
     async def _submit(self, admission: Admission) -> Admitted:
         give_up_at = monotonic_s() + PATIENCE_S
@@ -136,11 +141,13 @@ class Admissions:
                 if monotonic_s() > give_up_at:
                     for choice in range(admission.num_choices):
                         given_up = generation_id(admission.request_id, choice)
-                        self._relay.cancel_soon(given_up, TENANT)
+                        self._relay.cancel_soon(given_up, admission.tenant)
                     raise
             await asyncio.sleep(random.uniform(0.05, 0.3))
 
-    def _admission(self, request_id: str, order: Order, manner: Manner, trace: str) -> Admission:
+    def _admission(
+        self, caller: Caller, request_id: str, order: Order, manner: Manner, trace: str
+    ) -> Admission:
         settings = self._settings
         shows_seed = order.flags & DETAILS and order.sampling.do_sample
         return Admission(
@@ -150,7 +157,7 @@ class Admissions:
                 sampling=order.sampling,
                 request_id=request_id,
                 trace=trace,
-                tenant=TENANT,
+                tenant=caller.tenant,
                 adapter=order.adapter,
             ),
             cost=order.cost,
@@ -165,7 +172,7 @@ class Admissions:
             ),
             gateway=self._relay.name,
             lane=order.lane,
-            tenant=TENANT,
+            tenant=caller.tenant,
             num_choices=order.num_choices,
             attached=manner.grace_s is not None,
             grace_ms=int((manner.grace_s or 0) * 1000),

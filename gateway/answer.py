@@ -11,6 +11,7 @@ from common.failures import Failure
 from common.ids import new_request_id
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of
+from gateway.callers import caller_of
 from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, status_of, wire_of
@@ -74,7 +75,7 @@ async def _admit_all(
         for order in orders:
             request_id = new_request_id()
             ticket = await services.admissions.admit(
-                request_id, order, manner, trace_of(request), num_choices
+                caller_of(request), request_id, order, manner, trace_of(request), num_choices
             )
             subject = _subject(services, request_id, order, ticket)
             admitted.append(_Admitted(order, ticket, subject))

@@ -24,6 +24,7 @@ from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
 from gateway.admission import Admissions
 from gateway.api import chat, completions, health, models, pages, streams, tgi
+from gateway.callers import Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.middleware import PayloadLimit, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
@@ -108,6 +109,7 @@ def create_app(
         middleware=[
             Middleware(RequestContext, model_version=model.version),
             *_cors(settings),
+            Middleware(Identification),
             Middleware(PayloadLimit, max_bytes=settings.payload_limit),
         ],
         exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},

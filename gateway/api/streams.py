@@ -17,8 +17,8 @@ from common.failures import Failure
 from common.ids import generation_id, is_request_id
 from common.logs import get_logger
 from gateway.account import Account
-from gateway.admission import TENANT
 from gateway.answer import event_stream
+from gateway.callers import Caller, caller_of
 from gateway.cursor import SEPARATOR, Cursor, parse_cursors
 from gateway.frames import Subject, frames_for, last_stage, needs_pieces
 from gateway.middleware import arrival_of
@@ -36,7 +36,9 @@ async def read_stream(request: Request) -> Response:
     field, cursors = _cursors(request)
     streams: list[Stream] = []
     try:
-        attachments = await _attach_all(services, request_id, field, cursors, streams)
+        attachments = await _attach_all(
+            services, caller_of(request), request_id, field, cursors, streams
+        )
         response = await _resume(services, request, request_id, streams, attachments, cursors)
     except BaseException:
         _close_all(services, streams)
@@ -48,6 +50,7 @@ async def read_stream(request: Request) -> Response:
 
 async def _attach_all(
     services: Services,
+    caller: Caller,
     request_id: str,
     field: str,
     cursors: list[Cursor],
@@ -63,7 +66,7 @@ async def _attach_all(
         choice = len(attachments)
         cursor = cursors[choice] if cursors else Cursor()
         id = generation_id(request_id, choice)
-        streams.append(services.relay.open(id, TENANT, cursor, choice))
+        streams.append(services.relay.open(id, caller.tenant, cursor, choice))
         attachment = await services.relay.attach(streams[-1])
         if attachment is None:
             raise _not_there(cursor)
@@ -147,7 +150,7 @@ def _is_at_end(attachment: Attachment, cursor: Cursor) -> bool:
 async def cancel_stream(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE."""
     request_id = _request_id(request)
-    state = await services_of(request).relay.cancel(request_id, TENANT)
+    state = await services_of(request).relay.cancel(request_id, caller_of(request).tenant)
     if state == "unknown":
         raise Failure("NOT_FOUND", "No such stream")
     log.info("generation.cancelled", stream_id=request_id, state=state, cause="asked")
