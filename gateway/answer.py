@@ -45,6 +45,7 @@ async def answer(request: Request, *orders: Order) -> Response:
     headers = {
         "x-headrace-stream-id": ", ".join(one.subject.request_id for one in admitted),
         "x-model-version": subject.model_version,
+        "x-stream-retention-seconds": str(int(services.settings.retention_s)),
     }
     if not order.stream:
         return await _whole(services, request, admitted, account, headers)
