@@ -7,7 +7,7 @@ value stops that start with the name of the field. A field's docstring is its he
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PrefixCache = Literal["tenant", "shared", "off"]
@@ -44,6 +44,11 @@ class GatewaySettings(Settings):
     """Port to listen on; 0: a free one."""
     payload_limit: int = Field(default=2_000_000, ge=1)
     """Largest body in bytes."""
+    max_concurrent_requests: int = Field(default=0, ge=0)
+    """Most generations that one gateway has open at once, waiting ones too; who comes on top is
+    refused with 429. 0: no limit but those of the queue."""
+    max_input_tokens: int = Field(default=0, ge=0)
+    """Longest prompt in tokens; 0: all of ``max_total_tokens`` but one."""
     max_stop_sequences: int = Field(default=4, ge=0)
     """Most stop strings in one request."""
     max_best_of: int = Field(default=2, ge=1, le=16)
@@ -53,6 +58,8 @@ class GatewaySettings(Settings):
     """Most of the likeliest tokens that TGI's ``top_n_tokens`` may ask for with each token."""
     max_client_batch_size: int = Field(default=32, ge=1, le=256)
     """Most prompts in one request to ``/v1/completions``; each is queued as its own request."""
+    disable_grammar_support: bool = False
+    """Refuse requests that constrain their answer by a grammar or a schema."""
     watermark_gamma: float = Field(default=0.5, gt=0, lt=1)
     """Share of the vocabulary that is green behind each token, where a watermark is asked for."""
     watermark_delta: float = Field(default=2.0, ge=0, le=100)
@@ -75,6 +82,15 @@ class GatewaySettings(Settings):
     """Origins that a browser may call from; empty: only the gateway's own page."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long open streams may go on after SIGTERM."""
+
+    @model_validator(mode="after")
+    def _leave_room_for_an_answer(self) -> "GatewaySettings":
+        if self.max_input_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"max_input_tokens must be < max_total_tokens, got {self.max_input_tokens} "
+                f"and {self.max_total_tokens}"
+            )
+        return self
 
 
 class WorkerSettings(Settings):
@@ -144,5 +160,7 @@ class BackgroundSettings(Settings):
 def first_error(error: ValidationError) -> str:
     """One line that names the offending setting as an option and as an environment variable."""
     detail = error.errors()[0]
-    name = str(detail["loc"][0]) if detail["loc"] else "settings"
+    if not detail["loc"]:  # about several settings, which the message names
+        return detail["msg"].removeprefix("Value error, ")
+    name = str(detail["loc"][0])
     return f"{name} (HEADRACE_{name.upper()}): {detail['msg']}, got {detail.get('input')!r}"

@@ -37,6 +37,7 @@ async def answer(request: Request, *orders: Order) -> Response:
     services = services_of(request)
     if services.is_draining:
         raise Failure("DRAINING")
+    _check_room(services, orders)
     order = orders[0]
     manner = manner_of(request.headers, stream=order.stream, settings=services.settings)
     admitted = await _admit_all(services, request, orders, manner)
@@ -55,8 +56,16 @@ async def answer(request: Request, *orders: Order) -> Response:
         streams,
         frames_for(subject, services.model.tokenizer),
         account,
-        headers=headers | _compute_headers(order),
+        headers=headers | _compute_headers(orders),
     )
+
+
+def _check_room(services: Services, orders: Sequence[Order]) -> None:
+    """Raises: Failure QUEUE_FULL, beyond ``max_concurrent_requests``."""
+    limit = services.settings.max_concurrent_requests
+    num_wanted = sum(order.num_choices for order in orders)
+    if limit and services.relay.num_streams + num_wanted > limit:
+        raise Failure("QUEUE_FULL", "Model is overloaded: too many requests are open here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,8 @@ async def _whole(
         with abandoned_on_disconnect(streams, request.receive):
             wholes = await collect_all(streams, account.note_batch)
         replies = _replies(admitted, wholes)
-        headers |= _compute_headers(admitted[0].order) | _timing_headers(admitted, wholes, account)
+        headers |= _compute_headers([one.order for one in admitted])
+        headers |= _timing_headers(admitted, wholes, account)
         return JSONResponse(body_of(replies, services.model.tokenizer), headers=headers)
     except Failure as failure:
         account.note_failure(failure)
@@ -189,12 +199,11 @@ def _open_account(
     )
 
 
-def _compute_headers(order: Order) -> dict[str, str]:
-    if order.api != "tgi":
-        return {}
+def _compute_headers(orders: Sequence[Order]) -> dict[str, str]:
+    """TGI's headers of every answer; prompts that came as tokens have no characters."""
     return {
         "x-compute-type": COMPUTE_TYPE,
-        "x-compute-characters": str(order.num_prompt_characters),
+        "x-compute-characters": str(sum(order.num_prompt_characters for order in orders)),
     }
 
 

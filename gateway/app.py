@@ -23,7 +23,7 @@ from common.logs import get_logger
 from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
 from gateway.admission import Admissions
-from gateway.api import chat, completions, health, models, pages, streams, tgi
+from gateway.api import chat, completions, health, models, pages, platforms, streams, tgi
 from gateway.callers import Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.middleware import PayloadLimit, RequestContext, arrival_of
@@ -57,6 +57,8 @@ _APIS = {
     "/": "tgi",
     "/generate": "tgi",
     "/generate_stream": "tgi",
+    "/invocations": "tgi",
+    "/vertex": "tgi",
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
 }
@@ -101,6 +103,7 @@ def create_app(
             *tgi.routes,
             *chat.routes,
             *completions.routes,
+            *platforms.routes,
             *streams.routes,
             *models.routes,
             *health.routes,

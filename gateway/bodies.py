@@ -38,7 +38,15 @@ _AT = re.compile(r" - at `\$\.?([^`]*)`$")
 async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]") -> Body:
     """The decoded body.
 
-    Raises: Failure UNSUPPORTED_MEDIA_TYPE, BODY_TOO_LARGE, BAD_REQUEST with the field's path.
+    Raises: as :func:`read_json` and :func:`decoded`.
+    """
+    return decoded(await read_json(request), decoder)
+
+
+async def read_json(request: Request) -> bytes:
+    """The body as it came, said to be JSON.
+
+    Raises: Failure UNSUPPORTED_MEDIA_TYPE, BODY_TOO_LARGE, BAD_REQUEST.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -46,7 +54,15 @@ async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]") -> 
             "UNSUPPORTED_MEDIA_TYPE", "Expected request with `Content-Type: application/json`"
         )
     try:
-        return decoder.decode(await request.body())
+        return await request.body()
+    except ClientDisconnect as error:
+        raise Failure("BAD_REQUEST", "The body was not sent completely.") from error
+
+
+def decoded(body: bytes, decoder: "msgspec.json.Decoder[Body]") -> Body:
+    """Raises: Failure BAD_REQUEST with the field's path; MalformedJson for what is no JSON."""
+    try:
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         at = _AT.search(str(error))
         raise Failure(
@@ -58,8 +74,6 @@ async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]") -> 
         raise MalformedJson(
             "BAD_REQUEST", f"Failed to parse the request body as JSON: {error}"
         ) from error
-    except ClientDisconnect as error:
-        raise Failure("BAD_REQUEST", "The body was not sent completely.") from error
 
 
 def refuse_unsupported(body: object, neutral: dict[str, tuple[Any, ...]]) -> None:

@@ -28,6 +28,7 @@ from gateway.logprobs import (
 )
 from gateway.order import (
     AS_LIST,
+    AS_PREDICTIONS,
     DETAILS,
     ECHO,
     FULL_TEXT,
@@ -125,6 +126,8 @@ def failure_of(finish: Finish) -> Failure:
 def body_of(replies: Sequence[Reply], tokenizer: Tokenizer) -> Any:
     """The JSON of a whole answer in the format of its API; one reply for each prompt."""
     subject = replies[0].subject
+    if subject.has(AS_PREDICTIONS):
+        return {"predictions": [_tgi_text(reply.subject, reply.choices[0]) for reply in replies]}
     match subject.presentation.api:
         case "chat":
             return _chunk_body(replies, tokenizer, "chat.completion", _chat_choice)

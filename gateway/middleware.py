@@ -90,10 +90,18 @@ class PayloadLimit:
             message = {} if is_announced else await receive()
             taken += len(message.get("body", b""))
             if is_announced or taken > self._max_bytes:
-                raise Failure("BODY_TOO_LARGE", f"The limit of a body is {self._max_bytes} bytes.")
+                raise _too_large(self._max_bytes)
             return message
 
         await self._app(scope, limited, send)
+
+
+def _too_large(limit_bytes: int) -> Failure:
+    return Failure(
+        "BODY_TOO_LARGE",
+        "Failed to buffer the request body: length limit exceeded: it may have at most "
+        f"{limit_bytes} bytes",
+    )
 
 
 def arrival_of(request: Request) -> float:

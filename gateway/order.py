@@ -23,6 +23,8 @@ ECHO = 64
 """Completions: the text begins with the prompt."""
 PREFILL = 128
 """TGI: ``details`` tells the tokens of the prompt."""
+AS_PREDICTIONS = 256
+"""TGI's ``/vertex``: the answer is a list of texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

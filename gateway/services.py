@@ -47,6 +47,12 @@ class Services:
     is_draining: bool = False
     """SIGTERM came: no new generations; what is open goes on."""
 
+    @property
+    def max_input_tokens(self) -> int:
+        """Longest prompt: one token less than what it makes with its answer, or the operator's."""
+        longest = self.model.max_total_tokens - 1
+        return min(self.settings.max_input_tokens or longest, longest)
+
 
 def services_of(request: Request) -> Services:
     return request.app.state.services

@@ -86,24 +86,30 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
 
-    def encode_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[tuple[int, str, int, int]]:
         """``(id, text, start, stop)`` of each token; the offsets count bytes of UTF-8.
 
         Tokens that share one character (an emoji of several tokens) each cover it whole; added
         special tokens cover nothing. Raises as :meth:`encode`.
         """
-        encoding = self._encode(text, add_special_tokens=True, offsets=True)
+        encoding = self._encode(text, add_special_tokens, offsets=True)
         to_bytes = list(accumulate(map(_utf8_length, text), initial=0))
         return [
             (token, text[start:stop], to_bytes[start], to_bytes[stop])
             for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
-    async def encode_with_offsets_async(self, text: str) -> list[tuple[int, str, int, int]]:
+    async def encode_with_offsets_async(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[tuple[int, str, int, int]]:
         """As :meth:`encode_with_offsets`, for an event loop: a long text goes to a thread."""
         if len(text) <= _INLINE_CHARACTERS:
-            return self.encode_with_offsets(text)
-        return await asyncio.to_thread(self.encode_with_offsets, text)
+            return self.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(
+            self.encode_with_offsets, text, add_special_tokens=add_special_tokens
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``. Bytes that make no character are U+FFFD, unknown ids nothing."""

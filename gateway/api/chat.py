@@ -75,27 +75,35 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-_decoder = msgspec.json.Decoder(ChatBody)
+decoder = msgspec.json.Decoder(ChatBody)
 
 
 async def chat_completions(request: Request) -> Response:
-    body = await read_body(request, _decoder)
-    return await answer(request, await _order(services_of(request), body))
+    body = await read_body(request, decoder)
+    return await answer(request, await order_of(services_of(request), body))
 
 
-async def _order(services: Services, body: ChatBody) -> Order:
+async def order_of(services: Services, body: ChatBody) -> Order:
     """Raises: Failure, for what the caller can put right."""
     refuse_unsupported(body, _NEUTRAL)
     wanted = _wanted(body)
-    messages = [_message(index, message) for index, message in enumerate(body.messages)]
-    if not messages:
-        raise Failure("BAD_REQUEST", "`messages` must not be empty", field="messages")
-    continues = messages[-1]["role"] == "assistant"
-    text = await services.model.chat_template.render_async(
-        messages, add_generation_prompt=not continues, continue_final_message=continues
-    )
+    text = await templated(services, body.messages)
     prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
     return order(services, body, "chat", prompt, wanted, num_prompt_characters=len(text))
+
+
+async def templated(services: Services, messages: list[Message]) -> str:
+    """The prompt that the model's template makes of a conversation.
+
+    Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, TEMPLATE_ERROR.
+    """
+    plain = [_message(index, message) for index, message in enumerate(messages)]
+    if not plain:
+        raise Failure("BAD_REQUEST", "`messages` must not be empty", field="messages")
+    continues = plain[-1]["role"] == "assistant"
+    return await services.model.chat_template.render_async(
+        plain, add_generation_prompt=not continues, continue_final_message=continues
+    )
 
 
 def _wanted(body: ChatBody) -> Wanted:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
-from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
+from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, unsupported
 from gateway.order import ECHO, LOGPROBS, Order
 from gateway.services import Services, services_of
 
@@ -25,26 +25,26 @@ class CompletionBody(OpenAiBody, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
-    # Known, and supported only with a value that changes nothing:
     suffix: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
-
-_decoder = msgspec.json.Decoder(CompletionBody)
+decoder = msgspec.json.Decoder(CompletionBody)
 
 
 async def completions(request: Request) -> Response:
-    body = await read_body(request, _decoder)
-    return await answer(request, *await _orders(services_of(request), body))
+    body = await read_body(request, decoder)
+    return await answer(request, *await orders_of(services_of(request), body))
 
 
-async def _orders(services: Services, body: CompletionBody) -> list[Order]:
+async def orders_of(services: Services, body: CompletionBody) -> list[Order]:
     """One for each prompt.
 
     Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, CONTEXT_LENGTH_EXCEEDED.
     """
-    refuse_unsupported(body, _NEUTRAL)
+    if body.suffix:
+        raise unsupported(
+            "suffix", "is not supported and can be achieved by preprocessing the prompt."
+        )
     wanted = _wanted(body)
     prompts = _prompts(body.prompt, services.settings.max_client_batch_size)
     if len(prompts) > 1 and body.stream:
@@ -60,11 +60,19 @@ async def _order(services: Services, body: CompletionBody, prompt: Any, wanted: 
         tokens = _token_ids(prompt, tokenizer.vocab_size)
     if not tokens:
         raise Failure("BAD_REQUEST", "`prompt` must not be empty", field="prompt")
-    text = ""
+    text = prompt if isinstance(prompt, str) else ""
+    echoed = ""
     if body.echo:
-        is_text = isinstance(prompt, str)
-        text = prompt if is_text else tokenizer.decode(tokens, skip_special_tokens=False)
-    return order(services, body, "completion", tokens, wanted, prompt_text=text)
+        echoed = text or tokenizer.decode(tokens, skip_special_tokens=False)
+    return order(
+        services,
+        body,
+        "completion",
+        tokens,
+        wanted,
+        prompt_text=echoed,
+        num_prompt_characters=len(text),
+    )
 
 
 def _wanted(body: CompletionBody) -> Wanted:

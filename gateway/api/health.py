@@ -1,4 +1,4 @@
-"""``/health``: this process lives. ``/ready``: send it requests. ``/metrics``: what it measures."""
+"""``/health``: this process lives. ``/ready``, ``/ping``: it serves. ``/metrics``: its figures."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -7,7 +7,7 @@ from starlette.routing import Route
 from common.broker import PoolState
 from common.failures import Failure
 from common.metrics import CONTENT_TYPE
-from gateway.services import services_of
+from gateway.services import Services, services_of
 
 QUIET_LIMIT_S = 5.0
 """A gateway that has not heard of Redis for so long does not want more requests."""
@@ -24,20 +24,33 @@ async def ready(request: Request) -> Response:
     A worker beats only while its engine makes progress, so a living lease says both.
     """
     services = services_of(request)
-    if services.is_draining:
-        return _not_ready("this gateway is draining")
-    if not services.relay.joined.is_set() or services.relay.silent_s > QUIET_LIMIT_S:
-        return _not_ready("Redis has not answered for some seconds")
-    try:
-        pool = await services.broker.state()
-    except Failure as failure:
-        return _not_ready(failure.message)
-    num_ready = _num_ready(pool)
+    num_ready, reason = await _readiness(services)
     if not num_ready:
-        return _not_ready(_why_none(pool))
+        return _not_ready(reason)
     return JSONResponse(
         {"ready": True, "workers": num_ready, "model_version": services.model.version}
     )
+
+
+async def ping(request: Request) -> Response:
+    """As ``/ready`` with an empty body: SageMaker sends requests once this says 200, and TGI has no
+    port to ask before its model is loaded.
+    """
+    num_ready, reason = await _readiness(services_of(request))
+    return Response() if num_ready else _not_ready(reason)
+
+
+async def _readiness(services: Services) -> tuple[int, str]:
+    """How many workers would take a request sent now; for none, why."""
+    if services.is_draining:
+        return 0, "this gateway is draining"
+    if not services.relay.joined.is_set() or services.relay.silent_s > QUIET_LIMIT_S:
+        return 0, "Redis has not answered for some seconds"
+    try:
+        pool = await services.broker.state()
+    except Failure as failure:
+        return 0, failure.message
+    return _num_ready(pool), _why_none(pool)
 
 
 async def metrics(request: Request) -> Response:

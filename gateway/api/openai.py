@@ -13,6 +13,7 @@ import msgspec
 from common.broker import MAX_CHOICES
 from common.failures import Failure
 from common.messages import Grammar, Lane, Sampling
+from common.settings import GatewaySettings
 from gateway.api.grammars import grammar_of
 from gateway.bodies import (
     MAX_NEW_TOKENS,
@@ -148,7 +149,7 @@ def _sampling(
 ) -> Sampling:
     _check_ranges(body)
     vocab_size = services.model.tokenizer.vocab_size
-    max_new_tokens = _room(services.model, num_prompt_tokens, wanted.max_tokens)
+    max_new_tokens = _room(services, num_prompt_tokens, wanted.max_tokens)
     if body.min_tokens is not None and body.min_tokens > max_new_tokens:
         raise Failure(
             "BAD_REQUEST",
@@ -165,7 +166,7 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=logit_bias("logit_bias", body.logit_bias, vocab_size),
-        grammar=_grammar(body),
+        grammar=_grammar(body, services.settings),
         stop=_stops(body.stop, services.settings.max_stop_sequences),
         stop_token_ids=check_stop_tokens("stop_token_ids", body.stop_token_ids or [], vocab_size),
         keep_stop=False,
@@ -213,18 +214,28 @@ def _stops(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _grammar(body: OpenAiBody) -> Grammar | None:
+def _grammar(body: OpenAiBody, settings: GatewaySettings) -> Grammar | None:
     guided = {
         name: getattr(body, name)
         for name in (
             "guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs",
         )
     }  # fmt: skip
-    return grammar_of(body.response_format, guided)
+    grammar = grammar_of(body.response_format, guided)
+    if grammar is not None and settings.disable_grammar_support:
+        raise unsupported("response_format", "and other grammars are switched off on this server")
+    return grammar
 
 
-def _room(model: ServedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
-    limit = model.max_total_tokens
+def _room(services: Services, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    limit = services.model.max_total_tokens
+    if num_prompt_tokens > services.max_input_tokens:
+        raise Failure(
+            "CONTEXT_LENGTH_EXCEEDED",
+            f"A prompt may have at most {services.max_input_tokens} of the {limit} tokens of this "
+            f"model's maximum context length; this one has {num_prompt_tokens}.",
+            field="messages",
+        )
     if num_prompt_tokens + (1 if max_tokens is None else max_tokens) > limit:
         wish = f" and asks for up to {max_tokens} more" if max_tokens else ""
         raise Failure(

@@ -1,4 +1,4 @@
-"""TGI's own routes: ``/generate``, ``/generate_stream``, ``POST /``, ``/tokenize`` and ``/info``.
+"""TGI's own routes: to generate, to tokenize, and what this server is (``/info``).
 
 Field names, null rules, the order of the validation rules and their messages are
 those of TGI 3.3. Where we differ on purpose: refusals are real status codes before the stream
@@ -7,6 +7,9 @@ refused, and a JSON grammar may be any schema, not only one with properties. Bes
 parameters are taken that its users asked for and did not get.
 """
 
+import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -18,6 +21,7 @@ from common.failures import Failure
 from common.messages import Grammar, Sampling, Watermark
 from common.settings import GatewaySettings
 from gateway.answer import answer
+from gateway.api import chat
 from gateway.api.grammars import tgi_grammar
 from gateway.bodies import (
     MAX_NEW_TOKENS,
@@ -76,34 +80,80 @@ class GenerateBody(msgspec.Struct):
     stream: bool = False
 
 
-_decoder = msgspec.json.Decoder(GenerateBody)
+decoder = msgspec.json.Decoder(GenerateBody)
 
 
 async def generate(request: Request) -> Response:
-    body = await read_body(request, _decoder)
-    return await answer(request, await _order(services_of(request), body, stream=False))
+    body = await read_body(request, decoder)
+    return await answer(request, await order_of(services_of(request), body, stream=False))
 
 
 async def generate_stream(request: Request) -> Response:
-    body = await read_body(request, _decoder)
-    return await answer(request, await _order(services_of(request), body, stream=True))
+    body = await read_body(request, decoder)
+    return await answer(request, await order_of(services_of(request), body, stream=True))
 
 
 async def generate_compatibly(request: Request) -> Response:
     """``POST /``: as the inference API of the Hugging Face hub; the answer is a list."""
-    body = await read_body(request, _decoder)
+    return await answer_compatibly(request, await read_body(request, decoder))
+
+
+async def answer_compatibly(request: Request, body: GenerateBody) -> Response:
     if body.parameters.return_full_text is None:
         body.parameters.return_full_text = True
-    order = await _order(services_of(request), body, stream=body.stream, flags=AS_LIST)
+    order = await order_of(services_of(request), body, stream=body.stream, flags=AS_LIST)
     return await answer(request, order)
 
 
 async def tokenize(request: Request) -> Response:
-    body = await read_body(request, _decoder)
+    """The tokens of ``inputs``; with ``truncate`` the last ones. Other parameters say nothing."""
+    body = await read_body(request, decoder)
     tokens = await services_of(request).model.tokenizer.encode_with_offsets_async(body.inputs)
-    return JSONResponse(
-        [dict(zip(("id", "text", "start", "stop"), token, strict=True)) for token in tokens]
-    )
+    truncate = body.parameters.truncate
+    if truncate is not None:
+        check_range("truncate", truncate, 1, MAX_NEW_TOKENS)
+        tokens = tokens[-truncate:]
+    return _json(await _listed(tokens))
+
+
+async def chat_tokenize(request: Request) -> Response:
+    """The prompt that a conversation becomes, as text and as tokens."""
+    body = await read_body(request, chat.decoder)
+    model = services_of(request).model
+    text = await chat.templated(services_of(request), body.messages)
+    tokens = await model.tokenizer.encode_with_offsets_async(text, add_special_tokens=False)
+    listed, templated = await _listed(tokens), msgspec.json.encode(text)
+    return _json(b'{"tokenize_response":%b,"templated_text":%b}' % (listed, templated))
+
+
+class Token(msgspec.Struct):
+    """``start`` and ``stop`` count bytes of UTF-8."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+_TOKENS_AT_ONCE = 4096
+"""So many are written in 2 ms, which may block the event loop."""
+
+
+async def _listed(tokens: list[tuple[int, str, int, int]]) -> bytes:
+    """Tokens as a JSON list; those of a long text are written in a thread, piece by piece."""
+
+    def write(first: int) -> bytes:
+        part = tokens[first : first + _TOKENS_AT_ONCE]
+        return msgspec.json.encode([Token(*token) for token in part])[1:-1]
+
+    if len(tokens) <= _TOKENS_AT_ONCE:
+        return b"[%b]" % write(0)
+    starts = range(0, len(tokens), _TOKENS_AT_ONCE)
+    return b"[%b]" % await asyncio.to_thread(lambda: b",".join(map(write, starts)))
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 async def info(request: Request) -> Response:
@@ -116,10 +166,11 @@ async def info(request: Request) -> Response:
             "model_pipeline_tag": "text-generation",
             "model_version": model.version,
             "model_dtype": model.dtype,
-            "max_concurrent_requests": settings.lane_cap_tokens // model.max_total_tokens,
+            "max_concurrent_requests": settings.max_concurrent_requests
+            or settings.lane_cap_tokens // model.max_total_tokens,
             "max_best_of": settings.max_best_of,
             "max_stop_sequences": settings.max_stop_sequences,
-            "max_input_tokens": model.max_total_tokens - 1,
+            "max_input_tokens": services.max_input_tokens,
             "max_total_tokens": model.max_total_tokens,
             "validation_workers": 1,
             "max_top_n_tokens": settings.max_top_n_tokens,
@@ -132,26 +183,32 @@ async def info(request: Request) -> Response:
     )
 
 
-async def _order(services: Services, body: GenerateBody, *, stream: bool, flags: int = 0) -> Order:
+async def order_of(
+    services: Services, body: GenerateBody, *, stream: bool, flags: int = 0
+) -> Order:
     """Raises: Failure, for the first of TGI's rules that the body breaks."""
     p, model = body.parameters, services.model
     _check_parameters(p, services.settings, stream=stream)
     if not body.inputs:
         raise _invalid("inputs", "cannot be empty")
-    max_input = model.max_total_tokens - 1
+    max_input = services.max_input_tokens
     if p.truncate is not None and not 0 < p.truncate <= max_input:
         raise _invalid(
             "truncate", f"must be strictly positive and less than {max_input}. Given: {p.truncate}"
         )
-    prompt = await model.tokenizer.encode_async(body.inputs)
+    with _as_validation():
+        prompt = await model.tokenizer.encode_async(body.inputs)
     if p.truncate is not None:
         prompt = prompt[-p.truncate :]
-    max_new_tokens = _new_tokens(len(prompt), p.max_new_tokens, model.max_total_tokens)
+    max_new_tokens = _new_tokens(len(prompt), p.max_new_tokens, max_input, model.max_total_tokens)
     num_choices = p.best_of or 1
+    with _as_validation():
+        sampling = _sampling(services, p, max_new_tokens)
+        adapter = _adapter(model, p.adapter_id)
     return Order(
         api="tgi",
         prompt=prompt,
-        sampling=_sampling(services, p, max_new_tokens),
+        sampling=sampling,
         stream=stream,
         flags=flags
         | DETAILS * (p.details or p.decoder_input_details)
@@ -159,7 +216,7 @@ async def _order(services: Services, body: GenerateBody, *, stream: bool, flags:
         | FULL_TEXT * bool(p.return_full_text),
         prompt_text=body.inputs if p.return_full_text else "",
         num_prompt_characters=len(body.inputs),
-        adapter=_adapter(model, p.adapter_id),
+        adapter=adapter,
         num_choices=num_choices,
         num_best=num_choices if num_choices > 1 else 0,
     )
@@ -175,7 +232,8 @@ def _check_parameters(p: Parameters, settings: GatewaySettings, *, stream: bool)
         _check_best_of(p, settings.max_best_of)
     _check_choosing(p)
     _check_limits(p, settings)
-    _check_bounds(p)
+    with _as_validation():
+        _check_bounds(p)
 
 
 def _check_choosing(p: Parameters) -> None:
@@ -232,23 +290,25 @@ def _check_bounds(p: Parameters) -> None:
     check_stops("stop", p.stop)
 
 
-def _new_tokens(num_prompt: int, wished: int | None, max_total: int) -> int:
+def _new_tokens(num_prompt: int, wished: int | None, max_input: int, max_total: int) -> int:
     """Allowed new tokens: what was asked for, exactly, or all the room that is left."""
-    if wished is not None and num_prompt + wished > max_total:
+    room = max(0, max_total - num_prompt)
+    num_new = room if wished is None else wished
+    if num_prompt + num_new > max_total:
         raise Failure(
             "CONTEXT_LENGTH_EXCEEDED",
             f"Input validation error: `inputs` tokens + `max_new_tokens` must be <= {max_total}. "
-            f"Given: {num_prompt} `inputs` tokens and {wished} `max_new_tokens`",
+            f"Given: {num_prompt} `inputs` tokens and {num_new} `max_new_tokens`",
             field="parameters.max_new_tokens",
         )
-    if num_prompt >= max_total:
+    if num_prompt > max_input:
         raise Failure(
             "CONTEXT_LENGTH_EXCEEDED",
-            f"Input validation error: `inputs` must have less than {max_total - 1} tokens. "
+            f"Input validation error: `inputs` must have less than {max_input} tokens. "
             f"Given: {num_prompt}",
             field="inputs",
         )
-    return max_total - num_prompt if wished is None else wished
+    return num_new
 
 
 def _sampling(services: Services, p: Parameters, max_new_tokens: int) -> Sampling:
@@ -268,7 +328,7 @@ def _sampling(services: Services, p: Parameters, max_new_tokens: int) -> Samplin
         presence_penalty=p.presence_penalty or 0.0,
         logit_bias=logit_bias("logit_bias", p.logit_bias, vocab_size),
         watermark=watermark if p.watermark else None,
-        grammar=_grammar(p.grammar),
+        grammar=_grammar(p.grammar, settings),
         stop=tuple(p.stop),
         stop_token_ids=check_stop_tokens("stop_token_ids", p.stop_token_ids or [], vocab_size),
         keep_stop=True,
@@ -289,12 +349,10 @@ def _is_sampling(p: Parameters) -> bool:
     )
 
 
-def _grammar(asked: Any) -> Grammar | None:
-    try:
-        return tgi_grammar("grammar", asked)
-    except Failure as failure:
-        message = f"Input validation error: {failure.message}"
-        raise Failure(failure.code, message, field=failure.field) from failure
+def _grammar(asked: Any, settings: GatewaySettings) -> Grammar | None:
+    if asked is not None and settings.disable_grammar_support:
+        raise Failure("BAD_REQUEST", "grammar is not supported", field="grammar")
+    return tgi_grammar("grammar", asked)
 
 
 def _adapter(model: ServedModel, adapter_id: str | None) -> str:
@@ -304,8 +362,20 @@ def _adapter(model: ServedModel, adapter_id: str | None) -> str:
     try:
         return model.adapters.resolve(adapter_id).version
     except Failure as failure:
-        message = f"Input validation error: `adapter_id`: {failure.message}"
+        message = f"`adapter_id`: {failure.message}"
         raise Failure(failure.code, message, field="adapter_id") from failure
+
+
+@contextmanager
+def _as_validation() -> Generator[None]:
+    """Refusals that all APIs share, in TGI's words."""
+    try:
+        yield
+    except Failure as failure:
+        message = failure.message.removeprefix("`grammar.value`: ")
+        raise Failure(
+            failure.code, f"Input validation error: {message}", field=failure.field
+        ) from failure
 
 
 def _invalid(name: str, what: str) -> Failure:
@@ -317,5 +387,6 @@ routes = [
     Route("/generate", generate, methods=["POST"]),
     Route("/generate_stream", generate_stream, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/chat_tokenize", chat_tokenize, methods=["POST"]),
     Route("/info", info, methods=["GET"]),
 ]

@@ -26,6 +26,7 @@ class Parts:
 
     settings: GatewaySettings
     model: ServedModel
+    max_input_tokens: int = MAX_TOTAL - 1
 
 
 def parsing_services(
@@ -53,20 +54,20 @@ def request(body: bytes, content_type: str = "application/json") -> Request:
 
 
 async def generate(services: Services, body: Any, *, stream: bool = False) -> Order:
-    parsed = await read_body(request(json.dumps(body).encode()), tgi._decoder)
-    return await tgi._order(services, parsed, stream=stream)
+    parsed = await read_body(request(json.dumps(body).encode()), tgi.decoder)
+    return await tgi.order_of(services, parsed, stream=stream)
 
 
 async def converse(services: Services, **fields: Any) -> Order:
     body = {"messages": [{"role": "user", "content": "hi"}]} | fields
-    parsed = await read_body(request(json.dumps(body).encode()), chat._decoder)
-    return await chat._order(services, parsed)
+    parsed = await read_body(request(json.dumps(body).encode()), chat.decoder)
+    return await chat.order_of(services, parsed)
 
 
 async def complete_all(services: Services, **fields: Any) -> list[Order]:
     body = {"prompt": "hi"} | fields
-    parsed = await read_body(request(json.dumps(body).encode()), completions._decoder)
-    return await completions._orders(services, parsed)
+    parsed = await read_body(request(json.dumps(body).encode()), completions.decoder)
+    return await completions.orders_of(services, parsed)
 
 
 async def complete(services: Services, **fields: Any) -> Order:

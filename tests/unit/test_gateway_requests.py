@@ -214,7 +214,7 @@ async def test_the_hub_route_repeats_the_prompt_unless_told_otherwise(services: 
     body = msgspec.convert(
         {"inputs": "hi", "parameters": {"return_full_text": True}}, tgi.GenerateBody
     )
-    order = await tgi._order(services, body, stream=False, flags=AS_LIST)
+    order = await tgi.order_of(services, body, stream=False, flags=AS_LIST)
     assert (order.flags, order.prompt_text) == (AS_LIST | FULL_TEXT, "hi")
 
 
@@ -425,7 +425,7 @@ async def test_bodies_that_are_no_request(
     body: bytes, content_type: str, code: str, tgi_status: int
 ) -> None:
     with pytest.raises(Failure) as caught:
-        await read_body(request(body, content_type), tgi._decoder)
+        await read_body(request(body, content_type), tgi.decoder)
     assert caught.value.code == code
     assert status_of(caught.value, "tgi") == tgi_status
 
