@@ -19,7 +19,7 @@ from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
 from gateway.services import Services, services_of
-from gateway.sse import EventStream, abandoned_on_disconnect
+from gateway.sse import EventStream, abandoned_on_disconnect, wants_queue_events
 from gateway.stream import ReaderGone, Stream
 
 CLIENT_LEFT = 499
@@ -40,6 +40,7 @@ async def answer(request: Request, *orders: Order) -> Response:
     _check_room(services, orders)
     order = orders[0]
     manner = manner_of(request.headers, stream=order.stream, settings=services.settings)
+    tells_place = wants_queue_events(request)
     admitted = await _admit_all(services, request, orders, manner)
     account = _open_account(services, request, manner, admitted)
     subject = admitted[0].subject
@@ -57,6 +58,7 @@ async def answer(request: Request, *orders: Order) -> Response:
         frames_for(subject, services.model.tokenizer),
         account,
         headers=headers | _compute_headers(orders),
+        tells_place=tells_place,
     )
 
 
@@ -105,8 +107,13 @@ def event_stream(
     *,
     headers: dict[str, str],
     is_reconnecting: bool = False,
+    tells_place: bool = False,
 ) -> EventStream:
-    """``streams``, one per choice, as server-sent events; they are closed at its end."""
+    """``streams``, one per choice, as server-sent events; they are closed at its end.
+
+    ``tells_place``: while they wait, of the first one, which is served before the others.
+    """
+    streams[0].tells_place = tells_place
     reader = streams[0] if len(streams) == 1 else Choices(streams)
 
     def close() -> None:

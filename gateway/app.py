@@ -52,6 +52,7 @@ _TAKEN_HEADERS = [
     "last-event-id",
     "x-request-id",
     "x-headrace-disconnect",
+    "x-stream-events",
 ]
 _APIS = {
     "/": "tgi",

@@ -40,7 +40,7 @@ from gateway.logprobs import (
     top_tokens,
 )
 from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, LOGPROBS, SHOW_TIER
-from gateway.stream import Batch
+from gateway.stream import Batch, Place
 
 PING = b": ping\n"
 """One newline only: SDKs dispatch an empty event on a blank line once an ``id:`` was seen."""
@@ -427,6 +427,24 @@ class Interleaved:
             cursors = SEPARATOR.join(str(choice.cursor) for choice in self._choices)
             frames += b"id: %b\ndata: %b\n\n" % (cursors.encode(), data)
         return frames
+
+
+def queue_event(place: Place) -> bytes:
+    """Where a request stands before its first token, for a client that asked to be told.
+
+    It has no ``id:``, because it is no part of the stream that could be read again::
+
+        event: queue
+        data: {"state":"waiting","position":3,"estimated_wait":1.25}
+
+    ``position`` counts what is ahead, ``estimated_wait`` is in seconds, null where nothing is known
+    of how fast the queue moves. ``{"state":"running"}`` is the last one.
+    """
+    told: dict[str, Any] = {"state": "running"}
+    if place.is_waiting:
+        wait_s = None if place.wait_ms is None else place.wait_ms / 1000
+        told = {"state": "waiting", "position": place.ahead, "estimated_wait": wait_s}
+    return b"event: queue\ndata: " + _json(told) + b"\n\n"
 
 
 def frames_for(

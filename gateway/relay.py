@@ -23,7 +23,7 @@ from common.metrics import GatewayMetrics
 from common.reaping import keep_reaping
 from gateway.cursor import Cursor
 from gateway.recent import RecentAdmissions
-from gateway.stream import Stream
+from gateway.stream import RUNNING, Place, Stream
 
 log = get_logger()
 
@@ -36,6 +36,8 @@ WATCH_S = 0.5
 QUIET_RUNNING_S = 1.0
 """Silence of a running generation after which Redis is asked for its state."""
 QUIET_WAITING_S = 5.0
+PLACE_S = 1.0
+"""How often clients that asked for it are told their place in the queue."""
 AWAY_LIMIT_S = 10.0
 """Redis away for so long: clients are told. Below the gateway's lease of 15 s, so that nothing is
 cancelled for want of a reader while its client waits."""
@@ -304,6 +306,7 @@ class Relay:
     # Watching quiet streams ----------------------------------------------------------------------
 
     async def _watch(self) -> None:
+        places_at = 0.0
         while True:
             await asyncio.sleep(WATCH_S)
             self._recent.forget_old({request_of(id) for id in self._readers})
@@ -312,10 +315,13 @@ class Relay:
                 self.fail_all(Failure("BROKER_UNAVAILABLE"))
                 continue
             quiet: dict[str, None] = {}
+            tells_places = now - places_at >= PLACE_S
+            places_at = now if tells_places else places_at
             for stream in self._all_streams():
                 if now - stream.served_at >= self._keep_alive_s:
                     stream.nudge()
-                if not stream.is_over and now - stream.heard_at >= _patience_s(stream):
+                is_quiet = not stream.is_over and now - stream.heard_at >= _patience_s(stream)
+                if is_quiet or (tells_places and stream.wants_place):
                     quiet[stream.id] = None
             if quiet and not self._must_join:
                 await self._check_tails(list(quiet))
@@ -340,6 +346,8 @@ class Relay:
                 stream.state = look.state
             if look.state == "T" or look.next > stream.tail:
                 stream.read_on()
+            elif look.state:
+                stream.move_to(_place_of(look))
         if not look.state or (look.state != "T" and not look.subscribed):
             await self._attach_again(look.id)
 
@@ -392,6 +400,14 @@ class Relay:
 
 def _patience_s(stream: Stream) -> float:
     return QUIET_WAITING_S if stream.state == "Q" else QUIET_RUNNING_S
+
+
+def _place_of(look: Look) -> Place:
+    return (
+        Place(is_waiting=True, ahead=look.ahead, wait_ms=look.wait_ms)
+        if look.state == "Q"
+        else RUNNING
+    )
 
 
 def _page_of(attachment: Attachment) -> Page:

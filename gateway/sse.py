@@ -9,13 +9,14 @@ import asyncio
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from common.failures import Failure
 from common.logs import get_logger
 from gateway.account import Account
-from gateway.frames import PING, Frames, Interleaved
+from gateway.frames import PING, Frames, Interleaved, queue_event
 from gateway.stream import Reader, ReaderGone
 
 log = get_logger()
@@ -90,8 +91,11 @@ class EventStream(Response):
                 if batch is None:
                     await _send(send, PING)
                     continue
-                self._account.note_batch(batch)
-                data = self._frames.render(batch)
+                if batch.place is not None:
+                    data = queue_event(batch.place)
+                else:
+                    self._account.note_batch(batch)
+                    data = self._frames.render(batch)
                 if is_first and data:
                     data, is_first = b"retry: %d\n%b" % (RETRY_MS, data), False
                 await _send(send, data)
@@ -108,6 +112,22 @@ class EventStream(Response):
         self._account.note_failure(failure)
         if not (self._is_reconnecting and failure.code == "DRAINING"):
             await _send(send, self._frames.failure(failure))
+
+
+def wants_queue_events(request: Request, *, or_in_query: bool = False) -> bool:
+    """Whether the client asked for events that its API does not know. SDKs would take them for
+    answers, so nobody gets them unasked.
+
+    ``or_in_query``: as ``?events=1`` too, for a browser's EventSource, which can send no header.
+
+    Raises: Failure BAD_REQUEST.
+    """
+    name, text = "X-Stream-Events", request.headers.get("x-stream-events", "")
+    if not text and or_in_query:
+        name, text = "events", request.query_params.get("events", "")
+    if text not in ("", "0", "1"):
+        raise Failure("BAD_REQUEST", f"{name} must be 0 or 1", field=name)
+    return text == "1"
 
 
 async def _send(send: Send, data: bytes) -> None:

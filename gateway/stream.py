@@ -35,6 +35,21 @@ class ReaderGone(Exception):
     """The client of this stream has disconnected; nobody waits for an answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a generation stands that shows nothing yet."""
+
+    is_waiting: bool
+    """In the queue; else a worker has it."""
+    ahead: int = 0
+    """Generations that are served before it."""
+    wait_ms: int | None = 0
+    """What their work takes, as far as is known."""
+
+
+RUNNING = Place(is_waiting=False)
+
+
 @dataclass(slots=True)
 class Batch:
     """Tokens in order, as parallel lists, from ``start`` on; then perhaps the end.
@@ -55,6 +70,8 @@ class Batch:
     """With the first tokens of the log, where the request asks for it."""
     choice: int = 0
     """Which of the answers to one request this belongs to."""
+    place: Place | None = None
+    """Instead of tokens, for a client that asked to be told."""
 
 
 class Reader(Protocol):
@@ -97,6 +114,10 @@ class Stream:
         """How often the buffer overflowed."""
         self.heals = 0
         """How often a hole was filled from the log."""
+        self.tells_place = False
+        """Whether :meth:`next` also tells the place in the queue."""
+        self._place: Place | None = None
+        self._has_moved = False
         self._read_log = read_log
         self._ahead: list[LogEntry] = []
         self._num_ahead = 0
@@ -117,6 +138,12 @@ class Stream:
     def is_over(self) -> bool:
         """Whether the end is known; nothing more can come."""
         return self._has_end or self._failure is not None or self._is_gone
+
+    @property
+    def wants_place(self) -> bool:
+        """Whether the place in the queue may have changed, and the client is to be told."""
+        may_change = self.state == "Q" or self._place is None or self._place.is_waiting
+        return self.tells_place and may_change and not self.is_over
 
     @property
     def reads_log(self) -> bool:
@@ -166,6 +193,13 @@ class Stream:
         self._nudged = True
         self._woken.set()
 
+    def move_to(self, place: Place) -> None:
+        """Make a waiting :meth:`next` tell its place in the queue, if that is news."""
+        if self.wants_place and place != self._place:
+            self._place = place
+            self._has_moved = True
+            self._woken.set()
+
     def abandon(self) -> None:
         """The client left: :meth:`next` raises :class:`ReaderGone` from now on."""
         self._is_gone = True
@@ -196,6 +230,10 @@ class Stream:
                 raise self._failure
             if self._must_read:
                 await self._fill_from_log()
+            elif self._has_moved:
+                self._has_moved = False
+                self.served_at = monotonic_s()
+                return Batch(self.position, choice=self.choice, place=self._place)
             elif self._nudged:
                 self._nudged = False
                 self.served_at = monotonic_s()
@@ -264,7 +302,8 @@ class Stream:
                 break
         self._ahead.clear()
         self._num_ahead = 0
-        self._nudged = False
+        self._nudged = self._has_moved = False
+        self._place = RUNNING
         self.served_at = monotonic_s()
         if not batch.tokens and batch.finish is None and self._failure is not None:
             raise self._failure

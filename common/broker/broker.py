@@ -253,11 +253,16 @@ class Broker:
         return Page(_text(state), at, _text(chain), _entries(entries))
 
     async def look(self, gateway: str, generation_ids: Sequence[str]) -> list[Look]:
-        """State of quiet streams (≤ 256): heals what a lost inbox record would leave hanging."""
+        """State of streams (≤ 256), and what those that wait have ahead of them.
+
+        It heals what a lost inbox record would leave hanging.
+        """
         rows = await self._call("look", _pack((gateway, list(generation_ids))), read_only=True)
         return [
-            Look(generation_id, _text(state), at, bool(subscribed), rank)
-            for generation_id, (state, at, subscribed, rank) in zip(
+            Look(
+                generation_id, _text(state), at, bool(subscribed), ahead, None if wait < 0 else wait
+            )
+            for generation_id, (state, at, subscribed, ahead, wait) in zip(
                 generation_ids, rows, strict=True
             )
         ]

@@ -708,15 +708,45 @@ local function read(keys, args)
   return { g.st, g.next, g.chain, page(P, a[1], a[2]) }
 end
 
+-- What waits in the lanes before this one, and in it: counts and tokens.
+local function queue_of(P, lane)
+  local found = { count_before = 0, tokens_before = 0 }
+  for rank = 0, RANK[lane] do
+    local name = LANES[rank + 1]
+    found.count = redis.call('ZCARD', P .. 'lane:' .. name)
+    found.tokens = tonumber(redis.call('HGET', P .. 'backlog', name .. '.tokens')) or 0
+    if name ~= lane then
+      found.count_before = found.count_before + found.count
+      found.tokens_before = found.tokens_before + found.tokens
+    end
+  end
+  return found
+end
+
+-- How many wait ahead of a place in a queue, and for how many ms (-1: no rate is known). Within a
+-- lane the tokens count as evenly spread: the costs of all ahead are too many to be added up.
+local function ahead_of(queue, is_lane, place, rate)
+  local tokens = queue.tokens_before
+  if is_lane then tokens = tokens + queue.tokens * place / math.max(1, queue.count) end
+  if tokens == 0 then return queue.count_before + place, 0 end
+  return queue.count_before + place, rate > 0 and math.floor(tokens * 1000 / rate) or -1
+end
+
 -- ARGV: [gateway, [id…]]
 local function look(keys, args)
   local P = prefix_of(keys)
   local a = cmsgpack.unpack(args[1])
-  local answers = {}
+  local answers, queues, rate = {}, {}, nil
   for i, id in ipairs(a[2]) do
-    local h = redis.call('HMGET', P .. 'gen:' .. id, 'st', 'next', 'subs', 'q')
-    local rank = h[1] == 'Q' and redis.call('ZRANK', P .. h[4], id)
-    answers[i] = { h[1] or '', tonumber(h[2]) or 0, has(h[3], a[1]) and 1 or 0, rank or -1 }
+    local h = redis.call('HMGET', P .. 'gen:' .. id, 'st', 'next', 'subs', 'q', 'lane')
+    local place = h[1] == 'Q' and redis.call('ZRANK', P .. h[4], id)
+    local ahead, wait = -1, -1
+    if place then
+      rate = rate or drain_rate(P)
+      queues[h[5]] = queues[h[5]] or queue_of(P, h[5])
+      ahead, wait = ahead_of(queues[h[5]], h[4] == 'lane:' .. h[5], place, rate)
+    end
+    answers[i] = { h[1] or '', tonumber(h[2]) or 0, has(h[3], a[1]) and 1 or 0, ahead, wait }
   end
   return answers
 end

@@ -149,14 +149,16 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Tail check of a quiet stream. ``state`` is empty for an unknown id."""
+    """State of a stream in Redis. ``state`` is empty for an unknown id."""
 
     id: str
     state: str
     next: int
     subscribed: bool
-    rank: int
-    """Place in its lane while it waits, else -1."""
+    ahead: int
+    """While it waits: generations before it, in its own lane and in those served first; else -1."""
+    wait_ms: int | None
+    """Time to do their work at the pool's rate; None when it does not wait or no rate is known."""
 
 
 class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):

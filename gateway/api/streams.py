@@ -3,6 +3,7 @@
 ``GET`` replays what lies behind ``Last-Event-ID`` (or ``?after=``) in the format of the API that
 the request came through, and follows live. 204 after the end, so that a browser's EventSource
 stops; 410 when the stream was there and is no longer kept; 404 when it never was, or is another's.
+``?events=1`` also tells the place in the queue, in events of the type ``queue``.
 ``DELETE`` ends the request, all its choices, for everybody.
 """
 
@@ -23,7 +24,7 @@ from gateway.cursor import SEPARATOR, Cursor, parse_cursors
 from gateway.frames import Subject, frames_for, last_stage, needs_pieces
 from gateway.middleware import arrival_of
 from gateway.services import Services, services_of
-from gateway.sse import EventStream
+from gateway.sse import EventStream, wants_queue_events
 from gateway.stream import Stream
 
 log = get_logger()
@@ -93,6 +94,7 @@ async def _resume(
     attachments: list[Attachment],
     cursors: list[Cursor],
 ) -> Response:
+    tells_place = wants_queue_events(request, or_in_query=True)
     for stream in streams:
         stream.check()
     # Their chains may have been told by the log.
@@ -139,6 +141,7 @@ async def _resume(
         account,
         headers=headers,
         is_reconnecting=True,
+        tells_place=tells_place,
     )
 
 

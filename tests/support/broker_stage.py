@@ -326,7 +326,7 @@ class Stage:
                 assert shown == ("", 0, False)
                 continue
             assert shown == (target.state, target.next, gateway.name in target.readers)
-            assert (look.rank >= 0) == (look.state == "Q")
+            assert (look.ahead >= 0) == (look.state == "Q")
         state = self.do(self.broker.state())
         held = {generation_id for worker in state.workers for generation_id in worker.held}
         assert held == {it.id for it in self.reference.of_state("R")}
