@@ -50,6 +50,7 @@ def _kind(
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _RATE = "rate_limit_error"
+_PERMISSION = "permission_error"
 
 KINDS: dict[str, FailureKind] = {
     kind.code: kind
@@ -161,6 +162,78 @@ KINDS: dict[str, FailureKind] = {
             False,
             Actor.OPERATOR,
             "The adapter is damaged, of an unsupported kind, or not for this model.",
+        ),
+        _kind(
+            "AUTH_MISSING",
+            401,
+            _INVALID,
+            "authentication",
+            False,
+            Actor.CALLER,
+            "No API key was sent: Authorization: Bearer sk-headrace-...",
+        ),
+        _kind(
+            "AUTH_INVALID",
+            401,
+            _INVALID,
+            "authentication",
+            False,
+            Actor.CALLER,
+            "The API key is not known, or was revoked.",
+        ),
+        _kind(
+            "AUTH_EXPIRED",
+            401,
+            _INVALID,
+            "authentication",
+            False,
+            Actor.CALLER,
+            "The API key has expired.",
+        ),
+        _kind(
+            "SCOPE_DENIED",
+            403,
+            _PERMISSION,
+            "permission",
+            False,
+            Actor.TENANT,
+            "The API key has no scope for this.",
+        ),
+        _kind(
+            "MODEL_NOT_ALLOWED",
+            403,
+            _PERMISSION,
+            "permission",
+            False,
+            Actor.TENANT,
+            "The API key is not for this model.",
+        ),
+        _kind(
+            "RATE_LIMITED",
+            429,
+            _RATE,
+            "overloaded",
+            True,
+            Actor.CALLER,
+            "A limit of the API key is reached for now.",
+        ),
+        _kind(
+            "QUOTA_EXHAUSTED",
+            429,
+            "insufficient_quota",
+            "overloaded",
+            False,
+            Actor.TENANT,
+            "The request needs more than the API key may ever use at once.",
+        ),
+        _kind(
+            "ACCESS_MISCONFIGURED",
+            503,
+            _SERVER,
+            "overloaded",
+            False,
+            Actor.OPERATOR,
+            "API keys can not be checked, or are missing where they must be.",
         ),
         _kind(
             "IDEMPOTENCY_CONFLICT",

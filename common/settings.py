@@ -4,10 +4,19 @@ Nothing reads the environment at import: a process builds its settings once at s
 value stops that start with the name of the field. A field's docstring is its help text.
 """
 
+import ipaddress
 from pathlib import Path
 from typing import Literal
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PrefixCache = Literal["tenant", "shared", "off"]
@@ -23,6 +32,9 @@ class Settings(BaseSettings):
         env_prefix="HEADRACE_", extra="ignore", frozen=True, use_attribute_docstrings=True
     )
 
+    allow_open_redis: bool = False
+    """Use a Redis on another host without a password: whoever reaches it reads prompts and forges
+    answers, so its network must be as closed as it should be."""
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Redis ≥ 7.0 or Valkey: ``redis://``, ``rediss://`` or ``unix://``."""
     data_dir: Path = Path("var")
@@ -34,14 +46,38 @@ class Settings(BaseSettings):
     max_total_tokens: int = Field(default=4096, ge=2)
     """Longest prompt plus answer in tokens; the model's own limit applies below it."""
 
+    @field_validator("redis_url")
+    @classmethod
+    def _refuse_open_redis(cls, redis_url: str, info: ValidationInfo) -> str:
+        if is_open_redis(redis_url) and not info.data.get("allow_open_redis"):
+            raise ValueError(
+                "a Redis on another host needs a password (redis://user:password@host, better "
+                "rediss://), unless you say --allow-open-redis"
+            )
+        return redis_url
 
-class GatewaySettings(Settings):
+
+class KeySettings(Settings):
+    """What it takes to make API keys, and to check them."""
+
+    key_pepper: SecretStr = SecretStr("")
+    """Secret under which API keys are hashed, the same wherever they are made or checked; unset:
+    ``keys.pepper`` in the data directory, drawn with the first key."""
+
+
+class GatewaySettings(KeySettings):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` for every network interface."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0: a free one."""
+    api_key: SecretStr = SecretStr("")
+    """One key for everything, as TGI's: whoever sends it is the tenant ``public`` and may do all.
+    Better: ``headrace keys create``."""
+    allow_anonymous: bool = False
+    """Serve whoever sends no key as the tenant ``public``. Unset: only as long as there are no keys
+    and the address is a loopback one; on any other a gateway without keys does not start."""
     payload_limit: int = Field(default=2_000_000, ge=1)
     """Largest body in bytes."""
     max_concurrent_requests: int = Field(default=0, ge=0)
@@ -155,6 +191,23 @@ class WorkerSettings(Settings):
 
 class BackgroundSettings(Settings):
     """The arq side: what has minutes."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_open_redis(redis_url: str) -> bool:
+    """Whether the URL leads to another host and shows neither a password nor a certificate."""
+    url = urlsplit(redis_url)
+    if url.scheme not in ("redis", "rediss") or is_loopback(url.hostname or "localhost"):
+        return False
+    shown = parse_qs(url.query)
+    return not (url.password or "password" in shown or "ssl_certfile" in shown)
 
 
 def first_error(error: ValidationError) -> str:

@@ -84,6 +84,7 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
     try:
         await brokers.commands.load()
         app = create_app(settings, name=name, brokers=brokers, model=model)
+        await app.state.services.callers.check()
         server = Server(_uvicorn_config(app), app.state.services)
         announcing = asyncio.create_task(_announce(server, url))
         await server.serve(sockets=[listener])

@@ -11,7 +11,7 @@ from common.failures import Failure
 from common.ids import new_request_id
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of
-from gateway.callers import caller_of
+from gateway.callers import caller_of, permitted
 from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, status_of, wire_of
@@ -37,6 +37,8 @@ async def answer(request: Request, *orders: Order) -> Response:
     services = services_of(request)
     if services.is_draining:
         raise Failure("DRAINING")
+    caller = caller_of(request)
+    orders = tuple(permitted(caller, order, services.model.name) for order in orders)
     _check_room(services, orders)
     order = orders[0]
     manner = manner_of(request.headers, stream=order.stream, settings=services.settings)

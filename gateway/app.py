@@ -24,7 +24,7 @@ from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
 from gateway.admission import Admissions
 from gateway.api import chat, completions, health, models, pages, platforms, streams, tgi
-from gateway.callers import Identification
+from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.middleware import PayloadLimit, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
@@ -99,6 +99,7 @@ def create_app(
         metrics=metrics,
         keep_alive_s=settings.keep_alive_s,
     )
+    callers = Callers(settings, brokers.commands.key_store)
     app = Starlette(
         routes=[
             *tgi.routes,
@@ -113,7 +114,7 @@ def create_app(
         middleware=[
             Middleware(RequestContext, model_version=model.version),
             *_cors(settings),
-            Middleware(Identification),
+            Middleware(Identification, callers=callers, refuse=_answer_failure),
             Middleware(PayloadLimit, max_bytes=settings.payload_limit),
         ],
         exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},
@@ -125,6 +126,7 @@ def create_app(
         model=model,
         broker=brokers.commands,
         relay=relay,
+        callers=callers,
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
         version=_version(),

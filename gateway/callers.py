@@ -1,17 +1,46 @@
 """Who calls: the tenant that a request belongs to, and what it may do.
 
-Without keys everybody is the tenant ``public`` and may do everything. What belongs to one tenant
-does not exist for another.
+A key is looked up in Redis and then known for half a second, so a revoked one is refused on every
+gateway within a second. Where no key is asked for, everybody is the tenant ``public`` and may do
+everything. What belongs to one tenant does not exist for another.
 """
 
-from dataclasses import dataclass
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 
+import structlog
+from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common import keys
-from common.keys import NO_LIMITS, PUBLIC_TENANT, SCOPES, Limits
+from common.broker import KeyStore
+from common.clock import monotonic_s, wall_ms
+from common.failures import Failure
+from common.keys import NO_LIMITS, PUBLIC_TENANT, SCOPES, ApiKey, Limits
 from common.messages import LANES, Lane
+from common.settings import GatewaySettings, is_loopback
+from gateway.order import Order
+
+KNOWN_S = 0.5
+"""How long what Redis said of a key holds here. With the look-up it must stay under a second."""
+MAX_KNOWN = 10_000
+"""Keys remembered at once; who tries out names can not fill the memory."""
+NOTE_USE_S = 60.0
+"""How exactly it is known when a key was last used."""
+
+_OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/docs", "/api-doc/openapi.json"})
+"""What says whether this gateway is well, and what there is; TGI asks for no key there either."""
+_PAGE = "/ui"
+_SCOPES_OF_PATHS: dict[str, keys.Scope] = {
+    "/metrics": "metrics",
+    "/ops": "admin",
+    "/v1/batches": "batch",
+    "/v1/files": "batch",
+}
+"""By path, and by what lies below it; all others need ``generate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,29 +49,200 @@ class Caller:
     key_id: str = ""
     """Public part of the key; empty where none is asked for."""
     scopes: frozenset[keys.Scope] = frozenset(SCOPES)
-    models: frozenset[str] | None = None
-    """Names of models and adapters that may be asked for; None: all."""
+    models: frozenset[str] = frozenset()
+    """Names of models and adapters that may be asked for; none: all."""
     best_lane: Lane = LANES[0]
     """No request of this caller waits in a lane before this one."""
     limits: Limits = NO_LIMITS
+
+    def may_use(self, model: str) -> bool:
+        """``model`` is the name of a model or of an adapter."""
+        return not self.models or model in self.models
 
 
 PUBLIC = Caller()
 """Everybody, where no key is asked for."""
 
 
-class Identification:
-    """Puts the caller on each request, for :func:`caller_of`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["headrace.caller"] = PUBLIC
-        await self._app(scope, receive, send)
-
-
 def caller_of(request: Request) -> Caller:
     """Whose request it is."""
     return request.scope["headrace.caller"]
+
+
+def permitted(caller: Caller, order: Order, model: str) -> Order:
+    """The order as this caller may have it: its lane is lowered to the best that the key allows,
+    as OpenAI serves a tier that a project does not have, and the answer names the lane it had.
+
+    Raises: Failure MODEL_NOT_ALLOWED.
+    """
+    asked = order.adapter.partition("@")[0] or model
+    if not caller.may_use(asked):
+        raise Failure("MODEL_NOT_ALLOWED", f"This API key is not for {asked}", field="model")
+    if LANES.index(order.lane) < LANES.index(caller.best_lane):
+        return replace(order, lane=caller.best_lane)
+    return order
+
+
+class Callers:
+    """Finds out who calls.
+
+    Raises: Failure ACCESS_MISCONFIGURED for a pepper that is too short or that others may read.
+    """
+
+    def __init__(self, settings: GatewaySettings, store: KeyStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._static = settings.api_key.get_secret_value().encode()
+        self._pepper = self._read_pepper()
+        self._known: dict[str, tuple[float, ApiKey | None]] = {}
+        self._noted: dict[str, float] = {}
+        self._any_known: tuple[float, bool] | None = None
+
+    async def check(self) -> None:
+        """Refuse to serve where anybody could call, or where no key could be checked.
+
+        Raises: Failure ACCESS_MISCONFIGURED, BROKER_UNAVAILABLE.
+        """
+        has_keys = await self._store.has_any()
+        if has_keys:
+            await self._store.check_pepper(keys.fingerprint(self._pepper_for_checks()))
+        is_guarded = has_keys or self._static or self._settings.allow_anonymous
+        if not is_guarded and not is_loopback(self._settings.host):
+            raise Failure(
+                "ACCESS_MISCONFIGURED",
+                f"Whoever reaches {self._settings.host} could use this gateway. Make a key first "
+                "(headrace keys create TENANT), or say --allow-anonymous",
+            )
+
+    async def identify(self, headers: Headers, needed: keys.Scope) -> Caller:
+        """Who sent ``headers``, to do what needs the scope ``needed``.
+
+        Raises: Failure AUTH_MISSING, AUTH_INVALID, AUTH_EXPIRED, SCOPE_DENIED; BROKER_UNAVAILABLE,
+            ACCESS_MISCONFIGURED when that can not be found out.
+        """
+        caller = await self._identified(headers)
+        if needed not in caller.scopes:
+            raise Failure("SCOPE_DENIED", f"This API key has no scope {needed}")
+        return caller
+
+    async def _identified(self, headers: Headers) -> Caller:
+        sent = headers.get("authorization", "")
+        if not sent and await self._takes_anonymous():
+            return PUBLIC
+        scheme, _, text = sent.partition(" ")
+        text = text.strip()
+        if scheme.lower() != "bearer" or not text:
+            raise Failure("AUTH_MISSING")
+        if self._static and hmac.compare_digest(self._static, text.encode()):
+            return PUBLIC
+        key_id = keys.key_id_of(text)
+        if key_id is not None:
+            return await self._bearer(key_id, text)
+        if await self._takes_anonymous():
+            return PUBLIC  # SDKs send some key or other, also where none is asked for
+        raise Failure("AUTH_INVALID")
+
+    async def _bearer(self, key_id: str, text: str) -> Caller:
+        key = await self._look_up(key_id)
+        now_s = wall_ms() / 1000
+        if key is None or not key.opens_with(keys.hashed(self._pepper_for_checks(), text), now_s):
+            raise Failure("AUTH_INVALID")
+        if key.is_expired(now_s):
+            raise Failure("AUTH_EXPIRED")
+        await self._note_use(key_id, now_s)
+        return Caller(
+            tenant=key.tenant,
+            key_id=key.id,
+            scopes=frozenset(key.scopes),
+            models=frozenset(key.models),
+            best_lane=key.best_lane,
+            limits=key.limits,
+        )
+
+    async def _takes_anonymous(self) -> bool:
+        if self._settings.allow_anonymous:
+            return True
+        if self._static or not is_loopback(self._settings.host):
+            return False
+        known, now = self._any_known, monotonic_s()
+        if known is None or now - known[0] > KNOWN_S:
+            known = self._any_known = (now, await self._store.has_any())
+        return not known[1]
+
+    async def _look_up(self, key_id: str) -> ApiKey | None:
+        now = monotonic_s()
+        known = self._known.get(key_id)
+        if known is None or now - known[0] > KNOWN_S:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            known = self._known[key_id] = (now, await self._store.get(key_id))
+        return known[1]
+
+    async def _note_use(self, key_id: str, now_s: float) -> None:
+        if now_s - self._noted.get(key_id, 0.0) < NOTE_USE_S:
+            return
+        self._noted[key_id] = now_s
+        try:
+            await self._store.note_use(key_id, int(now_s))
+        except Failure:
+            return  # Redis is away or full: the request itself will tell
+
+    def _pepper_for_checks(self) -> bytes:
+        """It may have been drawn with the first key, after this gateway began."""
+        self._pepper = self._pepper or self._read_pepper()
+        if self._pepper is None:
+            raise keys.no_pepper(self._settings.data_dir)
+        return self._pepper
+
+    def _read_pepper(self) -> bytes | None:
+        settings = self._settings
+        return keys.read_pepper(settings.key_pepper.get_secret_value(), settings.data_dir)
+
+
+class Identification:
+    """Puts the caller on each request, for :func:`caller_of`; refuses who may not call.
+
+    A path that nobody thought of needs a key. ``refuse`` makes the answer of a failure.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        callers: Callers,
+        refuse: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        self._app = app
+        self._callers = callers
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed = scope_of(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if needed is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = await self._callers.identify(Headers(scope=scope), needed)
+        except Failure as failure:
+            response = await self._refuse(Request(scope), failure)
+            await response(scope, receive, send)
+            return
+        scope["headrace.caller"] = caller
+        with structlog.contextvars.bound_contextvars(**_log_fields(caller)):
+            await self._app(scope, receive, send)
+
+
+def scope_of(method: str, path: str) -> keys.Scope | None:
+    """What a request needs a key for; None: it needs none."""
+    if path in _OPEN_PATHS or path == _PAGE or path.startswith(f"{_PAGE}/"):
+        return None
+    if path == "/" and method in ("GET", "HEAD"):
+        return None
+    for prefix, scope in _SCOPES_OF_PATHS.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return scope
+    return "generate"
+
+
+def _log_fields(caller: Caller) -> dict[str, str]:
+    return {"tenant": caller.tenant, "key_id": caller.key_id} if caller.key_id else {}

@@ -7,6 +7,7 @@ Before the first byte a failure is a real status code; afterwards it is an event
 import json
 import math
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any, Literal
 
 from starlette.responses import Response
@@ -16,6 +17,14 @@ from common.failures import Failure
 Wire = Literal["tgi", "openai"]
 
 _DEFAULT_RETRY_MS = 1000
+_OPENAI_CODES = {
+    "AUTH_MISSING": "invalid_api_key",
+    "AUTH_INVALID": "invalid_api_key",
+    "AUTH_EXPIRED": "invalid_api_key",
+    "RATE_LIMITED": "rate_limit_exceeded",
+    "QUOTA_EXHAUSTED": "insufficient_quota",
+}
+"""Where OpenAI has a code of its own; else ours in lower case."""
 
 
 class MalformedJson(Failure):
@@ -49,7 +58,7 @@ def envelope(failure: Failure, wire: Wire) -> dict[str, Any]:
             "message": failure.message,
             "type": kind.openai_type,
             "param": failure.field,
-            "code": failure.code.lower(),
+            "code": _OPENAI_CODES.get(failure.code, failure.code.lower()),
             "http_status_code": kind.status,
         },
         "error_type": kind.tgi_type,
@@ -74,6 +83,8 @@ def failure_response(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     headers = {**retry_headers(failure), **(headers or {})}
+    if failure.kind.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     if failure.code == "DRAINING":
         headers["connection"] = "close"  # the retry must find another gateway
     return Response(

@@ -11,6 +11,7 @@ from common.models.chat_template import ChatTemplate
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings
 from gateway.admission import Admissions
+from gateway.callers import Callers
 from gateway.relay import Relay
 
 
@@ -40,6 +41,7 @@ class Services:
     model: ServedModel
     broker: Broker
     relay: Relay
+    callers: Callers
     admissions: Admissions
     metrics: GatewayMetrics
     version: str

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -246,28 +246,50 @@ def adapter_remove(name: str, **given: Any) -> None:
 class LazyGroup(click.Group):
     """A group whose commands live in modules of their own, imported when they are asked for."""
 
-    places: ClassVar[dict[str, str]] = {
-        "adapters": "ops.bench.adapters:main",
-        "chaos": "ops.bench.chaos:chaos",
-        "engine": "ops.bench.engine:main",
-        "features": "ops.bench.features:main",
-        "latency": "ops.bench.latency:latency",
-        "peers": "ops.bench.peers:peers",
-        "speculation": "ops.bench.speculation:main",
-    }
+    def __init__(self, *args: Any, places: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places = places
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return sorted(self.places)
+        return sorted(self._places)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        place = self.places.get(cmd_name)
+        place = self._places.get(cmd_name)
         if place is None:
             return None
         module, _, name = place.partition(":")
         return getattr(import_module(module), name)
 
 
-@cli.group("bench", cls=LazyGroup, invoke_without_command=True)
+_KEYS = {
+    "create": "ops.keys:create",
+    "list": "ops.keys:show_list",
+    "revoke": "ops.keys:revoke",
+    "rotate": "ops.keys:rotate",
+}
+
+
+@cli.group("keys", cls=LazyGroup, places=_KEYS)
+def keys_group() -> None:
+    """API keys: who may use the gateways, for what, and how much.
+
+    Without --redis-url, those of the `headrace up` that runs on DATA_DIR. Gateways on loopback ask
+    for keys as soon as there is one, others always.
+    """
+
+
+_BENCHMARKS = {
+    "adapters": "ops.bench.adapters:main",
+    "chaos": "ops.bench.chaos:chaos",
+    "engine": "ops.bench.engine:main",
+    "features": "ops.bench.features:main",
+    "latency": "ops.bench.latency:latency",
+    "peers": "ops.bench.peers:peers",
+    "speculation": "ops.bench.speculation:main",
+}
+
+
+@cli.group("bench", cls=LazyGroup, places=_BENCHMARKS, invoke_without_command=True)
 @click.option("--url", "urls", multiple=True, help="A server to measure; more than once: compare.")
 @click.option(
     "--api",

@@ -45,6 +45,14 @@ def build(settings: type[S], given: dict[str, Any]) -> S:
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
+    if field.annotation is bool:
+        return click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            is_flag=True,
+            default=None,  # not given: the environment decides
+            help=f"{_description(field)}[HEADRACE_{name.upper()}]",
+        )
     return click.option(
         f"--{name.replace('_', '-')}",
         name,

@@ -27,6 +27,9 @@ class UpSettings(Settings):
     """Where JSON lines go (``<role>.jsonl``); unset: ``log`` in the data directory."""
     host: str = "127.0.0.1"
     """Address the gateways listen on; ``0.0.0.0`` for every network interface."""
+    allow_anonymous: bool = False
+    """Serve whoever sends no key, on any address and also when there are keys; see `headrace keys`.
+    """
     port: int = Field(default=8080, ge=0, le=65535)
     """Port of the first gateway; 0: a free one."""
     gateways: int = Field(default=1, ge=1, le=64)
@@ -77,7 +80,11 @@ class Processes:
                 role="gateway",
                 name=f"gateway {n}",
                 argv=_python("gateway"),
-                env=self._env(HOST=self.settings.host, PORT=port),
+                env=self._env(
+                    HOST=self.settings.host,
+                    PORT=port,
+                    ALLOW_ANONYMOUS=self.settings.allow_anonymous,
+                ),
                 stop_timeout_s=stop_timeout_s,
                 address=self.address(port),
             )
@@ -107,6 +114,7 @@ class Processes:
             "REDIS_URL": self.redis_url,
             "DATA_DIR": self.data_dir,
             "LOG_DIR": self.log_dir,
+            "ALLOW_OPEN_REDIS": self.settings.allow_open_redis,
             "MODEL": self.settings.model,
             "MAX_TOTAL_TOKENS": self.settings.max_total_tokens,
         }

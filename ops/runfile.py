@@ -13,6 +13,8 @@ from pathlib import Path
 import click
 import msgspec
 
+from common.settings import Settings
+
 
 class ProcessState(msgspec.Struct, frozen=True):
     """One supervised process. ``instance`` is its name in Redis and logs, "" before it said so."""
@@ -84,6 +86,16 @@ def read_state(data_dir: Path) -> RunState | None:
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     return state if _is_held(data_dir) else None
+
+
+def redis_url_of(settings: Settings) -> str:
+    """The Redis that the settings name; unless they do, that of the data directory's supervisor."""
+    run = read_state(settings.data_dir)
+    return (
+        run.redis_url
+        if run and "redis_url" not in settings.model_fields_set
+        else (settings.redis_url)
+    )
 
 
 def run_dir(data_dir: Path) -> Path:

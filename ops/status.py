@@ -82,7 +82,7 @@ async def look(settings: Settings) -> Status:
     """
     run = runfile.read_state(settings.data_dir)
     named = "redis_url" in settings.model_fields_set
-    redis_url = run.redis_url if run and not named else settings.redis_url
+    redis_url = runfile.redis_url_of(settings)
     pool = run.model if run and "model" not in settings.model_fields_set else settings.model
     try:
         await check_redis(redis_url, pool)

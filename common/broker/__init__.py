@@ -2,6 +2,7 @@
 
 from common.broker.broker import MAX_CHOICES, Broker
 from common.broker.connection import Client, connect
+from common.broker.key_store import KeyStore
 from common.broker.steps import (
     Admission,
     Admitted,
@@ -33,6 +34,7 @@ __all__ = [
     "Client",
     "GatewayBeat",
     "GatewayState",
+    "KeyStore",
     "Look",
     "Moved",
     "Page",

@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 
 from common.broker import keys, library
 from common.broker.connection import Client, mapped_errors
+from common.broker.key_store import KeyStore
 from common.broker.steps import (
     Admission,
     Admitted,
@@ -59,6 +60,11 @@ class Broker:
         self._redis = redis
         self._prefix = keys.prefix(pool, partition)
         self._clock = keys.clock(self._prefix)
+
+    @property
+    def key_store(self) -> KeyStore:
+        """The API keys on the same server; they hold for all its pools."""
+        return KeyStore(self._redis)
 
     async def load(self) -> None:
         """Load the function library unless it is there."""

@@ -20,3 +20,13 @@ def bell(prefix: str) -> str:
 
 def inbox(prefix: str, gateway: str) -> str:
     return f"{prefix}inbox:{gateway}"
+
+
+# Beside the pools, in one slot, and without a time to live: see key_store.py.
+
+API_KEYS = "hr:{access}:keys"
+"""hash: key id -> the key, without its secret."""
+API_KEYS_USED = "hr:{access}:used"
+"""hash: key id -> when it was last used, in seconds."""
+PEPPER = "hr:{access}:pepper"
+"""string: fingerprint of the pepper that the keys are hashed under."""

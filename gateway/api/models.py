@@ -8,25 +8,31 @@ from starlette.routing import Route
 
 from common.failures import Failure
 from common.models.adapters import AdapterManifest
+from gateway.callers import caller_of
 from gateway.services import ServedModel, services_of
 
 
 async def list_models(request: Request) -> Response:
-    model = services_of(request).model
+    """Those that the caller's key is for."""
+    model, caller = services_of(request).model, caller_of(request)
     adapters = [_shown_adapter(model, adapter) for adapter in model.adapters.list()]
-    return JSONResponse({"object": "list", "data": [_shown(model), *adapters]})
+    shown = [each for each in (_shown(model), *adapters) if caller.may_use(each["id"])]
+    return JSONResponse({"object": "list", "data": shown})
 
 
 async def show_model(request: Request) -> Response:
     """Raises: Failure MODEL_NOT_FOUND."""
-    model = services_of(request).model
+    model, caller = services_of(request).model, caller_of(request)
     name = request.path_params["id"]
-    if name in (model.name, model.version):
+    if name in (model.name, model.version) and caller.may_use(model.name):
         return JSONResponse(_shown(model))
     try:
-        return JSONResponse(_shown_adapter(model, model.adapters.resolve(name)))
-    except Failure as failure:
-        raise Failure("MODEL_NOT_FOUND", f"The model {name[:100]!r} is not here") from failure
+        shown = _shown_adapter(model, model.adapters.resolve(name))
+    except Failure:
+        shown = None
+    if shown is None or not caller.may_use(shown["id"]):
+        raise Failure("MODEL_NOT_FOUND", f"The model {name[:100]!r} is not here")
+    return JSONResponse(shown)
 
 
 def _shown(model: ServedModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from common.models.simulated import SIMULATED_MODEL
 from common.settings import BackgroundSettings, GatewaySettings, Settings, WorkerSettings
 from ops import cli as command
-from ops.options import build
+from ops.options import build, options_of
 from ops.probe import without_password
 from ops.processes import Processes, UpSettings
 from tests.support.processes import ROOT, free_port
@@ -71,6 +72,29 @@ def test_an_option_beats_the_environment_which_beats_the_default(
     monkeypatch.setenv("HEADRACE_PORT", "8081")
     assert build(GatewaySettings, {"port": None}).port == 8081
     assert build(GatewaySettings, {"port": "8082"}).port == 8082
+
+
+def test_a_flag_needs_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    @options_of(GatewaySettings)
+    def show(**given: Any) -> None:
+        click.echo(str(build(GatewaySettings, given).allow_anonymous))
+
+    def said(*arguments: str) -> str:
+        return CliRunner().invoke(show, arguments).output.strip()
+
+    assert (said(), said("--allow-anonymous")) == ("False", "True")
+    monkeypatch.setenv("HEADRACE_ALLOW_ANONYMOUS", "true")
+    assert said() == "True"
+
+
+def test_a_redis_on_another_host_needs_a_password_or_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert headrace(monkeypatch, "worker", "--redis-url", "redis://10.0.0.7") == 2
+    assert "redis_url (HEADRACE_REDIS_URL)" in capsys.readouterr().err
+    given = {"redis_url": "redis://10.0.0.7", "allow_open_redis": True}
+    assert build(UpSettings, given).redis_url == "redis://10.0.0.7"
 
 
 def test_an_option_may_be_given_several_times() -> None:
