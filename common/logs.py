@@ -89,6 +89,7 @@ MEANINGS: dict[str, str] = {
     "request.failed": "A request raised inside the gateway; the caller got INTERNAL.",
     "request.finished": "Canonical line of a gateway: one HTTP request, with its timings.",
     "request.rejected": "A request was refused before any work was done.",
+    "response.deleted": "A stored response was deleted by its owner, with its log.",
     "server.started": "The embedded Redis server runs.",
     "server.stopped": "The embedded Redis server ended.",
     "stream.attached": "A gateway subscribed to a generation.",

@@ -106,6 +106,8 @@ class GatewaySettings(KeySettings):
     """Longest run of a generation after its first claim."""
     retention_s: float = Field(default=600.0, gt=0)
     """How long an ended stream can still be read."""
+    response_retention_s: float = Field(default=3600.0, gt=0)
+    """How long an ended response (``/v1/responses``) that asks to be stored can still be read."""
     disconnect_grace_s: float = Field(default=5.0, ge=0)
     """How long a generation goes on without a reader, unless the request says otherwise."""
     lane_cap_tokens: int = Field(default=4_000_000, ge=1)

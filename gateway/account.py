@@ -32,6 +32,7 @@ class Account:
         self._finish: Finish | None = None
         self._failure: Failure | None = None
         self._left_at: float | None = None
+        self._is_promised = False
         self._is_closed = False
 
     @property
@@ -70,6 +71,10 @@ class Account:
 
     def note_failure(self, failure: Failure) -> None:
         self._failure = failure
+
+    def note_promise(self) -> None:
+        """It was queued, and its answer is that it was."""
+        self._is_promised = True
 
     def note_disconnect(self) -> None:
         self._left_at = self.age_s
@@ -117,6 +122,8 @@ class Account:
         """A word of a closed set: ok, cancelled, disconnected, or a failure code."""
         if self._failure is not None:
             return self._failure.code
+        if self._is_promised:
+            return "ok"
         if self._finish is None or self._left_at is not None:
             return "disconnected"
         if self._has_failed:

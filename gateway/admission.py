@@ -70,6 +70,11 @@ def manner_of(headers: Headers, *, stream: bool, settings: GatewaySettings) -> M
     return Manner(grace_s)
 
 
+def retention_s(order: Order, settings: GatewaySettings) -> float:
+    """How long the answer to ``order`` can be read after its end."""
+    return settings.retention_s if order.retention_s is None else order.retention_s
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """An admitted order: a stream for each choice, and what was decided on the way."""
@@ -178,7 +183,7 @@ class Admissions:
             grace_ms=int((manner.grace_s or 0) * 1000),
             queue_limit_ms=int(settings.queue_limit_s * 1000),
             run_limit_ms=int(settings.run_limit_s * 1000),
-            retention_ms=int(settings.retention_s * 1000),
+            retention_ms=int(retention_s(order, settings) * 1000),
             lane_cap_tokens=settings.lane_cap_tokens,
             lane_cap_bytes=settings.lane_cap_bytes,
         )

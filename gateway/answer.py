@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from common.failures import Failure
 from common.ids import new_request_id
 from gateway.account import Account
-from gateway.admission import Manner, Ticket, manner_of
+from gateway.admission import Manner, Ticket, manner_of, retention_s
 from gateway.callers import caller_of, permitted
 from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
@@ -18,6 +20,7 @@ from gateway.errors import failure_response, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
+from gateway.responses import ResponseFrames, keep_document, nothing, response_object
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, abandoned_on_disconnect, wants_queue_events
 from gateway.stream import ReaderGone, Stream
@@ -41,7 +44,7 @@ async def answer(request: Request, *orders: Order) -> Response:
     orders = tuple(permitted(caller, order, services.model.name) for order in orders)
     _check_room(services, orders)
     order = orders[0]
-    manner = manner_of(request.headers, stream=order.stream, settings=services.settings)
+    manner = _manner(services, request, order)
     tells_place = wants_queue_events(request)
     admitted = await _admit_all(services, request, orders, manner)
     account = _open_account(services, request, manner, admitted)
@@ -49,15 +52,17 @@ async def answer(request: Request, *orders: Order) -> Response:
     headers = {
         "x-headrace-stream-id": ", ".join(one.subject.request_id for one in admitted),
         "x-model-version": subject.model_version,
-        "x-stream-retention-seconds": str(int(services.settings.retention_s)),
+        "x-stream-retention-seconds": str(int(retention_s(order, services.settings))),
     }
+    if order.document is not None and order.document.is_background and not order.stream:
+        return _promise(services, admitted[0], account, headers)
     if not order.stream:
         return await _whole(services, request, admitted, account, headers)
     streams = admitted[0].ticket.streams
     return event_stream(
         services,
         streams,
-        frames_for(subject, services.model.tokenizer),
+        _frames(services, subject),
         account,
         headers=headers | _compute_headers(orders),
         tells_place=tells_place,
@@ -70,6 +75,13 @@ def _check_room(services: Services, orders: Sequence[Order]) -> None:
     num_wanted = sum(order.num_choices for order in orders)
     if limit and services.relay.num_streams + num_wanted > limit:
         raise Failure("QUEUE_FULL", "Model is overloaded: too many requests are open here")
+
+
+def _manner(services: Services, request: Request, order: Order) -> Manner:
+    """Nobody need wait for what runs in the background."""
+    if order.document is not None and order.document.is_background:
+        return Manner(None)
+    return manner_of(request.headers, stream=order.stream, settings=services.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +105,22 @@ async def _admit_all(
             )
             subject = _subject(services, request_id, order, ticket)
             admitted.append(_Admitted(order, ticket, subject))
+            if subject.document is not None:
+                kept_s = retention_s(order, services.settings)
+                await keep_document(services, request_id, subject.document, kept_s)
             num_choices += order.num_choices
     except BaseException:
         for one in admitted:
             services.admissions.withdraw(one.ticket)
         raise
     return admitted
+
+
+def _frames(services: Services, subject: Subject) -> Frames | Interleaved:
+    tokenizer = services.model.tokenizer
+    if subject.document is not None:
+        return ResponseFrames(subject, tokenizer)
+    return frames_for(subject, tokenizer)
 
 
 def event_stream(
@@ -134,6 +156,20 @@ def event_stream(
     )
 
 
+def _promise(
+    services: Services, admitted: _Admitted, account: Account, headers: dict[str, str]
+) -> Response:
+    """A response in the background, as it stands when it was queued: nobody waits for its end."""
+    for stream in admitted.ticket.streams:
+        services.relay.close(stream)
+    account.note_promise()
+    account.close(200)
+    return JSONResponse(
+        response_object(admitted.subject, nothing(), services.model.tokenizer, is_waiting=True),
+        headers=headers,
+    )
+
+
 async def _whole(
     services: Services,
     request: Request,
@@ -150,7 +186,7 @@ async def _whole(
         replies = _replies(admitted, wholes)
         headers |= _compute_headers([one.order for one in admitted])
         headers |= _timing_headers(admitted, wholes, account)
-        return JSONResponse(body_of(replies, services.model.tokenizer), headers=headers)
+        return JSONResponse(_body(services, replies), headers=headers)
     except Failure as failure:
         account.note_failure(failure)
         wire = wire_of(request.url.path)
@@ -164,6 +200,13 @@ async def _whole(
         for stream in streams:
             services.relay.close(stream)
         account.close(status)
+
+
+def _body(services: Services, replies: Sequence[Reply]) -> Any:
+    subject, tokenizer = replies[0].subject, services.model.tokenizer
+    if subject.document is not None:
+        return response_object(subject, replies[0].choices[0], tokenizer)
+    return body_of(replies, tokenizer)
 
 
 def _replies(admitted: Sequence[_Admitted], wholes: Sequence[Completion]) -> list[Reply]:
@@ -183,6 +226,8 @@ def _subject(services: Services, request_id: str, order: Order, ticket: Ticket) 
         prompt_text=order.prompt_text,
         lane=order.lane,
         prompt=order.prompt,
+        document=order.document
+        and msgspec.structs.replace(order.document, presentation=ticket.presentation),
     )
 
 

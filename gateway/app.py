@@ -23,7 +23,17 @@ from common.logs import get_logger
 from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
 from gateway.admission import Admissions
-from gateway.api import chat, completions, health, models, pages, platforms, streams, tgi
+from gateway.api import (
+    chat,
+    completions,
+    health,
+    models,
+    pages,
+    platforms,
+    responses,
+    streams,
+    tgi,
+)
 from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.middleware import PayloadLimit, RequestContext, arrival_of
@@ -62,6 +72,7 @@ _APIS = {
     "/vertex": "tgi",
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
+    "/v1/responses": "response",
 }
 
 
@@ -106,6 +117,7 @@ def create_app(
             *chat.routes,
             *completions.routes,
             *platforms.routes,
+            *responses.routes,
             *streams.routes,
             *models.routes,
             *health.routes,

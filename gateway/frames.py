@@ -39,7 +39,14 @@ from gateway.logprobs import (
     offsets_of,
     top_tokens,
 )
-from gateway.order import DETAILS, FULL_TEXT, INCLUDE_USAGE, LOGPROBS, SHOW_TIER
+from gateway.order import (
+    DETAILS,
+    FULL_TEXT,
+    INCLUDE_USAGE,
+    LOGPROBS,
+    SHOW_TIER,
+    ResponseDocument,
+)
 from gateway.stream import Batch, Place
 
 PING = b": ping\n"
@@ -60,6 +67,8 @@ class Subject:
 
     prompt: list[int] = field(default_factory=list[int])
     """Only at hand where the request came in, as the text is."""
+    document: ResponseDocument | None = None
+    """Of a response."""
 
     def has(self, flag: int) -> bool:
         return bool(self.presentation.flags & flag)
@@ -84,6 +93,10 @@ class Frames(ABC):
     def cursor(self) -> Cursor:
         """Behind all that was rendered."""
         return Cursor(self._num_tokens, self._chain, self._stage)
+
+    def opening(self) -> bytes:
+        """The frames that need no token, ahead of all others."""
+        return b""
 
     def stand_at(self, stage: int) -> None:
         """Move the cursor behind a final frame that others rendered."""
@@ -392,6 +405,9 @@ class Interleaved:
         self._choices = choices
         self._is_ended = [False] * len(choices)
 
+    def opening(self) -> bytes:
+        return b""
+
     def render(self, batch: Batch) -> bytes:
         """The frames of a batch of ``batch.choice``."""
         chosen = self._choices[batch.choice]
@@ -506,7 +522,7 @@ def _head(subject: Subject, kind: str) -> bytes:
 
 def last_stage(presentation: Presentation) -> int:
     """The stage behind which a stream of this API has nothing more."""
-    return FINISH if presentation.api == "tgi" else DONE
+    return FINISH if presentation.api in ("tgi", "response") else DONE
 
 
 def response_id(subject: Subject) -> str:

@@ -1,11 +1,14 @@
 """What a client asks for, whatever wire it came over: a prompt as tokens, and how to answer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
+
+from common.broker import Presentation
 from common.messages import Lane, Sampling
 
-Api = Literal["tgi", "chat", "completion"]
+Api = Literal["tgi", "chat", "completion", "response"]
 
 INCLUDE_USAGE = 1
 """OpenAI: a usage chunk before the end."""
@@ -27,6 +30,24 @@ AS_PREDICTIONS = 256
 """TGI's ``/vertex``: the answer is a list of texts."""
 
 
+class ResponseDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """What a response (``/v1/responses``) says beside its tokens; kept in Redis beside its log.
+
+    Whoever has both can show the response, on any gateway.
+    """
+
+    tenant: str
+    echo: dict[str, Any]
+    """Fields of the response that repeat the request."""
+    items: list[dict[str, Any]]
+    """All that was put in, the conversation before it first."""
+    is_background: bool = False
+    is_stored: bool = True
+    """False: nobody can ask for it by its id, and nothing can follow on it."""
+    presentation: Presentation = Presentation("response", 0, 0, 0)
+    """As it was admitted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """``flags`` are the bits above; they travel with the generation (see ``Presentation``)."""
@@ -46,6 +67,10 @@ class Order:
     """Answers to the one prompt, each a generation of its own."""
     num_best: int = 0
     """Only so many of the choices are answers, the likeliest by token; 0: all, in their order."""
+    document: ResponseDocument | None = None
+    """Of a response; other APIs have none."""
+    retention_s: float | None = None
+    """How long the answer can be read after its end; None: as long as any stream."""
 
     @property
     def cost(self) -> int:

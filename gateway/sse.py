@@ -86,6 +86,9 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         is_first = self._is_reconnecting
         try:
+            opening = self._frames.opening()
+            if opening:
+                await _send(send, opening)
             while not self._frames.is_complete:
                 batch = await self._stream.next()
                 if batch is None:

@@ -122,6 +122,21 @@ class Broker:
         """
         return _text((await self._call("cancel", _pack((generation_id, tenant))))[0])
 
+    async def forget(self, generation_id: str, tenant: str) -> bool:
+        """End a generation and remove all there is of it; False where the tenant has none such."""
+        answer = await self._call("forget", _pack((generation_id, tenant)))
+        return _text(answer[0]) == "forgotten"
+
+    async def keep_document(self, request_id: str, document: bytes, ttl_ms: int) -> None:
+        """Keep what a response says beside its tokens. Before it is admitted."""
+        key = keys.document(self._prefix, request_id)
+        with mapped_errors():
+            await self._redis.set(key, document, px=ttl_ms)
+
+    async def read_document(self, request_id: str) -> bytes | None:
+        with mapped_errors():
+            return await self._redis.get(keys.document(self._prefix, request_id))
+
     # Workers -------------------------------------------------------------------------------------
 
     async def claim(

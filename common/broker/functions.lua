@@ -12,6 +12,7 @@
 --   gen:<id>            hash    one generation                          set at admit; retention at close
 --   spec:<request>      hash    prompt and parameters {body, left}      as gen; gone when the last choice ended
 --   log:<id>            stream  token log, ids <end>-0 and <end>-1      run limit + retention; retention at close
+--   doc:<request>       string  what a response says beside its tokens  as gen
 --   idem:<tenant>:<key> string  fingerprint and request                 as gen
 --   lane:<lane>         zset    fresh waiting generations by tag        1 day
 --   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms  1 day
@@ -647,6 +648,22 @@ local function cancel(keys, args)
   return { 'cancelled', '' }
 end
 
+-- Ends a generation and removes all there is of it at once, its document too: nobody can ask for it again.
+-- ARGV: [id, tenant]
+local function forget(keys, args)
+  local P, now, outbox = prefix_of(keys), now_ms(), {}
+  local a = cmsgpack.unpack(args[1])
+  local id = a[1]
+  local g = load(P, id)
+  if not g or g.tenant ~= a[2] then return { 'unknown', '' } end
+  if g.st ~= 'T' then
+    close(P, id, g, now, outbox, 'cancelled', '')
+    deliver(P, outbox)
+  end
+  redis.call('UNLINK', P .. 'gen:' .. id, P .. 'log:' .. id, P .. 'doc:' .. request_of(id))
+  return { 'forgotten', '' }
+end
+
 -- Reading ---------------------------------------------------------------------------------------
 
 -- Log entries that end at or behind the cursor: the first tells the chain at the cursor.
@@ -1017,6 +1034,7 @@ register('attach', attach, {})
 register('publish', publish, { 'allow-oom' })
 register('release', release, { 'allow-oom' })
 register('cancel', cancel, { 'allow-oom' })
+register('forget', forget, { 'allow-oom' })
 register('detach', detach, { 'allow-oom' })
 register('beat_worker', beat_worker, { 'allow-oom' })
 register('beat_gateway', beat_gateway, { 'allow-oom' })

@@ -22,6 +22,10 @@ def inbox(prefix: str, gateway: str) -> str:
     return f"{prefix}inbox:{gateway}"
 
 
+def document(prefix: str, request_id: str) -> str:
+    return f"{prefix}doc:{request_id}"
+
+
 # Beside the pools, in one slot, and without a time to live: see key_store.py.
 
 API_KEYS = "hr:{access}:keys"

@@ -21,8 +21,16 @@ from gateway.account import Account
 from gateway.answer import event_stream
 from gateway.callers import Caller, caller_of
 from gateway.cursor import SEPARATOR, Cursor, parse_cursors
-from gateway.frames import Subject, frames_for, last_stage, needs_pieces
+from gateway.frames import (
+    Frames,
+    Interleaved,
+    Subject,
+    frames_for,
+    last_stage,
+    needs_pieces,
+)
 from gateway.middleware import arrival_of
+from gateway.responses import ResponseFrames, read_document, read_log
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, wants_queue_events
 from gateway.stream import Stream
@@ -128,21 +136,35 @@ async def _resume(
         resumed_from=SEPARATOR.join(map(str, cursors)),
         resumed_api=shown.api,
     )
-    pieces: list[list[bytes]] = []
-    if needs_pieces(shown):
-        pieces = [
-            await _pieces_before(services, stream.id, cursor)
-            for stream, cursor in zip(streams, cursors, strict=True)
-        ]
     return event_stream(
         services,
         streams,
-        frames_for(subject, services.model.tokenizer, cursors, pieces),
+        await _frames(services, subject, cursors),
         account,
         headers=headers,
         is_reconnecting=True,
         tells_place=tells_place,
     )
+
+
+async def _frames(
+    services: Services, subject: Subject, cursors: list[Cursor]
+) -> Frames | Interleaved:
+    """The frames behind ``cursors``, in the format of the API that the request came through."""
+    tokenizer, request_id = services.model.tokenizer, subject.request_id
+    if subject.presentation.api == "response":
+        document = await read_document(services, request_id)
+        before = await read_log(services.broker, request_id, cursors[0].position)
+        if document is None or before is None:
+            raise Failure("STREAM_EXPIRED")
+        return ResponseFrames(replace(subject, document=document), tokenizer, cursors[0], before[0])
+    pieces: list[list[bytes]] = []
+    if needs_pieces(subject.presentation):
+        pieces = [
+            await _pieces_before(services, generation_id(request_id, choice), cursor)
+            for choice, cursor in enumerate(cursors)
+        ]
+    return frames_for(subject, tokenizer, cursors, pieces)
 
 
 def _is_at_end(attachment: Attachment, cursor: Cursor) -> bool:

@@ -1,0 +1,461 @@
+"""``/v1/responses``: OpenAI's Responses API for text, over the same queue and the same token logs.
+
+A stored response is its token log and a document, kept for a time after its end; while they are
+kept, any gateway shows it, streams it again from any event, or takes a conversation on from it.
+"""
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from common.broker import Attachment
+from common.failures import Failure
+from common.ids import generation_id, is_request_id, request_of
+from common.logs import get_logger
+from gateway.account import Account
+from gateway.answer import answer, event_stream
+from gateway.api.chat import MAX_TOP_LOGPROBS, ROLES
+from gateway.api.openai import OpenAiBody, Wanted, order
+from gateway.bodies import (
+    MAX_NEW_TOKENS,
+    check_range,
+    read_body,
+    refuse_unsupported,
+    unsupported,
+)
+from gateway.callers import caller_of
+from gateway.collect import Completion
+from gateway.frames import Subject
+from gateway.middleware import arrival_of
+from gateway.order import LOGPROBS, Order, ResponseDocument
+from gateway.responses import (
+    PREFIX,
+    ResponseFrames,
+    document_of,
+    read_document,
+    read_log,
+    response_object,
+    subject_of,
+)
+from gateway.services import Services, services_of
+from gateway.stream import Stream
+
+log = get_logger()
+
+MAX_METADATA = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+MAX_ITEMS_PAGE = 100
+DEFAULT_ITEMS_PAGE = 20
+
+_LOGPROBS = "message.output_text.logprobs"
+_INCLUDED = frozenset({_LOGPROBS, "reasoning.encrypted_content"})
+"""What ``include`` may name; there is no reasoning here to be encrypted."""
+_TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
+
+
+class ResponseBody(OpenAiBody, kw_only=True):
+    """Beside its own parameters it takes what the other routes take to choose tokens."""
+
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: Any = None
+    text: Any = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    truncation: str | None = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    # Known, and supported only with a value that changes nothing:
+    conversation: Any = None
+    max_tool_calls: Any = None
+    prompt: Any = None
+    reasoning: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "conversation": (),
+    "max_tokens": (),
+    "n": (1,),
+    "prompt": (),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}),
+    "response_format": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncation": ("disabled",),
+}
+
+_decoder = msgspec.json.Decoder(ResponseBody)
+
+
+async def create_response(request: Request) -> Response:
+    body = await read_body(request, _decoder)
+    return await answer(request, await _order(request, body))
+
+
+async def _order(request: Request, body: ResponseBody) -> Order:
+    """Raises: Failure, for what the caller can put right."""
+    services = services_of(request)
+    refuse_unsupported(body, _NEUTRAL)
+    _check(body)
+    tells_logprobs = body.top_logprobs is not None or _LOGPROBS in (body.include or [])
+    items = [*await _conversation(request, body.previous_response_id), *_items(body.input)]
+    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    text = await services.model.chat_template.render_async(instructions + list(map(_said, items)))
+    prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
+    body.response_format = _format(body.text)
+    is_stored = body.store is not False
+    wanted = Wanted(
+        max_tokens=body.max_output_tokens,
+        num_choices=1,
+        flags=LOGPROBS * tells_logprobs,
+        top_logprobs=body.top_logprobs or 0,
+    )
+    made = order(services, body, "response", prompt, wanted, num_prompt_characters=len(text))
+    return replace(
+        made,
+        document=ResponseDocument(
+            tenant=caller_of(request).tenant,
+            echo=_echo(body, made),
+            items=items,
+            is_background=bool(body.background),
+            is_stored=is_stored,
+        ),
+        retention_s=services.settings.response_retention_s if is_stored else None,
+    )
+
+
+def _check(body: ResponseBody) -> None:
+    check_range("max_output_tokens", body.max_output_tokens, 1, MAX_NEW_TOKENS)
+    check_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    if body.input is None:
+        raise Failure("BAD_REQUEST", "`input` must not be null", field="input")
+    if body.background and body.store is False:
+        raise Failure(
+            "BAD_REQUEST", "`background` needs `store`: nobody could fetch it", field="background"
+        )
+    for name in body.include or []:
+        if name not in _INCLUDED:
+            raise unsupported("include", f"names {name[:80]!r}, which is not supported")
+    _check_metadata(body.metadata)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
+        raise Failure(
+            "BAD_REQUEST", f"`metadata` must be an object of up to {MAX_METADATA}", field="metadata"
+        )
+    for name, value in metadata.items():
+        if not isinstance(value, str) or len(value) > MAX_METADATA_VALUE:
+            raise Failure(
+                "BAD_REQUEST",
+                f"`metadata.{name[:MAX_METADATA_KEY]}` must be a text of up to "
+                f"{MAX_METADATA_VALUE} characters",
+                field="metadata",
+            )
+        if len(name) > MAX_METADATA_KEY:
+            raise Failure(
+                "BAD_REQUEST",
+                f"a name in `metadata` may have up to {MAX_METADATA_KEY} characters",
+                field="metadata",
+            )
+
+
+def _format(text: Any) -> Any:
+    """``text.format`` as a chat's ``response_format``: there its schema lies one level deeper."""
+    if text is None:
+        return None
+    if not isinstance(text, dict):
+        raise Failure("BAD_REQUEST", "`text` must be an object", field="text")
+    if text.get("verbosity") not in (None, "medium"):
+        raise unsupported("text.verbosity")
+    match text.get("format"):
+        case {"type": "json_schema", **schema}:
+            return {"type": "json_schema", "json_schema": schema}
+        case form:
+            return form
+
+
+def _echo(body: ResponseBody, made: Order) -> dict[str, Any]:
+    """What a response repeats of its request."""
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": made.lane,
+        "store": body.store is not False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": {"format": {"type": "text"}} | (body.text or {}),
+        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+        "tools": body.tools or [],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "user": body.user,
+    }
+
+
+# Items -------------------------------------------------------------------------------------------
+
+
+def _items(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The input as items, each with an id."""
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not given:
+        raise Failure("BAD_REQUEST", "`input` must not be empty", field="input")
+    return [_item(f"input[{index}]", item) for index, item in enumerate(given)]
+
+
+def _item(field: str, item: dict[str, Any]) -> dict[str, Any]:
+    kind, role = item.get("type", "message"), item.get("role")
+    if kind != "message":
+        raise unsupported(f"{field}.type", f"is {str(kind)[:80]!r}; only messages are supported")
+    if role not in ROLES or role == "tool":
+        allowed = ", ".join(name for name in ROLES if name != "tool")
+        raise Failure(
+            "BAD_REQUEST", f"`{field}.role` must be one of {allowed}", field=f"{field}.role"
+        )
+    content = item.get("content")
+    if isinstance(content, str):
+        content = [{"type": "input_text", "text": content}]
+    if not isinstance(content, list):
+        raise Failure(
+            "BAD_REQUEST",
+            f"`{field}.content` must be a text or a list of parts",
+            field=f"{field}.content",
+        )
+    parts = [_text_part(f"{field}.content[{index}]", part) for index, part in enumerate(content)]
+    return {
+        "id": f"msg_{secrets.token_hex(12)}",
+        "type": "message",
+        "role": role,
+        "status": "completed",
+        "content": parts,
+    }
+
+
+def _text_part(field: str, part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in _TEXT_PARTS:
+        raise unsupported(f"{field}.type", f"is {str(kind)[:80]!r}; only text is supported")
+    if not isinstance(part.get("text"), str):
+        raise Failure("BAD_REQUEST", f"`{field}.text` must be a text", field=f"{field}.text")
+    return {"type": kind, "text": part["text"]}
+
+
+def _said(item: dict[str, Any]) -> dict[str, str]:
+    """An item as the template takes it."""
+    text = "".join(part["text"] for part in item["content"])
+    return {"role": ROLES[item["role"]], "content": text}
+
+
+async def _conversation(request: Request, previous_id: str | None) -> list[dict[str, Any]]:
+    """The items before, and the answer to them, where this one follows on a response.
+
+    Raises: Failure BAD_REQUEST, where that cannot be followed on.
+    """
+    if previous_id is None:
+        return []
+    field = "previous_response_id"
+    try:
+        found = await _find(request, previous_id)
+    except Failure as failure:
+        message = f"Previous response with id {previous_id[:80]!r} not found."
+        raise Failure("BAD_REQUEST", message, field=field) from failure
+    if not found.whole.finish.reason:
+        message = f"The response {previous_id[:80]!r} has not ended yet."
+        raise Failure("BAD_REQUEST", message, field=field)
+    answer = {"type": "message", "role": "assistant", "content": found.whole.text}
+    return [*document_of(found.subject).items, _item(field, answer)]
+
+
+# What was made -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    subject: Subject
+    whole: Completion
+    state: str
+
+    def shown(self, services: Services) -> dict[str, Any]:
+        return response_object(
+            self.subject, self.whole, services.model.tokenizer, is_waiting=self.state == "Q"
+        )
+
+
+async def _find(request: Request, response_id: str) -> _Found:
+    """Raises: Failure NOT_FOUND, also for another tenant's and for one that was not stored."""
+    services = services_of(request)
+    request_id, document = await _load(request, response_id)
+    found = await read_log(services.broker, request_id)
+    if found is None:
+        raise _not_found(response_id)
+    whole, state = found
+    return _Found(subject_of(services, request_id, document), whole, state)
+
+
+async def _load(request: Request, response_id: str) -> tuple[str, ResponseDocument]:
+    """The request that made a response, and its document.
+
+    Raises: Failure NOT_FOUND, also for another tenant's and for one that was not stored.
+    """
+    request_id = response_id.removeprefix(PREFIX)
+    if response_id.startswith(PREFIX) and is_request_id(request_id):
+        document = await read_document(services_of(request), request_id)
+        if document and document.is_stored and document.tenant == caller_of(request).tenant:
+            return request_id, document
+    raise _not_found(response_id)
+
+
+def _not_found(response_id: str) -> Failure:
+    return Failure("NOT_FOUND", f"Response with id {response_id[:80]!r} not found.")
+
+
+async def show_response(request: Request) -> Response:
+    """The response as it is now, or, with ``?stream=true``, its events behind ``starting_after``.
+
+    Raises: Failure NOT_FOUND, BAD_REQUEST.
+    """
+    query = request.query_params
+    if query.get("stream") in ("true", "1"):
+        return await _stream(request, _number(query.get("starting_after"), "starting_after"))
+    found = await _find(request, request.path_params["id"])
+    return JSONResponse(found.shown(services_of(request)))
+
+
+async def _stream(request: Request, after: int) -> Response:
+    services = services_of(request)
+    request_id, document = await _load(request, request.path_params["id"])
+    stream = services.relay.open(generation_id(request_id), caller_of(request).tenant)
+    try:
+        attachment = await _attach(services, stream)
+    except BaseException:
+        services.relay.close(stream)
+        raise
+    services.metrics.resumes.labels("resumed").inc()
+    account = Account(
+        services.metrics,
+        "resume",
+        arrival_of(request),
+        stream_id=request_id,
+        stream=True,
+        resumed_from=str(after + 1),
+        resumed_api="response",
+    )
+    subject = subject_of(services, request_id, document)
+    frames = ResponseFrames(subject, services.model.tokenizer, after=after)
+    return event_stream(services, [stream], frames, account, headers=_headers(attachment))
+
+
+async def _attach(services: Services, stream: Stream) -> Attachment:
+    attachment = await services.relay.attach(stream)
+    if attachment is None:
+        raise _not_found(PREFIX + request_of(stream.id))
+    stream.check()
+    return attachment
+
+
+def _headers(attachment: Attachment) -> dict[str, str]:
+    return {
+        "x-model-version": attachment.model_version,
+        "x-stream-retention-seconds": str(attachment.retention_ms // 1000),
+    }
+
+
+def _number(text: str | None, field: str) -> int:
+    """-1 where it is not given."""
+    if text is None:
+        return -1
+    if len(text) > 9 or not text.isascii() or not text.isdigit():
+        raise Failure("BAD_REQUEST", f"`{field}` must be a number from 0 on", field=field)
+    return int(text)
+
+
+async def list_input_items(request: Request) -> Response:
+    """All that was put in, conversation included; the newest first, as OpenAI lists it.
+
+    Raises: Failure NOT_FOUND, BAD_REQUEST.
+    """
+    _, document = await _load(request, request.path_params["id"])
+    query = request.query_params
+    limit = _number(query.get("limit", str(DEFAULT_ITEMS_PAGE)), "limit")
+    check_range("limit", limit, 1, MAX_ITEMS_PAGE)
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise Failure("BAD_REQUEST", "`order` must be one of asc, desc", field="order")
+    items = document.items if order == "asc" else document.items[::-1]
+    after = query.get("after")
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise Failure("BAD_REQUEST", "`after` must be the id of an item", field="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(items) > limit,
+        }
+    )
+
+
+async def cancel_response(request: Request) -> Response:
+    """End a response in the background; one that has ended stays as it is.
+
+    Raises: Failure NOT_FOUND, BAD_REQUEST, BROKER_UNAVAILABLE.
+    """
+    services = services_of(request)
+    request_id, document = await _load(request, request.path_params["id"])
+    if not document.is_background:
+        raise Failure("BAD_REQUEST", "Only a response in the background can be cancelled.")
+    state = await services.relay.cancel(request_id, document.tenant)
+    log.info("generation.cancelled", stream_id=request_id, state=state, cause="asked")
+    found = await _find(request, PREFIX + request_id)
+    return JSONResponse(found.shown(services))
+
+
+async def delete_response(request: Request) -> Response:
+    """End a response, if it has not ended, and remove all that is kept of it.
+
+    Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE.
+    """
+    services = services_of(request)
+    request_id, document = await _load(request, request.path_params["id"])
+    await services.broker.forget(generation_id(request_id), document.tenant)
+    log.info("response.deleted", stream_id=request_id)
+    return JSONResponse({"id": PREFIX + request_id, "object": "response", "deleted": True})
+
+
+routes = [
+    Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/{id}", show_response, methods=["GET"]),
+    Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
+    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
+    Route("/v1/responses/{id}/input_items", list_input_items, methods=["GET"]),
+]
