@@ -4,7 +4,7 @@ SHELL := /bin/bash -o pipefail
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-KERNELS := workers/model/native/kernels.cpp
+KERNELS := $(wildcard workers/model/native/*.cpp workers/model/native/*.h)
 ARGS  ?=
 
 # The first Python that is new enough; `make install PYTHON=/path/to/python` chooses another.

@@ -12,7 +12,11 @@ from tests.support.tiny_model import build_tiny_model
 
 # Where the kernels cannot run there is nothing to compute with; test_native_binding.py runs always
 # and fails where they should be able to.
-collect_ignore = [] if are_runnable() else ["test_native_operations.py", "test_native_step.py"]
+collect_ignore = (
+    []
+    if are_runnable()
+    else ["test_native_operations.py", "test_native_sampler.py", "test_native_step.py"]
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

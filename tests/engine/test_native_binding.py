@@ -57,9 +57,19 @@ def test_a_processor_without_the_instructions_is_told_apart(tmp_path: Path) -> N
     """The library is asked what the processor can do before any of it runs."""
     source = tmp_path / "old_processor.cpp"
     source.write_text('extern "C" int headrace_features() { return 0; }\n')
-    compile_shared(source, tmp_path / "old_processor.so", "-shared", "-fPIC")
+    compile_shared([source], tmp_path / "old_processor.so", "-shared", "-fPIC")
     found = open_library(tmp_path / "old_processor.so")
     assert found == Unavailable("processor lacks avx512_bf16 or avx512vbmi")
+
+
+def test_a_library_of_an_older_source_is_a_reason_not_an_error(tmp_path: Path) -> None:
+    """As after an update without an installation: functions that are called now are not in it."""
+    source = tmp_path / "older.cpp"
+    source.write_text('extern "C" int headrace_features() { return 1; }\n')
+    compile_shared([source], tmp_path / "older.so", "-shared", "-fPIC")
+    assert open_library(tmp_path / "older.so") == Unavailable(
+        "older.so was built from an older source: make native"
+    )
 
 
 def test_a_broken_library_is_a_reason_not_an_error(tmp_path: Path) -> None:
@@ -78,6 +88,7 @@ def test_installation_succeeds_with_and_without_a_compiler(
     source = tmp_path / "workers" / "model" / "native" / "kernels.cpp"
     source.parent.mkdir(parents=True)
     source.write_text('extern "C" int headrace_features() { return 0; }\n')
+    source.with_name("sampler.cpp").touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     command = "import setuptools; setuptools.setup()"

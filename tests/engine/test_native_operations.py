@@ -184,29 +184,6 @@ def test_norms(engine: Engine, num_rows: int, width: int) -> None:
             assert_rounded(engine.layer_norm(x, w, b, 1e-5), expected)
 
 
-@fast
-@given(num_rows=st.integers(1, 5), width=st.integers(1, 3000), seed=st.integers(0, 9))
-def test_row_statistics(engine: Engine, num_rows: int, width: int, seed: int) -> None:
-    """The choice is torch's, also among equals: logits are drawn from a few values."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randint(-5, 6, (num_rows, width), generator=generator).float()
-    best, largest, sum_exp = engine.row_statistics(logits)
-    expected = logits.amax(-1)
-    assert torch.equal(largest, expected)
-    first = (logits == expected[:, None]).int().argmax(-1)
-    assert torch.equal(best, first)
-    torch.testing.assert_close(largest + sum_exp.log(), logits.logsumexp(-1))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 1500, 2999])
-def test_row_statistics_show_what_is_not_finite(engine: Engine, value: float, place: int) -> None:
-    logits = random(3, 3000).float()
-    logits[1, place] = value
-    _, _, sum_exp = engine.row_statistics(logits)
-    assert sum_exp.isfinite().tolist() == [True, False, True]
-
-
 def plain_attention(
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -68,7 +68,7 @@ def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
     ready = ready_model(path)
     assert ready.vocab_size == Tokenizer.load(path).vocab_size
     cache = cache_for(ready, limits.max_sequences)
-    return ModelRunner(ready.bind(cache), cache, ready.row_statistics)
+    return ModelRunner(ready.bind(cache), cache, ready.sampler)
 
 
 def engine_around(

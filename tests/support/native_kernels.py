@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from workers.model.native.binding import Library, Unavailable, load, open_library
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCE = ROOT / "workers" / "model" / "native" / "kernels.cpp"
+_FOLDER = ROOT / "workers" / "model" / "native"
+_SOURCES = [_FOLDER / "kernels.cpp", _FOLDER / "sampler.cpp"]
 _EMULATION = ROOT / "tests" / "support" / "amx_emulation.h"
 _FLAGS = (
     *("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"),
@@ -46,18 +48,20 @@ def library(name: str) -> Library:
 
 
 def _emulated_amx() -> Path:
-    digest = hashlib.sha256(_SOURCE.read_bytes() + _EMULATION.read_bytes()).hexdigest()[:16]
+    read = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), _EMULATION])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     library = ROOT / "var" / "test-kernels" / f"{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         # Another test process may be at the same: the first to finish puts its file in place.
         mine = library.with_suffix(f".{os.getpid()}")
-        compile_shared(_SOURCE, mine, *_FLAGS, "-DHEADRACE_EMULATE_AMX", f"-I{_EMULATION.parent}")
+        flags = (*_FLAGS, "-DHEADRACE_EMULATE_AMX", f"-I{_EMULATION.parent}")
+        compile_shared(_SOURCES, mine, *flags)
         mine.replace(library)
     return library
 
 
-def compile_shared(source: Path, to: Path, *flags: str) -> None:
-    """Compile one C++ file to a shared library."""
+def compile_shared(sources: Sequence[Path], to: Path, *flags: str) -> None:
+    """Compile C++ files to a shared library."""
     compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *flags, str(source), "-o", str(to)], check=True)
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(to)], check=True)

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from common.messages import Sampling, Watermark
+from tests.support.samplers import SAMPLERS, sampler
 from workers.engine.counts import TokenCounts
 from workers.model.processors import SamplingRow, process
-from workers.model.sampler import sample
 from workers.model.watermark import detect, green_lists
 
 VOCAB = 1000
@@ -106,13 +106,14 @@ def test_a_mask_leaves_what_its_bits_allow(num_words: int) -> None:
 
 @pytest.mark.parametrize("restriction", [{"mask": np.zeros(32, np.int32)}, {"banned": (17,)}])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_not_finite_is_not_hidden_by_what_forbids_it(
-    restriction: dict[str, Any], poison: float
+    restriction: dict[str, Any], poison: float, name: str
 ) -> None:
     """Or numbers of a broken generation would pass for sound."""
     scores = scores_of(1)
     scores[0, 17] = poison
-    assert sample(scores, [SamplingRow(sampling(), 0, **restriction)]).finite == [False]
+    assert sampler(name)(scores, [SamplingRow(sampling(), 0, **restriction)]).finite == [False]
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.25, 0.5])
@@ -139,8 +140,9 @@ def test_green_lists_are_a_fixed_function() -> None:
 GREEN = [[1, 4, 6, 11, 16, 24, 28, 38], [0, 5, 6, 8, 9, 10, 11, 12]]
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_watermarked_text_is_detected_and_other_text_is_not(do_sample: bool) -> None:
+def test_watermarked_text_is_detected_and_other_text_is_not(do_sample: bool, name: str) -> None:
     """100 tokens out of random logits: 4 standard deviations, against none."""
     generator = torch.Generator().manual_seed(2)
     texts: dict[float, list[int]] = {0.0: [1], 2.0: [1]}
@@ -149,7 +151,7 @@ def test_watermarked_text_is_detected_and_other_text_is_not(do_sample: bool) -> 
         for delta, text in texts.items():
             asked = sampling(do_sample=do_sample, watermark=Watermark(0.5, delta))
             row = SamplingRow(asked, position, previous=text[-1])
-            text.extend(sample(logits.clone(), [row]).tokens)
+            text.extend(sampler(name)(logits.clone(), [row]).tokens)
     assert detect(texts[2.0], 0.5) > 4.0
     assert abs(detect(texts[0.0], 0.5)) < 3.0
     with pytest.raises(ValueError, match="two tokens"):

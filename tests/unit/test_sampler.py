@@ -1,4 +1,7 @@
-"""Choosing tokens: the same sets as transformers' processors, the right distribution, any batch."""
+"""Choosing tokens: the same sets as transformers' processors, the right distribution, any batch.
+
+All of it in torch, and by the kernels where they run.
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,14 +23,20 @@ from transformers import (
 )
 
 from common.messages import Sampling, Watermark
+from tests.support.samplers import SAMPLERS, sampler
 from workers.engine.counts import TokenCounts
 from workers.model.noise import exponential_noise, noise_key
-from workers.model.sampler import SamplingRow, sample
+from workers.model.sampler import Sampler, SamplingRow
 
 VOCAB = 1000
 
 LARGE_VOCAB = 12_000
 """So many blocks that those with kept tokens are taken out first, or too many for that."""
+
+
+@pytest.fixture(params=SAMPLERS)
+def sample(request: pytest.FixtureRequest) -> Sampler:
+    return sampler(request.param)
 
 
 def row(
@@ -118,7 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("vocab_size", [VOCAB, LARGE_VOCAB])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_kept_tokens_and_logprobs_are_those_of_transformers(
-    case: dict[str, Any], vocab_size: int
+    sample: Sampler, case: dict[str, Any], vocab_size: int
 ) -> None:
     """Drawn often enough: the tokens that the warpers keep, each with its log-probability."""
     logits = random_logits(1, vocab_size)[0]
@@ -136,7 +145,7 @@ def test_kept_tokens_and_logprobs_are_those_of_transformers(
         assert len(set(got.tokens)) == kept
 
 
-def likeliest(logits: torch.Tensor, asked: SamplingRow) -> dict[int, float]:
+def likeliest(sample: Sampler, logits: torch.Tensor, asked: SamplingRow) -> dict[int, float]:
     """All that a row keeps, with log-probabilities, out of the sampler."""
     sampling = msgspec.structs.replace(asked.sampling, top_logprobs=len(logits))
     (top,) = sample(logits[None].clone(), [replace(asked, sampling=sampling)]).tops
@@ -147,7 +156,9 @@ def likeliest(logits: torch.Tensor, asked: SamplingRow) -> dict[int, float]:
 
 @pytest.mark.parametrize("vocab_size", [5, 71, 128, 1000, 12_000])
 @pytest.mark.parametrize("share", [1.0, 0.1])
-def test_the_whole_distribution_is_that_of_transformers(vocab_size: int, share: float) -> None:
+def test_the_whole_distribution_is_that_of_transformers(
+    sample: Sampler, vocab_size: int, share: float
+) -> None:
     """Vocabularies below and above every limit, and with most tokens at -inf."""
     generator = torch.Generator().manual_seed(vocab_size)
     for number, case in enumerate(CASES.values()):
@@ -156,7 +167,7 @@ def test_the_whole_distribution_is_that_of_transformers(vocab_size: int, share: 
         logits[number % vocab_size] = 1.0
         seen = [0, 3, vocab_size - 1]
         expected = warped(logits, row(**case).sampling, seen)
-        got = likeliest(logits, row(0, seen, **case))
+        got = likeliest(sample, logits, row(0, seen, **case))
         ids = expected.isfinite().nonzero()[:, 0]
         assert sorted(got) == ids.tolist()
         torch.testing.assert_close(
@@ -165,17 +176,17 @@ def test_the_whole_distribution_is_that_of_transformers(vocab_size: int, share: 
 
 
 @pytest.mark.parametrize("levels", [1, 2, 40])
-def test_equal_logits_are_kept_or_left_together(levels: int) -> None:
+def test_equal_logits_are_kept_or_left_together(sample: Sampler, levels: int) -> None:
     """Few distinct values, as 16-bit logits have; every end then lies among equals."""
     generator = torch.Generator().manual_seed(levels)
     logits = torch.randint(levels, (3000,), generator=generator) / 8.0
     for case in CASES.values():
-        kept = set(likeliest(logits, row(0, [], **case)))
+        kept = set(likeliest(sample, logits, row(0, [], **case)))
         values = {float(logits[id]) for id in kept}
         assert kept == {id for id in range(3000) if float(logits[id]) in values}
 
 
-def test_the_likeliest_come_first_and_of_equals_the_lower_ids() -> None:
+def test_the_likeliest_come_first_and_of_equals_the_lower_ids(sample: Sampler) -> None:
     logits = torch.zeros(LARGE_VOCAB)
     logits[[9000, 40, 300]] = 2.0
     logits[[11, 10_500]] = 3.0
@@ -188,7 +199,7 @@ def test_the_likeliest_come_first_and_of_equals_the_lower_ids() -> None:
         torch.testing.assert_close(torch.tensor([x for _, x in got.tops[0]]), reference)
 
 
-def test_tops_agree_with_the_choice_and_leave_out_what_is_not_kept() -> None:
+def test_tops_agree_with_the_choice_and_leave_out_what_is_not_kept(sample: Sampler) -> None:
     logits = random_logits(1)
     for position in range(20):
         got = sample(logits.clone(), [row(position, top_k=3, top_logprobs=5)])
@@ -210,7 +221,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", COMBINATIONS.values(), ids=COMBINATIONS.keys())
-def test_frequencies_of_combinations_are_the_probabilities(case: dict[str, Any]) -> None:
+def test_frequencies_of_combinations_are_the_probabilities(
+    sample: Sampler, case: dict[str, Any]
+) -> None:
     """Chi-square against scores computed plainly and warped by transformers, 3,000 draws."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.full((VOCAB,), float("-inf"))
@@ -236,7 +249,7 @@ def test_frequencies_of_combinations_are_the_probabilities(case: dict[str, Any])
     assert statistic < limit
 
 
-def test_frequencies_are_the_probabilities() -> None:
+def test_frequencies_are_the_probabilities(sample: Sampler) -> None:
     """Chi-square over 60 tokens in two blocks of the vocabulary, 40,000 draws."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.full((VOCAB,), float("-inf"))
@@ -255,7 +268,7 @@ def test_frequencies_are_the_probabilities() -> None:
     assert statistic < 104.0, "the 99.97th percentile of chi-square with 59 degrees of freedom"
 
 
-def test_seeds_and_positions_draw_independently() -> None:
+def test_seeds_and_positions_draw_independently(sample: Sampler) -> None:
     """Each alone, uniform over 16 tokens: no seed or position favours one."""
     logits = torch.full((VOCAB,), float("-inf"))
     logits[::64] = 0.0
@@ -271,7 +284,7 @@ def test_seeds_and_positions_draw_independently() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, LARGE_VOCAB])
-def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(sample: Sampler, vocab_size: int) -> None:
     """Alone, in a batch, in another order: the same token and logprob, bit for bit."""
     mixed = [row(3, [1, 2], seed=i, **case) for i, case in enumerate(CASES.values())]
     mixed += [row(3, greedy=True), row(3, [4, 5], greedy=True, repetition_penalty=1.3)]
@@ -304,7 +317,7 @@ def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
     assert backwards.logprobs[::-1] == together.logprobs
 
 
-def test_greedy_takes_the_first_of_the_best_and_ignores_warpers() -> None:
+def test_greedy_takes_the_first_of_the_best_and_ignores_warpers(sample: Sampler) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [300, 301, 950]] = 2.0
     plain = sample(logits.clone(), [row(greedy=True)])
@@ -314,34 +327,13 @@ def test_greedy_takes_the_first_of_the_best_and_ignores_warpers() -> None:
     assert plain.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[0, 300]), abs=1e-5)
 
 
-def test_greedy_sees_the_penalty() -> None:
+def test_greedy_sees_the_penalty(sample: Sampler) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 8] = 2.0, 1.9
     assert sample(logits, [row(seen=[7], greedy=True, repetition_penalty=1.5)]).tokens == [8]
 
 
-def test_statistics_of_rows_are_enough_for_greedy_choices() -> None:
-    """Where a way computes them itself, nothing else is looked at, and nothing else comes out."""
-
-    def row_statistics(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        best = scores.max(-1)
-        return best.indices, best.values, (scores - best.values[:, None]).exp().sum(-1)
-
-    logits = random_logits(4)
-    logits[2, 17] = float("nan")
-    rows = [row(greedy=True) for _ in range(3)]
-    rows.append(row(seen=[int(logits[3].argmax())], greedy=True, repetition_penalty=1.5))
-    expected = sample(logits.clone(), rows)
-    got = sample(logits.clone(), rows, row_statistics)
-    assert got.finite == expected.finite == [True, True, False, True]
-    for i in (0, 1, 3):
-        assert got.tokens[i] == expected.tokens[i]
-        assert got.logprobs[i] == pytest.approx(expected.logprobs[i], abs=1e-5)
-    drawn = [row(i, top_k=20) for i in range(4)]
-    assert sample(logits.clone(), drawn, row_statistics).tokens == sample(logits, drawn).tokens
-
-
-def test_tokens_as_good_as_the_last_one_kept_stay() -> None:
+def test_tokens_as_good_as_the_last_one_kept_stay(sample: Sampler) -> None:
     """bfloat16 has ties; which of them stay must not depend on a sort."""
     logits = torch.full((VOCAB,), -9.0)
     logits[[10, 200, 500]] = 1.0
@@ -350,7 +342,7 @@ def test_tokens_as_good_as_the_last_one_kept_stay() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
-def test_extreme_temperatures_stay_finite(temperature: float) -> None:
+def test_extreme_temperatures_stay_finite(sample: Sampler, temperature: float) -> None:
     logits = random_logits(1)
     best = int(logits.argmax())
     got = sample(logits, [row(temperature=temperature)])
@@ -358,14 +350,16 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     assert (got.tokens == [best]) or temperature > 1
 
 
-def test_top_p_zero_is_the_best_token() -> None:
+def test_top_p_zero_is_the_best_token(sample: Sampler) -> None:
     logits = random_logits(1)
     best = int(logits.argmax())
     assert {sample(logits.clone(), [row(p, top_p=0.0)]).tokens[0] for p in range(20)} == {best}
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_spoil_their_own_row_only(poison: float) -> None:
+def test_numbers_that_are_not_finite_spoil_their_own_row_only(
+    sample: Sampler, poison: float
+) -> None:
     logits = random_logits(3)
     expected = sample(logits.clone(), [row(1), row(1), row(1)])
     logits[1, 17] = poison
@@ -374,16 +368,18 @@ def test_numbers_that_are_not_finite_spoil_their_own_row_only(poison: float) -> 
     assert (got.tokens[0], got.tokens[2]) == (expected.tokens[0], expected.tokens[2])
 
 
-def test_a_row_of_nothing_is_not_finite() -> None:
+def test_a_row_of_nothing_is_not_finite(sample: Sampler) -> None:
     assert sample(torch.full((1, VOCAB), float("-inf")), [row()]).finite == [False]
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_a_row_that_may_choose_nothing_is_told_from_a_broken_one(greedy: bool) -> None:
+@pytest.mark.parametrize("asked", [{"greedy": True}, *CASES.values()])
+def test_a_row_that_may_choose_nothing_is_told_from_a_broken_one(
+    sample: Sampler, asked: dict[str, Any]
+) -> None:
     logits = random_logits(4)
     logits[2, 5] = float("nan")
     nothing = np.zeros(-(-VOCAB // 32), np.int32)
-    plain = row(greedy=greedy)
+    plain = row(**asked)
     rows = [plain, replace(plain, mask=nothing), replace(plain, mask=nothing)]
     rows.append(replace(plain, banned=range(VOCAB)))
     got = sample(logits, rows)
@@ -391,13 +387,13 @@ def test_a_row_that_may_choose_nothing_is_told_from_a_broken_one(greedy: bool) -
     assert got.exhausted == [False, True, False, True]
 
 
-def test_bfloat16_logits_are_taken_as_they_are() -> None:
+def test_bfloat16_logits_are_taken_as_they_are(sample: Sampler) -> None:
     logits = random_logits(2).bfloat16()
     rows = [row(greedy=True), row(4, top_k=10)]
     assert sample(logits.float(), rows) == sample(logits.clone(), rows)
 
 
-def test_noise_is_a_fixed_function() -> None:
+def test_noise_is_a_fixed_function(sample: Sampler) -> None:
     """Written down, so that a change that would break every running generation is seen.
 
     The first number is the published test value of SplitMix64 for the state 0, scaled.

@@ -178,7 +178,7 @@ def _build_slots(
     )
     forward = ready.bind(cache)
     return BatchingEngine(
-        ModelRunner(forward, cache, ready.row_statistics),
+        ModelRunner(forward, cache, ready.sampler),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
         model_version=_model_version(stored, settings.quantize),

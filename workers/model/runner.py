@@ -18,7 +18,7 @@ from workers.engine.port import DeviceLostError, DeviceMemoryError
 from workers.engine.scheduler import Chunk
 from workers.model.adapters import AdapterHost
 from workers.model.attention import Stretch
-from workers.model.sampler import RowStatistics, Samples, SamplingRow, sample
+from workers.model.sampler import Sampler, Samples, SamplingRow, sample
 
 
 class Forward(Protocol):
@@ -63,11 +63,11 @@ class ModelRunner:
         self,
         forward: Forward,
         cache: Cache | None = None,
-        row_statistics: RowStatistics | None = None,
+        sampler: Sampler = sample,
     ) -> None:
         self._forward = forward
         self._cache = cache
-        self._row_statistics = row_statistics
+        self._sampler = sampler
         self._unproven: dict[int, int] = {}
         """Slot -> end of the positions there that no finite logits have vouched for."""
 
@@ -100,7 +100,7 @@ class ModelRunner:
         rows = [row for pair in zip(sampled, masks, strict=True) for row in _sampling_rows(*pair)]
         if not rows:
             return {}
-        samples = sample(logits, rows, self._row_statistics)
+        samples = self._sampler(logits, rows)
         outcomes: dict[int, Outcome] = {}
         first = 0
         for chunk, its_masks in zip(sampled, masks, strict=True):

@@ -27,7 +27,7 @@ from workers.model.noise import exponential_noise, noise_key
 from workers.model.processors import SamplingRow, process
 from workers.model.warpers import BLOCK, Band, HeatedRows, Limits, find_bands, weigh
 
-__all__ = ["RowStatistics", "Samples", "SamplingRow", "sample"]
+__all__ = ["Sampler", "Samples", "SamplingRow", "sample"]
 
 
 _BLOCKS_AT_ONCE = 1024
@@ -48,9 +48,8 @@ class Samples:
     ``finite`` is False here, too."""
 
 
-RowStatistics = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Of each row in float32: where its best stands (the first of equals), the best, and the sum of
-``exp(x - best)``, NaN where anything is NaN or infinite, except for -inf below the best."""
+Sampler = Callable[[torch.Tensor, Sequence[SamplingRow]], Samples]
+""":func:`sample`, or what does the same in another way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +68,11 @@ class _Chosen:
     """``[rows, 1]``: a heated score less this is a log-probability."""
 
 
-def sample(
-    logits: torch.Tensor,
-    rows: Sequence[SamplingRow],
-    row_statistics: RowStatistics | None = None,
-) -> Samples:
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
     """Choose one token per row of ``logits``, ``[rows, vocabulary]`` of any float type.
 
     Rows without ``do_sample`` take the best token (the first of equals); processors apply to them,
-    temperature and the other warpers do not. ``logits`` may be overwritten. ``row_statistics`` is
-    used where it is all that is needed.
+    temperature and the other warpers do not. ``logits`` may be overwritten.
     """
     blocks = _blocks(logits)
     process(blocks.view(len(rows), -1), rows, logits.shape[1])
@@ -86,7 +80,7 @@ def sample(
     drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
     chosen: list[_Chosen] = []
     if greedy:
-        chosen.append(_take_best(blocks, greedy, row_statistics))
+        chosen.append(_take_best(blocks, greedy))
     if drawn:
         chosen.append(_draw(blocks, drawn, [rows[i] for i in drawn]))
     return _samples(chosen, rows)
@@ -101,16 +95,9 @@ def _blocks(logits: torch.Tensor) -> torch.Tensor:
     return scores.contiguous().view(scores.shape[0], -1, BLOCK)
 
 
-def _take_best(
-    blocks: torch.Tensor, numbers: list[int], row_statistics: RowStatistics | None
-) -> _Chosen:
+def _take_best(blocks: torch.Tensor, numbers: list[int]) -> _Chosen:
     index = _index(numbers, len(blocks), blocks.device)
-    if row_statistics is not None:
-        # Of all rows: that takes less time than to copy these.
-        tokens, best, total = (t[index] for t in row_statistics(blocks.flatten(1)))
-        log_total = total.log()[:, None]
-    else:
-        tokens, best, log_total = _most_likely(blocks, index)
+    tokens, best, log_total = _most_likely(blocks, index)
     heated = HeatedRows(blocks, index, best[:, None], torch.ones_like(log_total))
     band = Band.open(len(numbers), blocks.device)
     return _Chosen(numbers, heated, band, tokens, -log_total[:, 0], log_total)

@@ -181,7 +181,12 @@ def find_bands(
         found, is_closed = _look_at_few(rows.of(index), heated_max[index], some, limits.of(index))
         band.put(index, found)
         wide += [early[i] for i in (~is_closed).nonzero()[:, 0].tolist()]
-    for part in [[i] for i in wide] if device.type == "cpu" else [wide] if wide else []:
+    if device.type == "cpu":  # one by one, without those where nothing could be found
+        is_finite = rows.best[:, 0].isfinite().tolist()
+        parts = [[i] for i in wide if is_finite[i]]
+    else:
+        parts = [wide] if wide else []
+    for part in parts:
         index = torch.tensor(part, device=device)
         some = [samplings[i] for i in part]
         band.put(index, _look_at_all(rows.of(index).whole(), some, limits.of(index)))

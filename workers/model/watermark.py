@@ -65,9 +65,19 @@ def add_watermark(
     scores.index_add_(0, torch.tensor(rows, device=scores.device), bias)
 
 
+def green_key(previous: int) -> int:
+    """Where the noise begins that says which tokens are green behind ``previous``."""
+    return noise_key(HASH_KEY, previous)
+
+
+def green_bound(gamma: float) -> int:
+    """Tokens whose 16 bits are below this are green."""
+    return round(gamma * _LANE_VALUES) - _LANE_VALUES // 2
+
+
 def _lanes(previous: Sequence[int], words: torch.Tensor) -> torch.Tensor:
     """``[rows, 4 * words]`` in float32: a signed 16-bit number for each token."""
-    keys = [[noise_key(HASH_KEY, token)] for token in previous]
+    keys = [[green_key(token)] for token in previous]
     return random_bits(torch.tensor(keys, device=words.device), words).view(torch.int16).float()
 
 
@@ -75,6 +85,6 @@ def _are_below(lanes: torch.Tensor, gammas: Sequence[float]) -> torch.Tensor:
     """1 or 0. By arithmetic: for whole numbers it is exact, and ten times faster than to compare
     and convert.
     """
-    bounds = [round(gamma * _LANE_VALUES) - _LANE_VALUES // 2 for gamma in gammas]
+    bounds = [green_bound(gamma) for gamma in gammas]
     bound = torch.tensor(bounds, dtype=torch.float32, device=lanes.device)[:, None]
     return (bound - lanes).clamp_(0.0, 1.0)

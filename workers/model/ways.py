@@ -27,9 +27,10 @@ from workers.model.loader import (
 )
 from workers.model.modules import ModulesForward, pack_modules
 from workers.model.native import binding, step
+from workers.model.native.sampler import NativeSampler
 from workers.model.operations import OperationsForward, swap_modules, unrecognised_module
 from workers.model.runner import Forward
-from workers.model.sampler import RowStatistics
+from workers.model.sampler import Sampler, sample
 
 Bind = Callable[[SlotCache], Forward]
 """What a way becomes: a forward for any cache, on weights that exist once."""
@@ -43,7 +44,7 @@ class TakenModel:
     """A model in the hands of a way."""
 
     bind: Bind
-    row_statistics: RowStatistics | None = None
+    sampler: Sampler = sample
 
 
 class WayRefusedError(Exception):
@@ -56,8 +57,7 @@ class ReadyModel:
 
     way: str
     bind: Bind
-    row_statistics: RowStatistics | None
-    """A faster way to choose greedily, where there is one."""
+    sampler: Sampler
     num_threads: int
     layers: Mapping[int, LayerShape]
     linears: LinearShapes
@@ -106,7 +106,7 @@ def prepare_model(
             return ReadyModel(
                 way,
                 taken.bind,
-                taken.row_statistics,
+                taken.sampler,
                 num_threads,
                 layers,
                 linears,
@@ -144,7 +144,7 @@ def _step(
     engine = binding.Engine(kernels, num_threads, quantize=quantize)
     packed = step.PackedModel(model, engine)
     torch.set_num_threads(1)
-    return TakenModel(partial(step.StepForward, packed), engine.row_statistics)
+    return TakenModel(partial(step.StepForward, packed), NativeSampler(engine))
 
 
 def _operations(
@@ -160,7 +160,7 @@ def _operations(
     engine = binding.Engine(kernels, num_threads, quantize=quantize)
     swap_modules(model, engine)
     torch.set_num_threads(1)
-    return TakenModel(partial(OperationsForward, model, engine), engine.row_statistics)
+    return TakenModel(partial(OperationsForward, model, engine), NativeSampler(engine))
 
 
 def _modules(
@@ -170,20 +170,28 @@ def _modules(
     if model.device.type != "cpu":
         raise WayRefusedError("the device is no processor")
     pack_modules(model)
-    return TakenModel(partial(ModulesForward, model))
+    return TakenModel(partial(ModulesForward, model), _sampler_beside_torch(model))
 
 
 def _plain(
     model: PreTrainedModel, _: Mapping[int, LayerShape], __: int, quantize: bool
 ) -> TakenModel:
     _refuse_to_quantize(quantize)
-    return TakenModel(partial(ModulesForward, model))
+    return TakenModel(partial(ModulesForward, model), _sampler_beside_torch(model))
 
 
 def _refuse_to_quantize(quantize: bool) -> None:
     """Widened in memory for each product, such weights would be slower than others in torch."""
     if quantize:
         raise WayRefusedError("only the native kernels compute with quantized weights")
+
+
+def _sampler_beside_torch(model: PreTrainedModel) -> Sampler:
+    """On one thread, the caller's: two pools would take the cores from each other."""
+    found = binding.load()
+    if model.device.type != "cpu" or isinstance(found, binding.Unavailable):
+        return sample
+    return NativeSampler(binding.Engine(found, 1))
 
 
 def _kernels_for(model: PreTrainedModel) -> binding.Library:

@@ -78,7 +78,10 @@ def open_library(path: Path) -> Library | Unavailable:
     features: int = functions.headrace_features()
     if not features & _AVX512:
         return Unavailable("processor lacks avx512_bf16 or avx512vbmi")
-    _declare(functions)
+    try:
+        _declare(functions)
+    except AttributeError:
+        return Unavailable(f"{path.name} was built from an older source: make native")
     return Library(functions, has_amx=bool(features & _AMX))
 
 
@@ -141,6 +144,33 @@ class ModelPointers(ctypes.Structure):
         ("layers", ctypes.POINTER(LayerPointers)),
         *[(name, ctypes.c_void_p) for name in ("last_norm", "head", "embedding")],
         *[(name, ctypes.c_void_p) for name in ("cosines", "sines")],
+    ]
+
+
+class SamplingRow(ctypes.Structure):
+    """A row of :meth:`Engine.sample`; ``HeadraceSamplingRow`` in sampler.h says what is what. All
+    zeros are a plain greedy row.
+    """
+
+    _fields_ = [
+        *[(name, ctypes.c_uint64) for name in ("seed", "position")],
+        *[(name, ctypes.c_void_p) for name in ("seen_ids", "seen_in_all", "seen_in_answer")],
+        *[(name, ctypes.c_void_p) for name in ("bias_ids", "biases", "banned", "mask")],
+        *[(name, ctypes.c_int32) for name in ("num_seen", "num_biases")],
+        *[(name, ctypes.c_int32) for name in ("num_banned", "num_mask_words")],
+        *[(name, ctypes.c_double) for name in ("repetition", "frequency")],
+        *[(name, ctypes.c_double) for name in ("presence", "relative")],
+        ("watermark_key", ctypes.c_uint64),
+        ("watermark_bound", ctypes.c_int32),
+        ("watermark_delta", ctypes.c_float),
+        *[(name, ctypes.c_int32) for name in ("is_drawn", "top_k")],
+        *[(name, ctypes.c_float) for name in ("temperature", "top_p", "log_min_p", "typical_p")],
+        ("num_tops", ctypes.c_int32),
+        *[(name, ctypes.c_void_p) for name in ("top_ids", "top_logprobs")],
+        ("token", ctypes.c_int64),
+        ("logprob", ctypes.c_float),
+        ("outcome", ctypes.c_int32),
+        ("num_tops_found", ctypes.c_int32),
     ]
 
 
@@ -411,27 +441,22 @@ class Engine:
         )
         return output
 
-    def row_statistics(
-        self, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Per row of float32 ``logits`` ``[rows, vocab]``: where its largest stands (the first of
-        equals), the largest, and the sum of ``exp(x - largest)``: NaN where any is not finite.
+    def sample(self, logits: torch.Tensor, rows: "ctypes.Array[SamplingRow]") -> None:
+        """Choose a token by each of ``logits`` ``[rows, vocab]``, in float32 or bfloat16.
+
+        The choices are written into ``rows``; what these point to must live until then.
         """
-        num_rows, width = logits.shape
-        if logits.dtype != torch.float32 or not logits.is_contiguous():
-            raise ValueError("logits must be contiguous and float32")
-        best = torch.empty(num_rows, dtype=torch.int64)
-        largest, sum_exp = torch.empty(2, num_rows).unbind()
-        self.functions.headrace_row_statistics(
-            self.handle,
-            logits.data_ptr(),
-            num_rows,
-            width,
-            best.data_ptr(),
-            largest.data_ptr(),
-            sum_exp.data_ptr(),
+        num_rows, vocab_size = logits.shape
+        is_bf16 = logits.dtype == torch.bfloat16
+        if not (is_bf16 or logits.dtype == torch.float32) or not logits.is_contiguous():
+            raise ValueError("logits must be contiguous, and float32 or bfloat16")
+        if len(rows) != num_rows:
+            raise ValueError(f"parameters of {len(rows)} rows for logits of {num_rows}")
+        self._check(
+            self.functions.headrace_sample(
+                self.handle, logits.data_ptr(), is_bf16, num_rows, vocab_size, rows
+            )
         )
-        return best, largest, sum_exp
 
     def _check(self, succeeded: int) -> None:
         if not succeeded:
@@ -581,7 +606,10 @@ def _declare(functions: ctypes.CDLL) -> None:
                 pointer,
             ],
         ),
-        "row_statistics": (None, [pointer, pointer, integer, integer, *[pointer] * 3]),
+        "sample": (
+            integer,
+            [pointer, pointer, integer, integer, integer, ctypes.POINTER(SamplingRow)],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(functions, f"headrace_{name}")

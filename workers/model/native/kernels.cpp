@@ -1,6 +1,6 @@
 // The engine's arithmetic on processors with AVX512-bf16, or AMX beside it: matrix products over
 // packed weights, in bf16 or quantized to 8 bits, norms, gated MLPs, attention over the slot cache, a
-// whole step of a Llama-like model.
+// whole step of a Llama-like model. sampler.cpp chooses tokens by what comes out.
 //
 // Plain C ABI at the end of the file; binding.py declares it for Python and checks the processor.
 // Nothing here knows Python or torch. Tensors are bf16 (the upper half of a float32), sums float32.
@@ -28,13 +28,16 @@
 #include <utility>
 #include <vector>
 
+#include "sampler.h"
+#include "vectors.h"
+
 #ifdef HEADRACE_EMULATE_AMX
 #include "amx_emulation.h"  // tests: the tile instructions in software, for machines without them
 #endif
 
 namespace {
 
-using bf16 = uint16_t;
+using namespace headrace;
 
 constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -106,21 +109,11 @@ class Arena {
 };
 
 // ---- 2. vectors of 16 floats -------------------------------------------------------------------
-
-constexpr __mmask16 first_lanes(int count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
+//
+// More of them than vectors.h has, which the sampler needs as well.
 
 constexpr __mmask32 first_halves(int count) {
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
-}
-
-inline __m512 widen(__m256i halves) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-inline __m512 load_bf16(const bf16* from, __mmask16 lanes = 0xffff) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, from));
 }
 
 inline __m256i narrow(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
@@ -138,19 +131,6 @@ inline __m512bh broadcast_pair(const bf16* from) {
   int pair;
   std::memcpy(&pair, from, sizeof pair);
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-}
-
-// exp(x) = 2^n * 2^f with n whole and |f| <= 1/2; relative error below 2e-7. NaN stays NaN.
-inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // a NaN in the second operand is returned
-  x = _mm512_min_ps(_mm512_set1_ps(88.5f), x);
-  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504089f));
-  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(t, n);
-  __m512 p = _mm512_set1_ps(1.5403530e-4f);  // Taylor coefficients of 2^f: ln(2)^k / k!
-  for (float c : {1.33335581e-3f, 9.6181291e-3f, 5.5504109e-2f, 0.240226507f, 0.69314718f, 1.0f})
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
 }
 
 inline __m512 negate(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
@@ -953,39 +933,6 @@ void layer_norm(const bf16* x, const float* weight, const float* bias, int width
   }
 }
 
-// What a greedy choice and its probability need; NaN or infinite logits make the sum NaN.
-struct RowStatistics {
-  int64_t best;     // the first of the largest
-  float max;
-  float sum_exp;    // of exp(x - max)
-};
-
-RowStatistics row_statistics(const float* x, int width) {
-  constexpr int kChunk = 1024;  // where to look for the place of the largest, once it is known
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  float max = -std::numeric_limits<float>::infinity();
-  int chunk_of_max = 0;
-  for (int start = 0; start < width; start += kChunk) {
-    __m512 most = lowest;
-    for (int i = start; i < std::min(width, start + kChunk); i += 16) {
-      const __mmask16 lanes = first_lanes(width - i);
-      most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, lanes, x + i));
-    }
-    const float chunk_max = _mm512_reduce_max_ps(most);
-    if (chunk_max > max) max = chunk_max, chunk_of_max = start;
-  }
-  int64_t best = chunk_of_max;
-  while (best + 1 < width && x[best] != max) best++;
-  __m512 sum = _mm512_setzero_ps();
-  const __m512 largest = _mm512_set1_ps(max);
-  for (int i = 0; i < width; i += 16) {
-    const __mmask16 lanes = first_lanes(width - i);
-    const __m512 shifted = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), largest);
-    sum = _mm512_mask_add_ps(sum, lanes, sum, exp(shifted));
-  }
-  return {best, max, _mm512_reduce_add_ps(sum)};
-}
-
 // ---- 6. attention ------------------------------------------------------------------------------
 //
 // Keys and values of a layer lie as [slot, kv head, position, size]. A step brings stretches:
@@ -1495,6 +1442,22 @@ class Engine {
     });
   }
 
+  // Rows differ in what they cost, so each thread takes the next one when it is done.
+  template <class Logit>
+  void sample(const Logit* logits, int rows, int vocab, HeadraceSamplingRow* asked) {
+    while (static_cast<int>(samplers_.size()) < team.size()) samplers_.emplace_back();
+    for (Sampler& sampler : samplers_) sampler.reserve(vocab);
+    std::atomic<int> next_row{0};
+    const auto take_rows = [&](int thread) {
+      for (int row; (row = next_row.fetch_add(1, std::memory_order_relaxed)) < rows;)
+        samplers_[thread].choose(logits + size_t(row) * vocab, asked[row]);
+    };
+    if (rows == 1 || int64_t{rows} * vocab < kWorthWaking)
+      take_rows(0);
+    else
+      team.run(take_rows);
+  }
+
   SpanScratch& spans(int thread) { return *spans_[thread].data<SpanScratch>(); }
 
   const Weight* keep(std::unique_ptr<Weight> weight) {
@@ -1520,6 +1483,7 @@ class Engine {
 
   std::vector<std::unique_ptr<Weight>> weights_;
   std::vector<Pages> spans_;  // per thread
+  std::vector<Sampler> samplers_;  // per thread, from the first use on
   RowBuffer inputs_, gated_;
 };
 
@@ -2129,14 +2093,15 @@ int headrace_attend(void* engine, const HeadraceAttention* layer, int count, con
   });
 }
 
-// Per row of x [rows, width]: the first of the largest, the largest, and the sum of exp(x - max).
-void headrace_row_statistics(void* engine, const float* x, int rows, int width, int64_t* best,
-                             float* max, float* sum_exp) {
-  static_cast<Engine*>(engine)->for_rows(rows, width, [&](int row) {
-    const RowStatistics found = row_statistics(x + size_t(row) * width, width);
-    best[row] = found.best;
-    max[row] = found.max;
-    sum_exp[row] = found.sum_exp;
+// Chooses a token for each row of logits [rows, vocab], which are bf16 or float and stay as they are.
+int headrace_sample(void* engine, const void* logits, int is_bf16, int rows, int vocab,
+                    HeadraceSamplingRow* asked) {
+  auto& e = *static_cast<Engine*>(engine);
+  return succeeds([&] {
+    if (is_bf16)
+      e.sample(static_cast<const bf16*>(logits), rows, vocab, asked);
+    else
+      e.sample(static_cast<const float*>(logits), rows, vocab, asked);
   });
 }
 
