@@ -28,6 +28,7 @@ from gateway.api import (
     completions,
     health,
     models,
+    openapi,
     pages,
     platforms,
     responses,
@@ -121,6 +122,7 @@ def create_app(
             *streams.routes,
             *models.routes,
             *health.routes,
+            *openapi.routes_for(settings, _version()),
             *pages.routes,
         ],
         middleware=[

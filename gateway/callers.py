@@ -31,7 +31,9 @@ MAX_KNOWN = 10_000
 NOTE_USE_S = 60.0
 """How exactly it is known when a key was last used."""
 
-_OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/docs", "/api-doc/openapi.json"})
+_OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/ready", "/docs", "/openapi.json", "/api-doc/openapi.json"}
+)
 """What says whether this gateway is well, and what there is; TGI asks for no key there either."""
 _PAGE = "/ui"
 _SCOPES_OF_PATHS: dict[str, keys.Scope] = {

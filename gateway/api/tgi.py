@@ -23,6 +23,7 @@ from common.settings import GatewaySettings
 from gateway.answer import answer
 from gateway.api import chat
 from gateway.api.grammars import tgi_grammar
+from gateway.api.shapes import TextToken
 from gateway.bodies import (
     MAX_NEW_TOKENS,
     MAX_PENALTY,
@@ -126,15 +127,6 @@ async def chat_tokenize(request: Request) -> Response:
     return _json(b'{"tokenize_response":%b,"templated_text":%b}' % (listed, templated))
 
 
-class Token(msgspec.Struct):
-    """``start`` and ``stop`` count bytes of UTF-8."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
-
-
 _TOKENS_AT_ONCE = 4096
 """So many are written in 2 ms, which may block the event loop."""
 
@@ -144,7 +136,7 @@ async def _listed(tokens: list[tuple[int, str, int, int]]) -> bytes:
 
     def write(first: int) -> bytes:
         part = tokens[first : first + _TOKENS_AT_ONCE]
-        return msgspec.json.encode([Token(*token) for token in part])[1:-1]
+        return msgspec.json.encode([TextToken(*token) for token in part])[1:-1]
 
     if len(tokens) <= _TOKENS_AT_ONCE:
         return b"[%b]" % write(0)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 
 from common.broker import Broker, connect
 from common.ids import new_process_name
@@ -30,7 +31,11 @@ from tests.support.waiting import wait_until
 class RunningGateway:
     url: str
     client: httpx.AsyncClient
-    services: Services
+    app: Starlette
+
+    @property
+    def services(self) -> Services:
+        return self.app.state.services
 
     @property
     def name(self) -> str:
@@ -75,9 +80,8 @@ async def running_gateway(
         inbox=Broker(connect(redis_url, blocking=True), model.name),
     )
     app = create_app(chosen, name=new_process_name("gateway"), brokers=brokers, model=model)
-    services: Services = app.state.services
     async with _served(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
-        yield RunningGateway(url, client, services)
+        yield RunningGateway(url, client, app)
         # What still streams is cut off, as by a client that leaves.
     for broker in (brokers.commands, brokers.ordered, brokers.inbox):
         await broker.close()

@@ -1,0 +1,347 @@
+"""The shapes of what this server answers, as the OpenAPI document tells them.
+
+Answers are not built from these types: streams are made by joining bytes. Tests hold every answer
+to its shape, so that the document stays true.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class Timings(msgspec.Struct):
+    """How it went, in seconds by one clock. All but ``finish_reason`` are there once it ended."""
+
+    finish_reason: str
+    queue_time: float | UnsetType = UNSET
+    time_to_first_token: float | UnsetType | None = UNSET
+    generation_time: float | UnsetType = UNSET
+    tokens_per_second: float | UnsetType = UNSET
+    model_version: str | UnsetType = UNSET
+    attempts: int | UnsetType = UNSET
+
+
+# TGI ---------------------------------------------------------------------------------------------
+
+TgiReason = Literal["eos_token", "stop_sequence", "length", "cancelled"]
+
+
+class GeneratedToken(msgspec.Struct):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class PrefillToken(msgspec.Struct):
+    """The first token of a prompt has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class Sequence(msgspec.Struct):
+    """``seed`` is null for a greedy answer; ``prefill`` is empty unless asked for."""
+
+    finish_reason: TgiReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[GeneratedToken]
+
+
+class BestOfSequence(Sequence):
+    generated_text: str
+    top_tokens: list[list[GeneratedToken]] | UnsetType = UNSET
+
+
+class Details(Sequence):
+    best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
+    top_tokens: list[list[GeneratedToken]] | UnsetType = UNSET
+
+
+class GenerateAnswer(msgspec.Struct):
+    generated_text: str
+    headrace: Timings
+    details: Details | UnsetType = UNSET
+
+
+class StreamDetails(msgspec.Struct):
+    finish_reason: TgiReason
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamEvent(msgspec.Struct):
+    """One event of a native stream; text and details come with the last one."""
+
+    index: int
+    token: GeneratedToken
+    generated_text: str | None
+    details: StreamDetails | None
+    top_tokens: list[GeneratedToken] | UnsetType = UNSET
+    headrace: Timings | UnsetType = UNSET
+
+
+class Predictions(msgspec.Struct):
+    predictions: list[str]
+
+
+class TextToken(msgspec.Struct):
+    """``start`` and ``stop`` count bytes of UTF-8."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ChatTokens(msgspec.Struct):
+    tokenize_response: list[TextToken]
+    templated_text: str
+
+
+class Info(msgspec.Struct):
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    model_version: str
+    model_dtype: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int
+    max_total_tokens: int
+    validation_workers: int
+    max_top_n_tokens: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+
+class TgiError(msgspec.Struct):
+    """``code`` is one of a closed list, and is never renamed."""
+
+    error: str
+    error_type: str
+    code: str
+
+
+# OpenAI ------------------------------------------------------------------------------------------
+
+OpenAiReason = Literal["stop", "length", "tool_calls"]
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class NamedToken(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(NamedToken):
+    top_logprobs: list[NamedToken]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ChatToken]
+    refusal: None
+
+
+class AssistantMessage(msgspec.Struct):
+    role: Literal["assistant"]
+    content: str | None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: OpenAiReason
+    headrace: Timings | UnsetType = UNSET
+
+
+class _Answer(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+
+
+class ChatCompletion(_Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+    headrace: Timings | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
+
+
+class Delta(msgspec.Struct):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: OpenAiReason | None
+
+
+class ChatCompletionChunk(_Answer):
+    """``usage`` is there where ``stream_options`` ask for it: null in all chunks but the last."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    headrace: Timings | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
+
+
+class CompletionLogprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: OpenAiReason
+    headrace: Timings | UnsetType = UNSET
+
+
+class TextCompletion(_Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+    headrace: Timings | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
+
+
+class CompletionChunkChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: OpenAiReason | None
+
+
+class TextCompletionChunk(_Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    headrace: Timings | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
+
+
+class ResponseUsage(msgspec.Struct):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class ResponseObject(msgspec.Struct):
+    """Beside these it repeats the parameters of its request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, str] | None
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage | None
+    completed_at: int | None
+    headrace: Timings | UnsetType = UNSET
+
+
+class ResponseEvent(msgspec.Struct):
+    """``sequence_number`` counts from 0; what else an event holds depends on its type."""
+
+    type: str
+    sequence_number: int
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class InputItems(msgspec.Struct):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Model(msgspec.Struct):
+    """An adapter is a model that has a ``parent``."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    model_version: str
+    max_model_len: int
+    adapter_version: str | UnsetType = UNSET
+    parent: str | UnsetType = UNSET
+
+
+class Models(msgspec.Struct):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ErrorDetail(msgspec.Struct):
+    """``param`` names the field that is wrong, where it is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    http_status_code: int
+
+
+class OpenAiError(msgspec.Struct):
+    """``error_type`` is TGI's word for it."""
+
+    error: ErrorDetail
+    error_type: str
+
+
+# Our own -----------------------------------------------------------------------------------------
+
+
+class CancelledStream(msgspec.Struct):
+    id: str
+    object: Literal["stream"]
+    state: str
+
+
+class Ready(msgspec.Struct):
+    ready: bool
+    workers: int
+    model_version: str
+
+
+class NotReady(msgspec.Struct):
+    ready: bool
+    reason: str
+    error: str
+    error_type: str
