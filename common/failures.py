@@ -237,8 +237,8 @@ KINDS: dict[str, FailureKind] = {
         ),
         _kind(
             "IDEMPOTENCY_CONFLICT",
-            409,
-            "conflict",
+            422,
+            _INVALID,
             "validation",
             False,
             Actor.CALLER,

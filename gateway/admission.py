@@ -11,17 +11,18 @@ import math
 import random
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 
-from common.broker import Admission, Admitted, Broker, Presentation
+from common.broker import Admission, Admitted, Attachment, Broker, Presentation
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import generation_id
 from common.messages import GenerationSpec
 from common.settings import GatewaySettings
 from gateway.callers import Caller
+from gateway.idempotency import Idempotency
 from gateway.order import DETAILS, ECHO, Order
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
@@ -46,15 +47,16 @@ class Manner:
         return "cancel" if self.grace_s == 0 else f"{self.grace_s:g}"
 
 
-def manner_of(headers: Headers, *, stream: bool, settings: GatewaySettings) -> Manner:
-    """Read ``x-headrace-disconnect``. By default a stream has some seconds to come back, and an
-    answer that is not streamed is cancelled at once: nobody can take it up again half-way.
+def manner_of(headers: Headers, *, resumable: bool, settings: GatewaySettings) -> Manner:
+    """Read ``x-headrace-disconnect``. By default what is ``resumable``, a stream or an answer with
+    an idempotency key, leaves its client some seconds to come back. Any other answer is cancelled
+    at once: nobody can take it up again half-way.
 
     Raises: Failure BAD_REQUEST.
     """
     text = headers.get("x-headrace-disconnect")
     if text is None:
-        return Manner(settings.disconnect_grace_s if stream else 0.0)
+        return Manner(settings.disconnect_grace_s if resumable else 0.0)
     if text in ("cancel", "continue"):
         return Manner(0.0 if text == "cancel" else None)
     try:
@@ -82,6 +84,13 @@ class Ticket:
     streams: list[Stream]
     admitted: Admitted
     presentation: Presentation
+    retention_s: int
+    """How long the answer is kept once it has ended."""
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it was admitted before, under the same idempotency key."""
+        return self.admitted.existing
 
 
 class Admissions:
@@ -105,19 +114,24 @@ class Admissions:
         manner: Manner,
         trace: str,
         first_choice: int = 0,
+        idempotency: Idempotency | None = None,
     ) -> Ticket:
         """Queue ``order`` of ``caller`` under ``request_id`` and follow it.
 
         ``first_choice`` counts the choices of orders that are answered together with this one.
+        What came before under the key of ``idempotency`` is followed from its beginning instead.
 
         Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
-            BROKER_FULL.
+            BROKER_FULL, IDEMPOTENCY_CONFLICT, STREAM_EXPIRED.
         """
         admission = self._admission(caller, request_id, order, manner, trace)
-        streams = [
-            self._relay.open(generation_id(request_id, i), caller.tenant, choice=first_choice + i)
-            for i in range(order.num_choices)
-        ]
+        if idempotency is not None:
+            admission = replace(
+                admission,
+                idempotency_key=idempotency.key_of(first_choice),
+                fingerprint=idempotency.fingerprint,
+            )
+        streams = self._open(request_id, caller.tenant, order.num_choices, first_choice)
         self._recent.keep(admission)
         try:
             admitted = await self._submit(admission)
@@ -126,11 +140,50 @@ class Admissions:
             for stream in streams:
                 self._relay.close(stream, was_subscribed=False)
             raise
-        return Ticket(streams, admitted, admission.presentation)
+        if admitted.request_id == request_id:
+            admitted = replace(admitted, existing=False)  # an answer of Redis was lost, at most
+            return Ticket(streams, admitted, admission.presentation, admission.retention_ms // 1000)
+        self._recent.forget(request_id)
+        for stream in streams:
+            self._relay.close(stream, was_subscribed=False)
+        return await self._follow(admitted, caller.tenant, order.num_choices, first_choice)
+
+    def _open(
+        self, request_id: str, tenant: str, num_choices: int, first_choice: int
+    ) -> list[Stream]:
+        return [
+            self._relay.open(generation_id(request_id, i), tenant, choice=first_choice + i)
+            for i in range(num_choices)
+        ]
+
+    async def _follow(
+        self, admitted: Admitted, tenant: str, num_choices: int, first_choice: int
+    ) -> Ticket:
+        """Read what was admitted before, whether it runs or has ended."""
+        streams = self._open(admitted.request_id, tenant, num_choices, first_choice)
+        try:
+            attachments = [await self._attach(stream) for stream in streams]
+        except BaseException:
+            for stream in streams:
+                self._relay.close(stream)
+            raise
+        first = attachments[0]
+        version = first.model_version or admitted.model_version
+        admitted = replace(admitted, model_version=version)
+        return Ticket(streams, admitted, first.presentation, first.retention_ms // 1000)
+
+    async def _attach(self, stream: Stream) -> Attachment:
+        attachment = await self._relay.attach(stream)
+        if attachment is None:
+            raise Failure("STREAM_EXPIRED")  # just now: key and stream expire together
+        return attachment
 
     def withdraw(self, ticket: Ticket) -> None:
         """Take back what was admitted, whatever its client's manner: its answer will not be."""
         for stream in ticket.streams:
+            if ticket.is_replayed:
+                self._relay.close(stream)
+                continue
             self._recent.forget(ticket.admitted.request_id)
             self._relay.close(stream, was_subscribed=False)
             self._relay.cancel_soon(stream.id, stream.tenant)

@@ -18,6 +18,7 @@ from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
+from gateway.idempotency import Idempotency, idempotency_of
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
 from gateway.responses import ResponseFrames, keep_document, nothing, response_object
@@ -44,16 +45,19 @@ async def answer(request: Request, *orders: Order) -> Response:
     orders = tuple(permitted(caller, order, services.model.name) for order in orders)
     _check_room(services, orders)
     order = orders[0]
-    manner = _manner(services, request, order)
     tells_place = wants_queue_events(request)
-    admitted = await _admit_all(services, request, orders, manner)
+    idempotency = await idempotency_of(request)
+    manner = _manner(services, request, order, resumable=order.stream or idempotency is not None)
+    admitted = await _admit_all(services, request, orders, manner, idempotency)
     account = _open_account(services, request, manner, admitted)
     subject = admitted[0].subject
     headers = {
         "x-headrace-stream-id": ", ".join(one.subject.request_id for one in admitted),
         "x-model-version": subject.model_version,
-        "x-stream-retention-seconds": str(int(retention_s(order, services.settings))),
+        "x-stream-retention-seconds": str(admitted[0].ticket.retention_s),
     }
+    if all(one.ticket.is_replayed for one in admitted):
+        headers["idempotent-replayed"] = "true"
     if order.document is not None and order.document.is_background and not order.stream:
         return _promise(services, admitted[0], account, headers)
     if not order.stream:
@@ -77,11 +81,11 @@ def _check_room(services: Services, orders: Sequence[Order]) -> None:
         raise Failure("QUEUE_FULL", "Model is overloaded: too many requests are open here")
 
 
-def _manner(services: Services, request: Request, order: Order) -> Manner:
+def _manner(services: Services, request: Request, order: Order, *, resumable: bool) -> Manner:
     """Nobody need wait for what runs in the background."""
     if order.document is not None and order.document.is_background:
         return Manner(None)
-    return manner_of(request.headers, stream=order.stream, settings=services.settings)
+    return manner_of(request.headers, resumable=resumable, settings=services.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +96,31 @@ class _Admitted:
 
 
 async def _admit_all(
-    services: Services, request: Request, orders: Sequence[Order], manner: Manner
+    services: Services,
+    request: Request,
+    orders: Sequence[Order],
+    manner: Manner,
+    idempotency: Idempotency | None,
 ) -> list[_Admitted]:
     """Admit all orders or none."""
     admitted: list[_Admitted] = []
     num_choices = 0
     try:
         for order in orders:
-            request_id = new_request_id()
             ticket = await services.admissions.admit(
-                caller_of(request), request_id, order, manner, trace_of(request), num_choices
+                caller_of(request),
+                new_request_id(),
+                order,
+                manner,
+                trace_of(request),
+                num_choices,
+                idempotency,
             )
-            subject = _subject(services, request_id, order, ticket)
+            subject = _subject(services, order, ticket)
             admitted.append(_Admitted(order, ticket, subject))
-            if subject.document is not None:
+            if subject.document is not None and not ticket.is_replayed:
                 kept_s = retention_s(order, services.settings)
-                await keep_document(services, request_id, subject.document, kept_s)
+                await keep_document(services, subject.request_id, subject.document, kept_s)
             num_choices += order.num_choices
     except BaseException:
         for one in admitted:
@@ -217,9 +230,9 @@ def _replies(admitted: Sequence[_Admitted], wholes: Sequence[Completion]) -> lis
     ]
 
 
-def _subject(services: Services, request_id: str, order: Order, ticket: Ticket) -> Subject:
+def _subject(services: Services, order: Order, ticket: Ticket) -> Subject:
     return Subject(
-        request_id=request_id,
+        request_id=ticket.admitted.request_id,
         model=services.model.name,
         model_version=ticket.admitted.model_version or services.model.version,
         presentation=ticket.presentation,
@@ -236,7 +249,8 @@ def _open_account(
 ) -> Account:
     first = admitted[0]
     num_choices = sum(one.order.num_choices for one in admitted)
-    several = {"choices": num_choices} if num_choices > 1 else {}
+    several: dict[str, int | bool] = {"choices": num_choices} if num_choices > 1 else {}
+    replayed = {"replayed": True} if first.ticket.is_replayed else {}
     return Account(
         services.metrics,
         first.order.api,
@@ -250,6 +264,7 @@ def _open_account(
         max_new_tokens=first.order.sampling.max_new_tokens,
         do_sample=first.order.sampling.do_sample,
         **several,
+        **replayed,
     )
 
 

@@ -53,6 +53,7 @@ _SHARED_HEADERS = [
     "x-headrace-stream-id",
     "x-model-version",
     "x-stream-retention-seconds",
+    "idempotent-replayed",
     "x-should-retry",
     "retry-after",
     "retry-after-ms",
@@ -64,6 +65,7 @@ _TAKEN_HEADERS = [
     "x-request-id",
     "x-headrace-disconnect",
     "x-stream-events",
+    "idempotency-key",
 ]
 _APIS = {
     "/": "tgi",

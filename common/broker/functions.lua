@@ -13,7 +13,7 @@
 --   spec:<request>      hash    prompt and parameters {body, left}      as gen; gone when the last choice ended
 --   log:<id>            stream  token log, ids <end>-0 and <end>-1      run limit + retention; retention at close
 --   doc:<request>       string  what a response says beside its tokens  as gen
---   idem:<tenant>:<key> string  fingerprint and request                 as gen
+--   idem:<tenant>:<key> string  fingerprint and request                 as gen; gone when cancelled
 --   lane:<lane>         zset    fresh waiting generations by tag        1 day
 --   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms  1 day
 --   due                 zset    id -> next moment to look at it         1 day
@@ -218,6 +218,21 @@ local function refund_tag(P, g)
     number(math.max(floor, tonumber(tags[1]) - math.floor(unused * TAG_SCALE / g.weight))))
 end
 
+-- The idempotency key of a request that ended. What failed for a while and showed nothing, or was
+-- cancelled, for want of a reader too, is made anew under the same key; all else is answered from
+-- the log. While choices are left they live under the key.
+local function settle_key(P, id, g, reason, code, is_last)
+  if g.idem == '' then return end
+  local idem, request = P .. 'idem:' .. g.tenant .. ':' .. g.idem, request_of(id)
+  local known = redis.call('GET', idem)
+  if not known or string.match(known, ' (.*)$') ~= request then return end   -- freed, and used again
+  if reason == 'cancelled' or (is_last and RETRYABLE[code] and g.next == 0) then
+    redis.call('DEL', idem)
+  elseif is_last then
+    redis.call('PEXPIRE', idem, g.retention)
+  end
+end
+
 -- Q or R -> T, with the one terminal entry. `record` is given by publish together with the last
 -- tokens (g.next and g.chain then already stand behind them); everybody else ends without tokens.
 local function close(P, id, g, now, outbox, reason, code, message, record)
@@ -241,10 +256,7 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
     'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '')
   keep(P .. 'ended')
-  if g.idem ~= '' and is_last then   -- until then the other choices live under the key
-    local idem = P .. 'idem:' .. g.tenant .. ':' .. g.idem
-    if RETRYABLE[code] and g.next == 0 then redis.call('DEL', idem) else redis.call('PEXPIRE', idem, g.retention) end
-  end
+  settle_key(P, id, g, reason, code, is_last)
   g.st = 'T'
 end
 
@@ -660,6 +672,7 @@ local function forget(keys, args)
     close(P, id, g, now, outbox, 'cancelled', '')
     deliver(P, outbox)
   end
+  settle_key(P, id, g, 'cancelled', '', true)   -- nothing is left to be answered with
   redis.call('UNLINK', P .. 'gen:' .. id, P .. 'log:' .. id, P .. 'doc:' .. request_of(id))
   return { 'forgotten', '' }
 end

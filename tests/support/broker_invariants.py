@@ -193,8 +193,9 @@ def _check_times_to_live(snapshot: Snapshot) -> None:
         needed = [f"gen:{generation_id}", f"spec:{request_of(generation_id)}"]
         if int(generation["next"]):
             needed.append(f"log:{generation_id}")
-        if generation["idem"]:
-            needed.append(f"idem:{generation['tenant']}:{generation['idem']}")
+        key = f"idem:{generation['tenant']}:{generation['idem']}"
+        if snapshot.strings.get(key, "").endswith(f" {request_of(generation_id)}"):
+            needed.append(key)
         for key in needed:
             ends_at = snapshot.now_ms + snapshot.ttl_ms.get(key, 0)
             assert ends_at >= limit_of(generation), f"{key} expires under a living generation"

@@ -269,9 +269,12 @@ class Reference:
         siblings = [
             it for it in self.generations.values() if request_of(it.id) == request_of(expected.id)
         ]
-        if code in _RETRYABLE and not expected.tokens and all(it.state == "T" for it in siblings):
-            admission = expected.admission
-            self.idempotent.pop((admission.tenant, admission.idempotency_key), None)
+        is_last = all(it.state == "T" for it in siblings)
+        is_void = code in _RETRYABLE and not expected.tokens and is_last
+        key = (expected.admission.tenant, expected.admission.idempotency_key)
+        _, holder = self.idempotent.get(key, ("", ""))
+        if holder == request_of(expected.id) and (is_void or reason == "cancelled"):
+            del self.idempotent[key]
 
     # Comparison ----------------------------------------------------------------------------------
 
