@@ -5,6 +5,7 @@ in a thread of this one, without the GIL. Neither the event loop nor the engine'
 """
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from threading import Lock
+from threading import Lock, get_native_id
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
+_NICENESS = 10
+"""Of trials and of compiling: a tenth of what a step gets, where both want the same processor."""
 _NUM_TRIALS = 2
 """Trials at a time. One that takes all its time must not hold up those behind it."""
 _WALL_TIMES = 5
-"""Times its processor time that a trial may take: it has the lowest priority on a busy machine."""
+"""Times its processor time that a trial may take: on a busy machine it gets what is left."""
 _MAX_REMEMBERED = 128
 """Trials whose outcome is kept, refusals too; each as large as its source, about."""
 
@@ -68,7 +71,7 @@ class Grammars:
         self._lock = Lock()
         """Around the two above, for the threads of trials."""
         self._trial_threads = ThreadPoolExecutor(_NUM_TRIALS, "grammar-trial")
-        self._compile_thread = ThreadPoolExecutor(1, "grammar")
+        self._compile_thread = ThreadPoolExecutor(1, "grammar", _be_nice)
         self._vocabulary: Vocabulary | None = None
 
     async def matcher(self, grammar: Grammar) -> Matcher:
@@ -78,7 +81,8 @@ class Grammars:
         the limited states of its lexer, so what one generation may do would hang on the others.
 
         Raises:
-            Failure: GRAMMAR_REJECTED, with the reason; others, where it could not be tried.
+            Failure: GRAMMAR_REJECTED, with the reason; DRAINING, once this is closed; others, where
+                it could not be tried.
         """
         num_bytes = len(grammar.value.encode())
         if num_bytes > self._max_bytes:
@@ -86,6 +90,7 @@ class Grammars:
         definition = await asyncio.shield(self._trial_of(grammar))
         if isinstance(definition, Failure):
             raise definition
+        self._check_open()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._compile_thread, self._compile, definition)
 
@@ -118,11 +123,17 @@ class Grammars:
         """Its definition for llguidance, or why it is refused."""
         loop = asyncio.get_running_loop()
         try:
+            self._check_open()
             return await loop.run_in_executor(self._trial_threads, self._run_trial, grammar)
         except Failure as failure:
             if failure.code != "GRAMMAR_REJECTED":  # not its own fault: the next may try again
                 self._trials.pop(grammar, None)
             return failure
+
+    def _check_open(self) -> None:
+        """Raises Failure DRAINING: closed threads take nothing any more."""
+        if self._is_closed:
+            raise Failure("DRAINING")
 
     # On threads of their own ---------------------------------------------------------------------
 
@@ -156,8 +167,7 @@ class Grammars:
 
     def _start(self, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
         with self._lock:
-            if self._is_closed:
-                raise Failure("DRAINING")
+            self._check_open()
             process = subprocess.Popen(  # noqa: S603 - our own module
                 command,
                 stdin=subprocess.PIPE,
@@ -165,6 +175,7 @@ class Grammars:
                 stderr=subprocess.DEVNULL,
             )
             self._processes.add(process)
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)  # from its first import on
         return process
 
     def _failure_of(self, returncode: int) -> Failure:
@@ -207,6 +218,12 @@ def build_grammars(settings: WorkerSettings, *, vocab_size: int) -> Grammars:
         with suppress(GrammarError):  # each request for one will be told
             grammars.warm_up()
     return grammars
+
+
+def _be_nice() -> None:
+    """The compiling thread; elsewhere than on Linux a thread has no priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
 
 
 def _rejected(reason: str) -> Failure:

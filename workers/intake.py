@@ -279,7 +279,8 @@ class Intake:
             if request.adapter:
                 await self._adapters.hold(request.adapter)
         except Failure as failure:
-            self._reject(attempt, failure)
+            if failure.code != "DRAINING":  # it is this worker that ends: another goes on
+                self._reject(attempt, failure)
             return
         if self._ledger.is_running(attempt):
             self._engine.submit(replace(request, matcher=matcher))

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +158,35 @@ async def test_a_worker_that_stops_ends_its_trials(make: Callable[..., Grammars]
     with pytest.raises((Failure, asyncio.CancelledError)):
         await bomb
     assert await asyncio.to_thread(process.wait, 10) < 0
+
+
+async def test_a_trial_that_takes_long_leaves_the_processors_to_others(
+    make: Callable[..., Grammars],
+) -> None:
+    """The thread that compiles comes last of all on the machine; until then the trial was nice."""
+    grammars = make(compile_s=60)
+    bomb = asyncio.create_task(grammars.matcher(MANY_PATTERNS))
+    await wait_until(lambda: len(grammars._processes) == 1)
+    [process] = grammars._processes
+    threads = Path(f"/proc/{process.pid}/task")
+    await wait_until(
+        lambda: any(os.sched_getscheduler(int(t.name)) == os.SCHED_IDLE for t in threads.iterdir())
+    )
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    grammars.close()
+    with pytest.raises((Failure, asyncio.CancelledError)):
+        await bomb
+
+
+async def test_a_worker_that_stopped_refuses_no_grammar(grammars: Grammars) -> None:
+    """Neither a new one nor one that it knows: whoever goes on with their generations tells."""
+    known = Grammar("regex", "ab")
+    await grammars.matcher(known)
+    grammars.close()
+    for grammar in (known, Grammar("regex", "ba")):
+        with pytest.raises(Failure) as caught:
+            await grammars.matcher(grammar)
+        assert caught.value.code == "DRAINING"
 
 
 def num_trials(grammars: Grammars) -> int:

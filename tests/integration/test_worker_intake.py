@@ -376,10 +376,15 @@ async def test_who_leaves_while_a_grammar_compiles_never_reaches_the_engine(
     assert [request.id for request in parts.engine.submitted] == [engine_id(parts, other)]
 
 
+@pytest.mark.parametrize("is_closed_first", [False, True])
 async def test_a_worker_that_leaves_hands_over_what_waits_for_its_grammar(
-    waiting: Waiting, broker: Broker, blocking_broker: Broker
+    waiting: Waiting, broker: Broker, blocking_broker: Broker, is_closed_first: bool
 ) -> None:
+    """Also when what compiles grammars has ended before: that says nothing of the grammar."""
     parts = waiting.parts
+    if is_closed_first:
+        waiting.matcher.set_exception(Failure("DRAINING"))
+        await wait_until(lambda: not parts.intake._reading)
     await parts.intake.stop_reading()
     await parts.publisher.release(parts.ledger.running(), event="generation.released")
     assert parts.engine.submitted == []
