@@ -25,7 +25,7 @@ _REGEX_SIGNS = frozenset(r"\.+*?()|[]{}^$")
 def tgi_grammar(field: str, asked: Any) -> Grammar | None:
     """TGI's ``{"type": "json" | "json_schema" | "regex", "value": …}``, and ``ebnf`` likewise.
 
-    Raises: Failure BAD_REQUEST.
+    Raises: Failure BAD_REQUEST, also for a schema without properties, as TGI has it.
     """
     if asked is None:
         return None
@@ -37,7 +37,11 @@ def tgi_grammar(field: str, asked: Any) -> Grammar | None:
     value = asked["value"]
     if kind == "json_schema":
         value = _member(f"{field}.value", value, "schema")
-    return _grammar(f"{field}.value", _TGI_KINDS[kind], value)
+    grammar = _grammar(f"{field}.value", _TGI_KINDS[kind], value)
+    if grammar.kind == "json_schema" and "properties" not in msgspec.json.decode(grammar.value):
+        reason = "grammar is not valid: Grammar must have a 'properties' field"
+        raise _invalid(f"{field}.value", reason)
+    return grammar
 
 
 _TGI_KINDS = {

@@ -2,9 +2,8 @@
 
 Field names, null rules, the order of the validation rules and their messages are
 those of TGI 3.3. Where we differ on purpose: refusals are real status codes before the stream
-begins, ``max_new_tokens`` is exact, a stop sequence may end inside a token, an unknown adapter is
-refused, and a JSON grammar may be any schema, not only one with properties. Beside TGI's own, the
-parameters are taken that its users asked for and did not get.
+begins, ``max_new_tokens`` is exact, a stop sequence may end inside a token, and an unknown adapter
+is refused. Beside TGI's own, the parameters are taken that its users asked for and did not get.
 """
 
 import asyncio
