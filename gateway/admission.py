@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 
-from common.broker import Admission, Admitted, Attachment, Broker, Presentation
+from common.broker import Admission, Admitted, Attachment, Broker, Presentation, Quota
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import generation_id
+from common.keys import NO_LIMITS
 from common.messages import GenerationSpec
 from common.settings import GatewaySettings
 from gateway.callers import Caller
@@ -122,9 +123,9 @@ class Admissions:
         What came before under the key of ``idempotency`` is followed from its beginning instead.
 
         Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
-            BROKER_FULL, IDEMPOTENCY_CONFLICT, STREAM_EXPIRED.
+            BROKER_FULL, IDEMPOTENCY_CONFLICT, STREAM_EXPIRED, RATE_LIMITED, QUOTA_EXHAUSTED.
         """
-        admission = self._admission(caller, request_id, order, manner, trace)
+        admission = self._admission(caller, request_id, order, manner, trace, first_choice)
         if idempotency is not None:
             admission = replace(
                 admission,
@@ -204,7 +205,13 @@ class Admissions:
             await asyncio.sleep(random.uniform(0.05, 0.3))
 
     def _admission(
-        self, caller: Caller, request_id: str, order: Order, manner: Manner, trace: str
+        self,
+        caller: Caller,
+        request_id: str,
+        order: Order,
+        manner: Manner,
+        trace: str,
+        first_choice: int,
     ) -> Admission:
         settings = self._settings
         shows_seed = order.flags & DETAILS and order.sampling.do_sample
@@ -239,7 +246,15 @@ class Admissions:
             retention_ms=int(retention_s(order, settings) * 1000),
             lane_cap_tokens=settings.lane_cap_tokens,
             lane_cap_bytes=settings.lane_cap_bytes,
+            quota=_quota(caller, is_first=first_choice == 0),
         )
+
+
+def _quota(caller: Caller, *, is_first: bool) -> Quota | None:
+    """Several prompts in one body are one request, and as many open ones."""
+    if caller.limits == NO_LIMITS:
+        return None
+    return Quota(caller.key_id, caller.limits, num_requests=int(is_first))
 
 
 def pack_tokens(tokens: list[int]) -> bytes:

@@ -16,7 +16,7 @@ from gateway.admission import Manner, Ticket, manner_of, retention_s
 from gateway.callers import caller_of, permitted
 from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
-from gateway.errors import failure_response, status_of, wire_of
+from gateway.errors import failure_response, rate_limit_headers, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.idempotency import Idempotency, idempotency_of
 from gateway.middleware import arrival_of, trace_of
@@ -56,6 +56,7 @@ async def answer(request: Request, *orders: Order) -> Response:
         "x-model-version": subject.model_version,
         "x-stream-retention-seconds": str(admitted[0].ticket.retention_s),
     }
+    headers |= rate_limit_headers(admitted[-1].ticket.admitted.quota)
     if all(one.ticket.is_replayed for one in admitted):
         headers["idempotent-replayed"] = "true"
     if order.document is not None and order.document.is_background and not order.stream:

@@ -57,6 +57,11 @@ _SHARED_HEADERS = [
     "x-should-retry",
     "retry-after",
     "retry-after-ms",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
 ]
 _TAKEN_HEADERS = [
     "authorization",

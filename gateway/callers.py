@@ -9,6 +9,7 @@ import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+import msgspec
 import structlog
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -80,9 +81,13 @@ def permitted(caller: Caller, order: Order, model: str) -> Order:
     asked = order.adapter.partition("@")[0] or model
     if not caller.may_use(asked):
         raise Failure("MODEL_NOT_ALLOWED", f"This API key is not for {asked}", field="model")
-    if LANES.index(order.lane) < LANES.index(caller.best_lane):
-        return replace(order, lane=caller.best_lane)
-    return order
+    if LANES.index(order.lane) >= LANES.index(caller.best_lane):
+        return order
+    document = order.document
+    if document is not None:
+        echo = document.echo | {"service_tier": caller.best_lane}
+        document = msgspec.structs.replace(document, echo=echo)
+    return replace(order, lane=caller.best_lane, document=document)
 
 
 class Callers:

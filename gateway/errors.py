@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from starlette.responses import Response
 
+from common.broker import LimitReached, QuotaState
 from common.failures import Failure
 
 Wire = Literal["tgi", "openai"]
@@ -75,6 +76,30 @@ def retry_headers(failure: Failure) -> dict[str, str]:
     return headers
 
 
+def rate_limit_headers(quota: QuotaState | None) -> dict[str, str]:
+    """OpenAI's ``x-ratelimit-*``, for the limits per minute that there are."""
+    if quota is None:
+        return {}
+    headers: dict[str, str] = {}
+    for name, limit, left, full_in_ms in (
+        ("requests", quota.limits.requests_per_minute, quota.requests, quota.requests_full_in_ms),
+        ("tokens", quota.limits.tokens_per_minute, quota.tokens, quota.tokens_full_in_ms),
+    ):
+        if limit:
+            headers[f"x-ratelimit-limit-{name}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{name}"] = str(left)
+            headers[f"x-ratelimit-reset-{name}"] = go_duration(full_in_ms)
+    return headers
+
+
+def go_duration(ms: int) -> str:
+    """As Go writes it, and so OpenAI: ``120ms``, ``1.5s``, ``6m0s``."""
+    if 0 < ms < 1000:
+        return f"{ms}ms"
+    minutes, rest_ms = divmod(ms, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{rest_ms / 1000:g}s"
+
+
 def failure_response(
     failure: Failure,
     wire: Wire,
@@ -83,6 +108,8 @@ def failure_response(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     headers = {**retry_headers(failure), **(headers or {})}
+    if isinstance(failure, LimitReached):
+        headers |= rate_limit_headers(failure.quota)
     if failure.kind.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     if failure.code == "DRAINING":

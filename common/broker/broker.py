@@ -22,6 +22,7 @@ from common.broker.steps import (
     Claimed,
     GatewayBeat,
     GatewayState,
+    LimitReached,
     Look,
     Moved,
     Page,
@@ -29,6 +30,8 @@ from common.broker.steps import (
     Presentation,
     Publication,
     PublishAnswer,
+    Quota,
+    QuotaState,
     Refusal,
     WorkerPresence,
     WorkerState,
@@ -97,7 +100,8 @@ class Broker:
 
         Raises:
             Failure: QUEUE_FULL with a measured ``retry_after_ms``, NO_WORKERS,
-                CONTEXT_LENGTH_EXCEEDED, IDEMPOTENCY_CONFLICT.
+                CONTEXT_LENGTH_EXCEEDED, IDEMPOTENCY_CONFLICT; RATE_LIMITED and QUOTA_EXHAUSTED as
+                :class:`LimitReached`.
         """
         a = admission
         room = a.spec.sampling.max_new_tokens
@@ -105,13 +109,18 @@ class Broker:
             a.request_id, min(a.num_choices, MAX_CHOICES), a.cost, room, a.lane, a.tenant, a.weight,
             a.attached, a.grace_ms, a.queue_limit_ms, a.run_limit_ms, a.retention_ms,
             a.lane_cap_tokens, a.lane_cap_bytes, a.idempotency_key, a.fingerprint, a.gateway,
-            a.prefix, a.resubmit,
+            a.prefix, a.resubmit, _limits(a.quota),
         )  # fmt: skip
         answer = await self._call("admit", _pack(fields), _pack(a.spec), _pack(a.presentation))
         kind = _text(answer[0])
         if kind in ("accepted", "existing"):
-            _, request, position, wait, version = answer
-            return Admitted(_text(request), kind == "existing", position, wait, _text(version))
+            _, request, position, wait, version, left = answer
+            quota = _quota_state(a.quota, left) if a.quota else None
+            return Admitted(
+                _text(request), kind == "existing", position, wait, _text(version), quota
+            )
+        if a.quota and kind in ("RATE_LIMITED", "QUOTA_EXHAUSTED"):
+            raise _limited(kind, int(answer[1]), _text(answer[2]), _quota_state(a.quota, answer[3]))
         raise _refused(kind, int(answer[1]), _text(answer[2]))
 
     async def cancel(self, generation_id: str, tenant: str) -> str:
@@ -355,6 +364,37 @@ class Broker:
 
 def _text(value: bytes) -> str:
     return value.decode()
+
+
+def _limits(quota: Quota | None) -> tuple[str, int, int, int, int]:
+    if quota is None:
+        return ("", 0, 0, 0, 0)
+    limits = quota.limits
+    return (
+        quota.key_id, limits.requests_per_minute, limits.tokens_per_minute, limits.streams,
+        quota.num_requests,
+    )  # fmt: skip
+
+
+def _quota_state(quota: Quota, left: Sequence[int]) -> QuotaState:
+    return QuotaState(quota.limits, *left)
+
+
+def _limited(code: str, wait_ms: int, cause: str, quota: QuotaState) -> LimitReached:
+    limits = quota.limits
+    if code == "QUOTA_EXHAUSTED":
+        message = (
+            "Prompt and answer may have more tokens together than this API key may use in a "
+            f"minute, which are {limits.tokens_per_minute}: ask for fewer new tokens"
+        )
+        return LimitReached(code, message, quota)
+    reached = {
+        "requests": f"{limits.requests_per_minute} requests a minute",
+        "tokens": f"{limits.tokens_per_minute} tokens a minute",
+        "streams": f"{limits.streams} at once",
+    }
+    message = f"The limit of this API key is reached: {reached[cause]}"
+    return LimitReached(code, message, quota, retry_after_ms=max(1, wait_ms))
 
 
 def _refused(code: str, wait_ms: int, cause: str) -> Failure:

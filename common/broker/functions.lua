@@ -13,7 +13,7 @@
 --   spec:<request>      hash    prompt and parameters {body, left}      as gen; gone when the last choice ended
 --   log:<id>            stream  token log, ids <end>-0 and <end>-1      run limit + retention; retention at close
 --   doc:<request>       string  what a response says beside its tokens  as gen
---   idem:<tenant>:<key> string  fingerprint and request                 as gen; gone when cancelled
+--   idem:<n>:<tenant>:<key>     string: fingerprint and request         as gen; gone when cancelled
 --   lane:<lane>         zset    fresh waiting generations by tag        1 day
 --   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms  1 day
 --   due                 zset    id -> next moment to look at it         1 day
@@ -22,6 +22,8 @@
 --   leases, gateways    zset    process -> end of its lease             1 day
 --   versions            zset    model version -> last beat              1 day
 --   tenants, backlog    hash    finish tags; waiting work, drain rate   1 day
+--   quota:<key id>      hash    what is left in a key's buckets         3 min: full by then
+--   using:<key id>      zset    its open requests -> end of their limit 1 day
 --   clock               hash    run id and last sight of the server     1 day
 --   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
 --   worker:<worker>     hash    presence                                15 s
@@ -95,7 +97,7 @@ local function load(P, id)
   local g = {}
   for i = 1, #flat, 2 do g[flat[i]] = flat[i + 1] end
   if tonumber(g.v) > PROTOCOL then error({ err = 'PROTOCOL_TOO_NEW generation ' .. id .. ' has version ' .. g.v }) end
-  for _, field in ipairs({ 'epoch', 'next', 'deaths', 'died_at', 'fruitless', 'cost', 'room', 'bytes', 'tag', 'grace', 't0', 't1', 't2',
+  for _, field in ipairs({ 'epoch', 'next', 'deaths', 'died_at', 'fruitless', 'cost', 'room', 'hold', 'bytes', 'tag', 'grace', 't0', 't1', 't2',
                            'deadline', 'run_limit', 'retention', 'weight' }) do
     g[field] = tonumber(g[field]) or 0
   end
@@ -194,6 +196,73 @@ local function deliver(P, outbox)
   end
 end
 
+-- Quotas ----------------------------------------------------------------------------------------
+
+-- A key's two buckets hold a minute's worth, of requests and of tokens, and fill at that rate; one
+-- that is not there is full. A choice holds the tokens that it may use until it has ended.
+
+local function filled(level, limit, since, now)
+  return math.min(limit, (tonumber(level) or limit) + limit * math.max(0, now - since) / MINUTE_MS)
+end
+
+-- [key id, requests a minute, tokens a minute, requests at once, what this one counts as] -> what
+-- is left; nil without a key. A limit of 0 is none.
+local function quota_of(P, now, limits)
+  local id = limits[1]
+  if id == '' then return nil end
+  local stored = redis.call('HMGET', P .. 'quota:' .. id, 'requests', 'tokens', 'at')
+  local since = tonumber(stored[3]) or now
+  return {
+    id = id, max_requests = limits[2], max_tokens = limits[3], max_open = limits[4], count = limits[5],
+    requests = filled(stored[1], limits[2], since, now), tokens = filled(stored[2], limits[3], since, now),
+    open = limits[4] > 0 and redis.call('ZCOUNT', P .. 'using:' .. id, '(' .. number(now), '+inf') or 0,
+  }
+end
+
+local function ms_until(level, wanted, limit)
+  if limit == 0 or level >= wanted then return 0 end
+  return math.ceil((wanted - level) * MINUTE_MS / limit)
+end
+
+-- Why a request for so many tokens has to wait: code, ms and cause; nil: it need not.
+local function over_quota(quota, tokens)
+  if quota.max_tokens > 0 and tokens > quota.max_tokens then return 'QUOTA_EXHAUSTED', 0, 'tokens' end
+  if quota.max_open > 0 and quota.open >= quota.max_open then return 'RATE_LIMITED', 1000, 'streams' end
+  local requests_ms = ms_until(quota.requests, quota.count, quota.max_requests)
+  local tokens_ms = ms_until(quota.tokens, tokens, quota.max_tokens)
+  if requests_ms == 0 and tokens_ms == 0 then return nil end
+  return 'RATE_LIMITED', math.max(requests_ms, tokens_ms), requests_ms > tokens_ms and 'requests' or 'tokens'
+end
+
+local function charge(P, now, quota, request, tokens, last_moment)
+  local buckets, using = P .. 'quota:' .. quota.id, P .. 'using:' .. quota.id
+  quota.requests, quota.tokens = quota.requests - quota.count, quota.tokens - tokens
+  redis.call('HSET', buckets, 'requests', string.format('%.3f', quota.requests),
+    'tokens', string.format('%.3f', quota.tokens), 'at', number(now))
+  redis.call('PEXPIRE', buckets, 3 * MINUTE_MS)
+  redis.call('ZREMRANGEBYSCORE', using, '-inf', number(now))   -- should an end ever have been lost
+  redis.call('ZADD', using, number(last_moment), request)
+  keep(using)
+end
+
+-- [left, ms until full] of requests and of tokens.
+local function shown(quota)
+  if not quota then return '' end
+  return { math.max(0, math.floor(quota.requests)), ms_until(quota.requests, quota.max_requests, quota.max_requests),
+    math.max(0, math.floor(quota.tokens)), ms_until(quota.tokens, quota.max_tokens, quota.max_tokens) }
+end
+
+-- Gives back what an ended choice held and did not use; a prompt that no worker read cost nothing.
+local function settle(P, id, g, is_last)
+  if not g.quota then return end
+  if is_last then redis.call('ZREM', P .. 'using:' .. g.quota, request_of(id)) end
+  local used = g.next + (g.t1 > 0 and g.hold - g.room or 0)
+  local buckets = P .. 'quota:' .. g.quota
+  if used < g.hold and redis.call('EXISTS', buckets) == 1 then
+    redis.call('HINCRBYFLOAT', buckets, 'tokens', number(g.hold - used))
+  end
+end
+
 -- Ending ----------------------------------------------------------------------------------------
 
 local function timing_of(g, now)
@@ -218,12 +287,15 @@ local function refund_tag(P, g)
     number(math.max(floor, tonumber(tags[1]) - math.floor(unused * TAG_SCALE / g.weight))))
 end
 
+-- With the length of the tenant's name, lest a colon in it made it a key of another tenant.
+local function idem_of(P, tenant, key) return P .. 'idem:' .. #tenant .. ':' .. tenant .. ':' .. key end
+
 -- The idempotency key of a request that ended. What failed for a while and showed nothing, or was
 -- cancelled, for want of a reader too, is made anew under the same key; all else is answered from
 -- the log. While choices are left they live under the key.
 local function settle_key(P, id, g, reason, code, is_last)
   if g.idem == '' then return end
-  local idem, request = P .. 'idem:' .. g.tenant .. ':' .. g.idem, request_of(id)
+  local idem, request = idem_of(P, g.tenant, g.idem), request_of(id)
   local known = redis.call('GET', idem)
   if not known or string.match(known, ' (.*)$') ~= request then return end   -- freed, and used again
   if reason == 'cancelled' or (is_last and RETRYABLE[code] and g.next == 0) then
@@ -251,6 +323,7 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   if is_last then redis.call('UNLINK', spec) end
   redis.call('ZREM', P .. 'due', id)
   refund_tag(P, g)
+  settle(P, id, g, is_last)
   post(outbox, g.subs, id, record, timing)
   for _, gateway in ipairs(names(g.subs)) do redis.call('SREM', P .. 'subs:' .. gateway, id) end
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
@@ -352,31 +425,38 @@ local function next_tag(P, lane, tenant)
 end
 
 -- ARGV: [request, choices, cost, room, lane, tenant, weight, attached, grace, queue limit, run limit,
---        retention, cap tokens, cap bytes, idem, fingerprint, gateway, prefix, resubmit], body, out
+--        retention, cap tokens, cap bytes, idem, fingerprint, gateway, prefix, resubmit, limits],
+--       body, out
 local function admit(keys, args)
   local P, now = prefix_of(keys), now_ms()
   local a, body, out = cmsgpack.unpack(args[1]), args[2], args[3]
   local request, choices, cost, room, lane, tenant, weight = a[1], a[2], a[3], a[4], a[5], a[6], a[7]
   local idem, fingerprint, gateway, resubmit = a[15], a[16], a[17], a[19]
-  local idem_key = P .. 'idem:' .. tenant .. ':' .. idem
+  local quota = quota_of(P, now, a[20])
+  local idem_key = idem_of(P, tenant, idem)
 
   if idem ~= '' then
     local known = redis.call('GET', idem_key)
     if known then
       local print, other = string.match(known, '^(%S*) (.*)$')
       if print ~= fingerprint then return { 'IDEMPOTENCY_CONFLICT', 0, '' } end
-      if other ~= request then return { 'existing', other, 0, 0, newest_version(P) } end
+      if other ~= request then return { 'existing', other, 0, 0, newest_version(P), shown(quota) } end
     end
   end
   for choice = 0, choices - 1 do   -- any of them: one may have ended and expired, another cancelled ahead
     if redis.call('EXISTS', P .. 'gen:' .. request .. '.' .. choice) == 1 then
-      return { 'existing', request, 0, 0, newest_version(P) }
+      return { 'existing', request, 0, 0, newest_version(P), shown(quota) }
     end
   end
   local total, wait = cost * choices, 0
+  local tokens = cost + (choices - 1) * room   -- a prompt counts once, however many answers it has
   if not resubmit then
     local refusal = unservable(P, now, cost)
     if refusal then return { refusal, 0, '' } end
+    if quota then
+      local code, wait_for, cause = over_quota(quota, tokens)
+      if code then return { code, wait_for, cause, shown(quota) } end
+    end
     local held = redis.call('HMGET', P .. 'backlog', lane .. '.tokens', lane .. '.bytes')
     wait = wait_ms(P, lane)
     if (tonumber(held[1]) or 0) + total > a[13] then return { 'QUEUE_FULL', wait, 'tokens' } end
@@ -399,6 +479,7 @@ local function admit(keys, args)
       'room', number(room), 'bytes', g.bytes, 'tag', number(tag), 'ver', '', 'prefix', a[18],
       'mode', a[8] and 'attached' or 'detached', 'grace', number(a[9]), 't0', number(now), 't1', 0, 't2', 0,
       'deadline', number(now + a[10]), 'run_limit', number(a[11]), 'retention', number(a[12]), 'out', out, 'idem', idem)
+    if quota then redis.call('HSET', gen, 'quota', quota.id, 'hold', number(choice == 0 and cost or room)) end
     redis.call('PEXPIRE', gen, ttl)
     enqueue(P, id, g, 'lane:' .. lane, tag)
     -- After a rollback a client may have left already: then only its grace time is granted.
@@ -412,7 +493,8 @@ local function admit(keys, args)
   redis.call('HSET', P .. 'tenants', 't.' .. lane .. '.' .. tenant, number(tag))
   keep(P .. 'tenants')
   if idem ~= '' then redis.call('SET', idem_key, fingerprint .. ' ' .. request, 'PX', ttl) end
-  return { 'accepted', request, position, wait, newest_version(P) }
+  if quota then charge(P, now, quota, request, tokens, now + a[10] + a[11]) end
+  return { 'accepted', request, position, wait, newest_version(P), shown(quota) }
 end
 
 -- Claiming --------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from common.failures import Failure
+from common.keys import Limits
 from common.messages import GenerationSpec, Lane, LogEntry, TokenRecord
 
 
@@ -23,6 +25,37 @@ class Presentation(msgspec.Struct, frozen=True, array_like=True):
     num_choices: int = 1
     prompt_characters: int = 0
     """Length of the prompt where the answer begins with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Whose limits a request counts against."""
+
+    key_id: str
+    limits: Limits
+    num_requests: int = 1
+    """What it counts as: 0 for what comes with another one, as the next prompt of one body."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaState:
+    """What is left of a key's limits per minute, and when its buckets are full again."""
+
+    limits: Limits
+    requests: int
+    requests_full_in_ms: int
+    tokens: int
+    tokens_full_in_ms: int
+
+
+class LimitReached(Failure):
+    """RATE_LIMITED or QUOTA_EXHAUSTED, with what is left."""
+
+    def __init__(
+        self, code: str, message: str, quota: QuotaState, *, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(code, message, retry_after_ms=retry_after_ms)
+        self.quota = quota
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +86,7 @@ class Admission:
     """Short hash of the prompt's beginning: a worker that holds it in its cache is preferred."""
     resubmit: bool = False
     """After Redis went back in time: admitted before, so no capacity check."""
+    quota: Quota | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +100,7 @@ class Admitted:
     wait_ms: int
     model_version: str
     """The newest live version of the pool; empty while no worker has said so."""
+    quota: QuotaState | None = None
 
 
 @dataclass(frozen=True, slots=True)

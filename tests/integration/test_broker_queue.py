@@ -124,6 +124,14 @@ async def test_the_prompt_goes_with_the_last_choice(
     assert not await raw.exists(f"{KEY}spec:{request.request_id}")
 
 
+async def test_a_colon_makes_no_idempotency_key_anothers(
+    broker: Broker, worker: ScriptedClaims
+) -> None:
+    await admit(broker, tenant="a", idempotency_key="b:c", fingerprint="f")
+    other = await broker.admit(admission(tenant="a:b", idempotency_key="c", fingerprint="f"))
+    assert not other.existing
+
+
 async def test_an_idempotency_key_finds_its_request_and_refuses_another_body(
     broker: Broker, worker: ScriptedClaims
 ) -> None:

@@ -1,6 +1,7 @@
 """Keys on the wire: who is let in, to what, and that tenants do not see one another."""
 
 import asyncio
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from common import keys
 from common.failures import Failure
 from common.ids import new_request_id
+from common.keys import Limits
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.processes import Processes
@@ -229,8 +231,83 @@ async def test_a_tier_above_the_keys_lane_is_lowered_and_the_answer_says_so(
     assert (await asking).json()["service_tier"] == "flex"
 
 
+async def test_a_response_too_names_the_lane_it_was_given(
+    stand: Stand, gateway: RunningGateway
+) -> None:
+    worker = await stand.worker()
+    key = await make_key(stand.broker, "a", best_lane="flex")
+    body = {"input": "hi", "service_tier": "priority", "max_output_tokens": 4}
+    asking = asyncio.create_task(
+        gateway.client.post("/v1/responses", json=body, headers=bearer(key))
+    )
+    await (await worker.take()).end()
+    assert (await asking).json()["service_tier"] == "flex"
+
+
 async def _waits_in(stand: Stand, lane: str) -> bool:
     return (await stand.broker.state()).waiting[lane] == 1
+
+
+# How much ---------------------------------------------------------------------------------------
+
+
+async def test_answers_tell_what_is_left_and_refusals_when_to_come_again(
+    stand: Stand, gateway: RunningGateway
+) -> None:
+    worker = await stand.worker()
+    limits = Limits(requests_per_minute=2, tokens_per_minute=6_000)
+    key = await make_key(stand.broker, "a", limits=limits)
+    for left in ("1", "0"):
+        asking = asyncio.create_task(
+            gateway.client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))
+        )
+        await (await worker.take()).end()
+        headers = (await asking).headers
+        assert headers["x-ratelimit-limit-requests"] == "2"
+        assert headers["x-ratelimit-remaining-requests"] == left
+        assert headers["x-ratelimit-limit-tokens"] == "6000"
+        assert 5_900 < int(headers["x-ratelimit-remaining-tokens"]) < 6_000
+        assert re.fullmatch(r"(1m0|[2-5]\d(\.\d+)?)s", headers["x-ratelimit-reset-requests"])
+    for path, body in (("/v1/chat/completions", CHAT), ("/generate_stream", GENERATE)):
+        refused = await gateway.client.post(path, json=body, headers=bearer(key))
+        assert refused.status_code == 429
+        assert refused.headers["x-should-retry"] == "true"
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert int(refused.headers["retry-after-ms"]) <= 30_000
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert refused.json()["code"] == "RATE_LIMITED"
+    chat = await gateway.client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))
+    assert chat.json()["error"]["code"] == "rate_limit_exceeded"
+    assert chat.json()["error"]["type"] == "rate_limit_error"
+
+
+async def test_what_no_minute_holds_is_refused_for_good(
+    stand: Stand, gateway: RunningGateway
+) -> None:
+    await stand.worker()
+    key = await make_key(stand.broker, "a", limits=Limits(tokens_per_minute=5))
+    answer = await gateway.client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "insufficient_quota"
+    assert answer.headers["x-should-retry"] == "false"
+    assert "retry-after" not in answer.headers
+
+
+async def test_several_prompts_are_one_request_and_as_many_open_ones(
+    stand: Stand, gateway: RunningGateway
+) -> None:
+    """And are refused together: the first of them then costs nothing."""
+    await stand.worker()
+    key = await make_key(stand.broker, "a", limits=Limits(requests_per_minute=1, streams=1))
+    body = {"prompt": ["a", "b"], "max_tokens": 4}
+    refused = await gateway.client.post("/v1/completions", json=body, headers=bearer(key))
+    assert refused.status_code == 429
+    assert "1 at once" in refused.json()["error"]["message"]
+    await wait_until(lambda: _waits_for_nobody(stand), what="the withdrawal of the first prompt")
+
+
+async def _waits_for_nobody(stand: Stand) -> bool:
+    return sum((await stand.broker.state()).waiting.values()) == 0
 
 
 # Tenants -----------------------------------------------------------------------------------------

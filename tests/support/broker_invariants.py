@@ -193,7 +193,8 @@ def _check_times_to_live(snapshot: Snapshot) -> None:
         needed = [f"gen:{generation_id}", f"spec:{request_of(generation_id)}"]
         if int(generation["next"]):
             needed.append(f"log:{generation_id}")
-        key = f"idem:{generation['tenant']}:{generation['idem']}"
+        tenant = generation["tenant"]
+        key = f"idem:{len(tenant)}:{tenant}:{generation['idem']}"
         if snapshot.strings.get(key, "").endswith(f" {request_of(generation_id)}"):
             needed.append(key)
         for key in needed:

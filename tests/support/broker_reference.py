@@ -286,7 +286,7 @@ class Reference:
         for expected in self.generations.values():
             self._check_generation(expected, snapshot)
         idempotent = {
-            f"{tenant}:{key}": f"{fingerprint} {request}"
+            f"{len(tenant)}:{tenant}:{key}": f"{fingerprint} {request}"
             for (tenant, key), (fingerprint, request) in self.idempotent.items()
         }
         assert snapshot.named("idem:", snapshot.strings) == idempotent

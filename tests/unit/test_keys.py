@@ -10,6 +10,7 @@ from common.failures import Failure
 from common.keys import ApiKey
 from common.settings import is_loopback, is_open_redis
 from gateway.callers import scope_of
+from gateway.errors import go_duration
 
 PEPPER = b"p" * 32
 
@@ -117,3 +118,20 @@ def test_a_redis_on_another_host_is_open_unless_it_asks_for_something(
 def test_only_this_machine_reaches_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "example.org")))  # noqa: S104
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [
+        (0, "0s"),
+        (120, "120ms"),
+        (1000, "1s"),
+        (1500, "1.5s"),
+        (8640, "8.64s"),
+        (60_000, "1m0s"),
+        (359_999, "5m59.999s"),
+        (360_000, "6m0s"),
+    ],
+)
+def test_durations_are_written_as_go_and_openai_do(ms: int, text: str) -> None:
+    assert go_duration(ms) == text
