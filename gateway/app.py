@@ -41,6 +41,7 @@ from gateway.middleware import PayloadLimit, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.services import ServedModel, Services, services_of
+from gateway.stream_tokens import StreamTokens
 
 log = get_logger()
 
@@ -119,6 +120,7 @@ def create_app(
         keep_alive_s=settings.keep_alive_s,
     )
     callers = Callers(settings, brokers.commands.key_store)
+    tokens = StreamTokens(brokers.commands)
     app = Starlette(
         routes=[
             *tgi.routes,
@@ -135,7 +137,7 @@ def create_app(
         middleware=[
             Middleware(RequestContext, model_version=model.version),
             *_cors(settings),
-            Middleware(Identification, callers=callers, refuse=_answer_failure),
+            Middleware(Identification, callers=callers, tokens=tokens, refuse=_answer_failure),
             Middleware(PayloadLimit, max_bytes=settings.payload_limit),
         ],
         exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},
@@ -148,6 +150,7 @@ def create_app(
         broker=brokers.commands,
         relay=relay,
         callers=callers,
+        stream_tokens=tokens,
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
         version=_version(),

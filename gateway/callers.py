@@ -24,6 +24,7 @@ from common.keys import NO_LIMITS, PUBLIC_TENANT, SCOPES, ApiKey, Limits
 from common.messages import LANES, Lane
 from common.settings import GatewaySettings, is_loopback
 from gateway.order import Order
+from gateway.stream_tokens import StreamTokens, token_in
 
 KNOWN_S = 0.5
 """How long what Redis said of a key holds here. With the look-up it must stay under a second."""
@@ -157,14 +158,21 @@ class Callers:
         if key.is_expired(now_s):
             raise Failure("AUTH_EXPIRED")
         await self._note_use(key_id, now_s)
-        return Caller(
-            tenant=key.tenant,
-            key_id=key.id,
-            scopes=frozenset(key.scopes),
-            models=frozenset(key.models),
-            best_lane=key.best_lane,
-            limits=key.limits,
-        )
+        return _caller(key)
+
+    async def of_key(self, key_id: str) -> Caller:
+        """Whose key it is, for who proved in another way to have been let in with it.
+
+        Raises: Failure AUTH_INVALID, AUTH_EXPIRED, when it holds no longer.
+        """
+        if not key_id:
+            return PUBLIC
+        key = await self._look_up(key_id)
+        if key is None:
+            raise Failure("AUTH_INVALID")
+        if key.is_expired(wall_ms() / 1000):
+            raise Failure("AUTH_EXPIRED")
+        return _caller(key)
 
     async def _takes_anonymous(self) -> bool:
         if self._settings.allow_anonymous:
@@ -217,10 +225,12 @@ class Identification:
         app: ASGIApp,
         *,
         callers: Callers,
+        tokens: StreamTokens,
         refuse: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
         self._app = app
         self._callers = callers
+        self._tokens = tokens
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -229,7 +239,7 @@ class Identification:
             await self._app(scope, receive, send)
             return
         try:
-            caller = await self._callers.identify(Headers(scope=scope), needed)
+            caller = await self._identify(scope, needed)
         except Failure as failure:
             response = await self._refuse(Request(scope), failure)
             await response(scope, receive, send)
@@ -237,6 +247,24 @@ class Identification:
         scope["headrace.caller"] = caller
         with structlog.contextvars.bound_contextvars(**_log_fields(caller)):
             await self._app(scope, receive, send)
+
+    async def _identify(self, scope: Scope, needed: keys.Scope) -> Caller:
+        headers = Headers(scope=scope)
+        stream = token_in(scope) if "authorization" not in headers else None
+        if stream is None:
+            return await self._callers.identify(headers, needed)
+        return await self._callers.of_key(await self._tokens.key_of(*stream))
+
+
+def _caller(key: ApiKey) -> Caller:
+    return Caller(
+        tenant=key.tenant,
+        key_id=key.id,
+        scopes=frozenset(key.scopes),
+        models=frozenset(key.models),
+        best_lane=key.best_lane,
+        limits=key.limits,
+    )
 
 
 def scope_of(method: str, path: str) -> keys.Scope | None:

@@ -13,6 +13,7 @@ from common.settings import GatewaySettings
 from gateway.admission import Admissions
 from gateway.callers import Callers
 from gateway.relay import Relay
+from gateway.stream_tokens import StreamTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Services:
     broker: Broker
     relay: Relay
     callers: Callers
+    stream_tokens: StreamTokens
     admissions: Admissions
     metrics: GatewayMetrics
     version: str

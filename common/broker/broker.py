@@ -297,6 +297,16 @@ class Broker:
             )
         ]
 
+    async def stream_secret(
+        self, candidate: str, request_id: str = "", tenant: str = ""
+    ) -> bytes | None:
+        """What stream tokens are signed with: the same for all gateways, ``candidate`` at first.
+
+        None: this tenant has no such request.
+        """
+        asked = f"{request_id}.0" if request_id else ""
+        return await self._call("stream_secret", _pack((candidate, asked, tenant)))
+
     async def beat_gateway(
         self, gateway: str, *, reading: Sequence[str] = (), lease_ms: int = GATEWAY_LEASE_MS
     ) -> GatewayBeat:

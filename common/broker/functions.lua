@@ -25,6 +25,7 @@
 --   quota:<key id>      hash    what is left in a key's buckets         3 min: full by then
 --   using:<key id>      zset    its open requests -> end of their limit 1 day
 --   clock               hash    run id and last sight of the server     1 day
+--   secret              string  what stream tokens are signed with      1 day
 --   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
 --   worker:<worker>     hash    presence                                15 s
 --   inbox:<gateway>     stream  packed records                          30 s
@@ -863,6 +864,21 @@ local function look(keys, args)
   return answers
 end
 
+-- What stream tokens are signed with: drawn once, and kept while any is asked for. False for a
+-- generation that this tenant does not have.
+-- ARGV: [candidate, id or empty, tenant]
+local function stream_secret(keys, args)
+  local P = prefix_of(keys)
+  local a = cmsgpack.unpack(args[1])
+  if a[2] ~= '' then
+    local g = redis.call('HMGET', P .. 'gen:' .. a[2], 'tenant', 'out')
+    if g[1] ~= a[3] or g[2] == '' then return false end
+  end
+  redis.call('SET', P .. 'secret', a[1], 'NX', 'PX', DAY_MS)
+  keep(P .. 'secret')
+  return redis.call('GET', P .. 'secret')
+end
+
 -- ARGV: [request]
 local function spec(keys, args)
   return redis.call('HGET', prefix_of(keys) .. 'spec:' .. cmsgpack.unpack(args[1])[1], 'body')
@@ -1136,6 +1152,7 @@ register('beat_gateway', beat_gateway, { 'allow-oom' })
 register('leave_worker', leave_worker, { 'allow-oom' })
 register('bury', bury, { 'allow-oom' })
 register('leave_gateway', leave_gateway, { 'allow-oom' })
+register('stream_secret', stream_secret, { 'allow-oom' })
 register('reap', reap, { 'allow-oom' })
 register('read', read, { 'no-writes' })
 register('look', look, { 'no-writes' })

@@ -55,6 +55,17 @@ _CURSOR = (
     ("Last-Event-ID", "header", "Where to go on: the `id` of the last event that was read."),
     ("after", "query", "The same, for clients that can send no header."),
 )
+_OF_A_GENERATION = (
+    ("Idempotency-Key", "header", "The same request with the same key is answered once."),
+    (
+        "X-Headrace-Disconnect",
+        "header",
+        "What the client's leaving does: `cancel`, `continue`, or cancel after so many seconds.",
+    ),
+)
+_OF_EVENTS = (
+    ("X-Stream-Events", "header", "`1`: events of type `queue` tell the place while it waits."),
+)
 
 _OF_A_LOG = ("STREAM_EXPIRED", "STREAM_DIVERGED", "PROTOCOL_TOO_NEW", "DRAINING")
 
@@ -192,7 +203,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         event="text/event-stream",
         more=(204,),
         codes=("BAD_REQUEST", "NOT_FOUND", *_OF_A_LOG),
-        parameters=_CURSOR,
+        parameters=(
+            *_CURSOR,
+            *_OF_EVENTS,
+            ("events", "query", "The same, for clients that can send no header."),
+            ("token", "query", "A token for this stream, instead of an API key."),
+        ),
+    ),
+    ("POST", "/v1/streams/{request_id}/token"): Operation(
+        tag="Streams",
+        summary="A token to read this stream with, for clients that can send no header.",
+        answer=shapes.StreamToken,
+        codes=("NOT_FOUND",),
     ),
     ("DELETE", "/v1/streams/{request_id}"): Operation(
         tag="Streams",
@@ -366,6 +388,9 @@ def _operation_id(method: str, path: str) -> str:
 
 def _parameters(path: str, operation: Operation) -> list[Schema]:
     places = [(part[1:-1], "path", "") for part in path.split("/") if part.startswith("{")]
+    common = _OF_A_GENERATION if operation.generates else ()
+    if operation.generates and operation.event is not None:
+        common += _OF_EVENTS
     return [
         {
             "name": name,
@@ -374,7 +399,7 @@ def _parameters(path: str, operation: Operation) -> list[Schema]:
             "schema": {"type": "string"},
             **({"description": meaning} if meaning else {}),
         }
-        for name, place, meaning in (*places, *operation.parameters)
+        for name, place, meaning in (*places, *operation.parameters, *common)
     ]
 
 

@@ -334,6 +334,14 @@ class CancelledStream(msgspec.Struct):
     state: str
 
 
+class StreamToken(msgspec.Struct):
+    id: str
+    object: Literal["stream.token"]
+    token: str
+    expires_at: int
+    url: str
+
+
 class Ready(msgspec.Struct):
     ready: bool
     workers: int

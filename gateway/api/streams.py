@@ -4,7 +4,8 @@
 the request came through, and follows live. 204 after the end, so that a browser's EventSource
 stops; 410 when the stream was there and is no longer kept; 404 when it never was, or is another's.
 ``?events=1`` also tells the place in the queue, in events of the type ``queue``.
-``DELETE`` ends the request, all its choices, for everybody.
+``DELETE`` ends the request, all its choices, for everybody. ``POST …/token`` makes a token that
+stands in the address of a ``GET``, as ``?token=``, instead of a key.
 """
 
 from dataclasses import replace
@@ -182,6 +183,22 @@ async def cancel_stream(request: Request) -> Response:
     return JSONResponse({"id": request_id, "object": "stream", "state": state})
 
 
+async def make_token(request: Request) -> Response:
+    """Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE."""
+    request_id, caller = _request_id(request), caller_of(request)
+    token = await services_of(request).stream_tokens.issue(request_id, caller.tenant, caller.key_id)
+    return JSONResponse(
+        {
+            "id": request_id,
+            "object": "stream.token",
+            "token": token.text,
+            "expires_at": token.expires_at,
+            "url": f"/v1/streams/{request_id}?token={token.text}",
+        },
+        headers={"cache-control": "no-store"},
+    )
+
+
 async def _pieces_before(services: Services, id: str, cursor: Cursor) -> list[bytes]:
     """The texts up to the cursor: a native stream repeats the whole text in its last event."""
     pieces: list[bytes] = []
@@ -226,4 +243,5 @@ def _not_there(cursor: Cursor) -> Failure:
 routes = [
     Route("/v1/streams/{request_id}", read_stream, methods=["GET"]),
     Route("/v1/streams/{request_id}", cancel_stream, methods=["DELETE"]),
+    Route("/v1/streams/{request_id}/token", make_token, methods=["POST"]),
 ]
