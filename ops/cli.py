@@ -23,6 +23,7 @@ from common.settings import (
     WorkerSettings,
     first_error,
 )
+from ops.launcher import launcher_options
 from ops.options import build, options_of
 from ops.processes import UpSettings
 
@@ -95,13 +96,15 @@ def cli() -> None:
 
 
 @cli.command("up")
+@launcher_options(UpSettings, GatewaySettings, WorkerSettings)
 @options_of(UpSettings)
 def up_command(**given: Any) -> None:
     """Start everything: server, gateways, workers and background worker, and restart what dies.
 
     Fetches the model on the first start. Logs go to DATA_DIR/log/*.jsonl. Ctrl-C or SIGTERM stops
     everything in order: open streams may finish. Settings of the single processes (see `headrace
-    gateway --help`, `headrace worker --help`) reach them as environment variables.
+    gateway --help`, `headrace worker --help`) reach them as environment variables. Options and
+    variables of TGI's launcher are taken too.
     """
     from ops.up import up
 
@@ -109,6 +112,7 @@ def up_command(**given: Any) -> None:
 
 
 @cli.command("gateway")
+@launcher_options(GatewaySettings)
 @options_of(GatewaySettings)
 def gateway_command(**given: Any) -> None:
     """Run one gateway: HTTP in, token streams out. Any number may serve one Redis."""
@@ -120,6 +124,7 @@ def gateway_command(**given: Any) -> None:
 
 
 @cli.command("worker")
+@launcher_options(WorkerSettings)
 @options_of(WorkerSettings)
 def worker_command(**given: Any) -> int:
     """Run one worker: the engine with its model. SIGTERM lets it finish or hand over its work."""

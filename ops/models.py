@@ -54,10 +54,12 @@ async def ensure_model(settings: UpSettings) -> None:
     except Failure as failure:
         if failure.code != "MODEL_NOT_FOUND":
             raise
-        await _fetch(_source_of(settings), settings.data_dir)
+        await _fetch(_source_of(settings), settings.model, settings.data_dir)
 
 
 def _source_of(settings: UpSettings) -> str:
+    if settings.model_id:
+        return settings.model_id
     if settings.model in (DEFAULT_MODEL, SIMULATED_MODEL):
         return settings.model
     raise Failure(
@@ -67,11 +69,11 @@ def _source_of(settings: UpSettings) -> str:
     )
 
 
-async def _fetch(source: str, data_dir: Path) -> None:
+async def _fetch(source: str, name: str, data_dir: Path) -> None:
     """Run ``headrace model add`` as a child on this terminal; it ends with the task that waits."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "ops.cli", "model", "add", source),
-        *("--data-dir", str(data_dir)),
+        *("--name", name, "--data-dir", str(data_dir)),
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C comes from us alone, once
         preexec_fn=die_with(os.getpid()),

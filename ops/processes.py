@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.models.simulated import SIMULATED_MODEL
+from common.models.sources import find_source
 from common.settings import Dtype, GatewaySettings, Quantize, Settings, WorkerSettings
 from ops.supervisor import ProcessSpec
 
@@ -42,6 +43,22 @@ class UpSettings(Settings):
     """Precision of the model; in ``float32`` no answer depends on what else runs in its batch."""
     quantize: Quantize = "none"
     """``int8``: weights in half of the memory, and up to twice the speed for few at once."""
+
+    model_id: str = ""
+    """Where the model comes from on the first start: a hub id (org/name), a directory or a GGUF
+    file. Its last part becomes the model's name."""
+    revision: str = ""
+    """Commit, tag or branch of a hub id."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_source(cls, given: dict[str, object]) -> dict[str, object]:
+        source, revision = given.get("model_id"), given.get("revision")
+        if source:
+            if revision:
+                source = given["model_id"] = f"{source}@{revision}"
+            given.setdefault("model", find_source(str(source)).default_name)
+        return given
 
     @model_validator(mode="before")
     @classmethod
