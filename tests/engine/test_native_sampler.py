@@ -4,6 +4,7 @@ That both are right is shown in test_sampler.py.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +14,9 @@ import torch
 
 from common.messages import Sampling
 from ops.bench.features import FEATURES
+from tests.support.engines import ready_model
 from tests.support.native_kernels import library
+from tests.support.tiny_model import build_tiny_model
 from workers.engine.counts import TokenCounts
 from workers.model.native.binding import Engine
 from workers.model.native.binding import SamplingRow as Asked
@@ -144,6 +147,23 @@ def test_a_row_is_the_same_to_the_bit_on_any_thread_in_any_company(
         assert alone.tokens == [together.tokens[i]]
         assert alone.logprobs == [together.logprobs[i]]
         assert alone.tops == [together.tops[i]]
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        ("step", torch.bfloat16),
+        ("operations", torch.bfloat16),
+        ("modules", torch.float32),
+        ("plain", torch.float32),
+    ],
+)
+def test_every_way_on_a_processor_has_the_kernels_choose(
+    way: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """In torch all would come out alike, a batch of 32 just some 20 ms later."""
+    path = build_tiny_model(tmp_path, head_dim=32)  # the step takes no smaller heads
+    assert isinstance(ready_model(path, way, dtype).sampler, NativeSampler)
 
 
 def test_one_engine_takes_vocabularies_of_different_sizes_in_turn(engine: Engine) -> None:

@@ -6,7 +6,9 @@ log-probability of a choice, and those of the likeliest tokens beside it, are ta
 this, as in TGI: they are those of what is kept, which sums to one.
 
 A row's result depends on its logits, its parameters, its seed and its position, never on its
-neighbours in the batch or on the process: on a processor to the last bit.
+neighbours in the batch or on the process: on a processor to the last bit. The kernels do the same
+much faster (:mod:`workers.model.native.sampler`); this is for machines and devices without them,
+and what they are held to.
 
 Noise is a hash of (seed, position, index), so any worker draws the same. The choice is an
 exponential race, ``argmax(p / Exp(1))``, in two rounds: between blocks of the vocabulary by their
