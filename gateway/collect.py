@@ -16,7 +16,7 @@ from common.messages import (
     unescape_pieces,
 )
 from common.models.tokenizer import Tokenizer
-from gateway.frames import Subject, openai_reason, response_id, timings, usage
+from gateway.frames import Subject, openai_reason, response_id, timings, tool_call, usage
 from gateway.logprobs import (
     chat_logprobs,
     completion_logprobs,
@@ -35,8 +35,10 @@ from gateway.order import (
     LOGPROBS,
     PREFILL,
     SHOW_TIER,
+    TOOLS,
 )
 from gateway.stream import Batch, Stream
+from gateway.tool_calls import read_answer
 
 
 @dataclass(slots=True)
@@ -152,8 +154,8 @@ def _chunk_body(
     pairs = [(reply.subject, choice) for reply in replies for choice in reply.choices]
     choices = [
         {"index": index}
-        | say(of, choice, tokenizer)
         | {"finish_reason": openai_reason(choice.finish)}
+        | say(of, choice, tokenizer)
         for index, (of, choice) in enumerate(pairs)
     ]
     body: dict[str, Any] = {
@@ -180,7 +182,17 @@ def _chat_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> d
     told = None
     if subject.has(LOGPROBS):
         told = chat_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops)
-    return {"message": {"role": "assistant", "content": whole.text}, "logprobs": told}
+    if not subject.has(TOOLS):
+        return {"message": {"role": "assistant", "content": whole.text}, "logprobs": told}
+    text, calls = read_answer(whole.text)
+    message: dict[str, Any] = {"role": "assistant", "content": text or None}
+    if calls:
+        message["tool_calls"] = [
+            tool_call(subject, whole.choice, index, call.name, call.arguments)
+            for index, call in enumerate(calls)
+        ]
+    reason = openai_reason(whole.finish, has_called=bool(calls))
+    return {"message": message, "logprobs": told, "finish_reason": reason}
 
 
 def _completion_choice(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:

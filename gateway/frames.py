@@ -45,9 +45,11 @@ from gateway.order import (
     INCLUDE_USAGE,
     LOGPROBS,
     SHOW_TIER,
+    TOOLS,
     ResponseDocument,
 )
 from gateway.stream import Batch, Place
+from gateway.tool_calls import Arguments, CallBegins, CallEnds, CallReader, Part, Text
 
 PING = b": ping\n"
 """One newline only: SDKs dispatch an empty event on a blank line once an ``id:`` was seen."""
@@ -310,7 +312,7 @@ class _ChunkFrames(Frames):
             frames = self._final(FINISH, self._broken(finish))
             return [*frames, *self._final(DONE, b"[DONE]")] if self._is_alone else frames
         nothing = self.empty if self._num_tokens else self.first_open + self.close
-        reason = _json(openai_reason(finish))
+        reason = _json(self.reason(finish))
         told = _json(timings(finish, timing, self._num_tokens))
         last = b'%b%b,"logprobs":null,"finish_reason":%b}]%b,"headrace":%b}' % (
             self._choice, nothing, reason, self._usage, told,
@@ -320,6 +322,9 @@ class _ChunkFrames(Frames):
             for stage, data in self.closing(self._num_tokens):
                 frames += self._final(stage, data)
         return frames
+
+    def reason(self, finish: Finish) -> str:
+        return openai_reason(finish)
 
     def closing(self, num_tokens: int) -> list[tuple[int, bytes]]:
         """Stages and data of what stands behind the last choice.
@@ -337,11 +342,77 @@ class _ChunkFrames(Frames):
 
 
 class ChatFrames(_ChunkFrames):
+    """``pieces`` are the texts before ``cursor``: where tools may be called, what a token means
+    hangs on those before it.
+    """
+
     object = "chat.completion.chunk"
     first_open = b'"delta":{"role":"assistant","content":"'
     open = b'"delta":{"content":"'
     close = b'"}'
     empty = b'"delta":{}'
+
+    def __init__(
+        self,
+        subject: Subject,
+        tokenizer: Tokenizer,
+        cursor: Cursor | None = None,
+        pieces: list[bytes] | None = None,
+        *,
+        index: int = 0,
+        is_alone: bool = True,
+    ) -> None:
+        super().__init__(subject, tokenizer, cursor, index=index, is_alone=is_alone)
+        self._index = index
+        self._calls = CallReader() if subject.has(TOOLS) else None
+        if self._calls is not None:
+            self._calls.feed(unescape_pieces(pieces or []))
+
+    def tokens(self, batch: Batch) -> list[bytes]:
+        if self._calls is None:
+            return super().tokens(batch)
+        told = self.logprobs(batch) if self._tells_logprobs else [None] * len(batch.tokens)
+        return [
+            b'%b%d-%08x%b%b"delta":%b,"logprobs":%b%b'
+            % (
+                self._id_open, position, chain, self._id_close, self._choice,
+                _json(self._delta(position, self._calls.feed(unescape_pieces([piece])))),
+                _json(said), self._end,
+            )
+            for position, (piece, chain, said) in enumerate(
+                zip(batch.pieces, batch.chains, told, strict=True), batch.start + 1
+            )
+        ]  # fmt: skip
+
+    def _delta(self, position: int, parts: Sequence[Part]) -> dict[str, Any]:
+        """What the token before ``position`` adds; the first one says whose words these are."""
+        delta: dict[str, Any] = {}
+        for part in parts:
+            match part:
+                case Text(text):
+                    delta["content"] = delta.get("content", "") + text
+                case CallBegins(index, name):
+                    delta.setdefault("tool_calls", []).append(
+                        {"index": index} | self.call(index, name, "")
+                    )
+                case Arguments(index, text):
+                    _add_arguments(delta.setdefault("tool_calls", []), index, text)
+                case CallEnds():
+                    pass
+        return delta if position > 1 else {"role": "assistant", "content": None} | delta
+
+    def call(self, index: int, name: str, arguments: str) -> dict[str, Any]:
+        return tool_call(self.subject, self._index, index, name, arguments)
+
+    def end(self, finish: Finish, timing: Timing | None) -> list[bytes]:
+        if self._calls is not None:
+            delta = self._delta(max(2, self._num_tokens), self._calls.close())
+            self.empty = b'"delta":' + _json(delta)
+        return super().end(finish, timing)
+
+    def reason(self, finish: Finish) -> str:
+        has_called = self._calls is not None and self._calls.num_calls > 0
+        return openai_reason(finish, has_called=has_called)
 
     def logprobs(self, batch: Batch) -> list[dict[str, Any]]:
         told = chat_logprobs(self._tokenizer, batch.tokens, batch.logprobs, batch.tops)
@@ -496,14 +567,14 @@ def _chunk_frames(
     **place: Any,
 ) -> ChatFrames | CompletionFrames:
     if subject.presentation.api == "chat":
-        return ChatFrames(subject, tokenizer, cursor, **place)
+        return ChatFrames(subject, tokenizer, cursor, pieces, **place)
     return CompletionFrames(subject, tokenizer, cursor, pieces, **place)
 
 
 def needs_pieces(presentation: Presentation) -> bool:
     """Whether what stands behind a cursor depends on the text before it."""
     tells_offsets = presentation.api == "completion" and presentation.flags & LOGPROBS
-    return presentation.api == "tgi" or bool(tells_offsets)
+    return presentation.api == "tgi" or bool(tells_offsets or presentation.flags & TOOLS)
 
 
 def _head(subject: Subject, kind: str) -> bytes:
@@ -530,9 +601,33 @@ def response_id(subject: Subject) -> str:
     return prefix + subject.request_id
 
 
-def openai_reason(finish: Finish) -> str:
-    """``stop`` or ``length``: clients with strict types know no other."""
-    return "length" if finish.reason == FinishReason.LENGTH else "stop"
+def openai_reason(finish: Finish, *, has_called: bool = False) -> str:
+    """``stop``, ``length`` or ``tool_calls``: clients with strict types know no other."""
+    if finish.reason == FinishReason.LENGTH:
+        return "length"
+    return "tool_calls" if has_called else "stop"
+
+
+def tool_call(
+    subject: Subject, choice: int, index: int, name: str, arguments: str
+) -> dict[str, Any]:
+    """The ``index``-th call in an answer; its id is the same wherever it is told again."""
+    return {
+        "id": call_id(subject, choice, index),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def call_id(subject: Subject, choice: int, index: int) -> str:
+    return f"call_{subject.request_id}_{choice}_{index}"
+
+
+def _add_arguments(calls: list[dict[str, Any]], index: int, text: str) -> None:
+    if calls and calls[-1]["index"] == index:
+        calls[-1]["function"]["arguments"] += text
+    else:
+        calls.append({"index": index, "function": {"arguments": text}})
 
 
 def usage(subject: Subject, num_tokens: int) -> dict[str, Any]:

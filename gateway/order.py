@@ -28,6 +28,8 @@ PREFILL = 128
 """TGI: ``details`` tells the tokens of the prompt."""
 AS_PREDICTIONS = 256
 """TGI's ``/vertex``: the answer is a list of texts."""
+TOOLS = 512
+"""Chat and responses: the answer may hold calls of tools."""
 
 
 class ResponseDocument(msgspec.Struct, frozen=True, kw_only=True):

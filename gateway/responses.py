@@ -2,18 +2,20 @@
 
 A response is its token log and a document beside it (:class:`gateway.order.ResponseDocument`). All
 that is shown follows from both: the object at any moment, and the events with their sequence
-numbers. Each token is one event, so that the numbers follow the log, and any gateway, and any
-replay, numbers alike::
+numbers. What a token adds hangs on those before it alone, so that the numbers follow the log, and
+any gateway, and any replay, numbers alike::
 
-    0 created · [1 queued, in the background only] · in_progress · output_item.added ·
-    content_part.added · output_text.delta for each token · output_text.done · content_part.done ·
-    output_item.done · completed, incomplete or failed
+    0 created · [1 queued, in the background only] · in_progress · then for each item of the output
+    output_item.added · content_part.added · output_text.delta, one per token · output_text.done ·
+    content_part.done · output_item.done (of a call: function_call_arguments.delta and .done) · and
+    completed, incomplete or failed
 
 The clients' types know no event for a cancelled response: its stream ends with
 ``response.incomplete`` around a response whose status is ``cancelled``.
 """
 
 import json
+from copy import deepcopy
 from typing import Any
 
 import msgspec
@@ -21,15 +23,16 @@ import msgspec
 from common.broker import Broker
 from common.failures import KINDS, Failure
 from common.ids import generation_id
-from common.messages import Finish, FinishReason, Timing
+from common.messages import Finish, FinishReason, Timing, unescape_pieces
 from common.models.tokenizer import Tokenizer
 from gateway.collect import Completion
 from gateway.cursor import FINISH, Cursor
-from gateway.frames import Frames, Subject, timings
+from gateway.frames import Frames, Subject, call_id, timings
 from gateway.logprobs import chat_logprobs
-from gateway.order import LOGPROBS, ResponseDocument
+from gateway.order import LOGPROBS, TOOLS, ResponseDocument
 from gateway.services import Services
 from gateway.stream import Batch
+from gateway.tool_calls import Arguments, CallBegins, CallEnds, CallReader, Part, Text
 
 PREFIX = "resp_"
 """Of the id of a response; behind it stands the request's."""
@@ -38,33 +41,118 @@ _pack = msgspec.json.Encoder().encode
 _unpack = msgspec.json.Decoder(ResponseDocument).decode
 
 
+# Its output --------------------------------------------------------------------------------------
+
+Event = tuple[str, dict[str, Any]]
+"""Type and fields."""
+
+
+class Output:
+    """The items of a response, as its tokens make them, and the events that tell of each step."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._subject = subject
+        self._reader = CallReader() if subject.has(TOOLS) else None
+        self._is_open = False
+
+    def add(self, text: str, logprobs: list[Any]) -> list[Event]:
+        """The text of one token, and, where it is told, its log-probability."""
+        parts = [Text(text)] if self._reader is None else self._reader.feed(text)
+        return [event for part in parts for event in self._add(part, logprobs)]
+
+    def end(self, status: str) -> list[Event]:
+        """Whatever is open ends with ``status``; there is at least a message without text."""
+        rest = [] if self._reader is None else self._reader.close()
+        events = [event for part in rest for event in self._add(part, [])]
+        if not self.items:
+            events += self._open_message()
+        return events + self._close(status)
+
+    def _add(self, part: Part, logprobs: list[Any]) -> list[Event]:
+        match part:
+            case Text(text):
+                opened = [] if self._is_open else self._open_message()
+                content = self.items[-1]["content"][0]
+                content["text"] += text
+                content["logprobs"] += logprobs
+                told = {"delta": text, "logprobs": logprobs}
+                return [*opened, ("response.output_text.delta", self._place() | told)]
+            case CallBegins(index, name):
+                closed = self._close("completed")
+                return [*closed, self._open(self._call(index, name))]
+            case Arguments(_, text):
+                self.items[-1]["arguments"] += text
+                return [("response.function_call_arguments.delta", self._at() | {"delta": text})]
+            case CallEnds():
+                return self._close("completed")
+
+    def _open(self, item: dict[str, Any]) -> Event:
+        self.items.append(item)
+        self._is_open = True
+        return "response.output_item.added", {
+            "output_index": len(self.items) - 1,
+            "item": item | ({"content": []} if "content" in item else {}),
+        }
+
+    def _open_message(self) -> list[Event]:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        number = "" if not self.items else f"_{len(self.items)}"
+        opened = self._open(
+            {
+                "id": f"msg_{self._subject.request_id}{number}",
+                "type": "message",
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [part],
+            }
+        )
+        return [opened, ("response.content_part.added", self._place() | {"part": deepcopy(part)})]
+
+    def _call(self, index: int, name: str) -> dict[str, Any]:
+        return {
+            "id": f"fc_{self._subject.request_id}_{index}",
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call_id(self._subject, 0, index),
+            "name": name,
+            "arguments": "",
+        }
+
+    def _close(self, status: str) -> list[Event]:
+        if not self._is_open:
+            return []
+        self._is_open = False
+        item = self.items[-1]
+        item["status"] = status
+        done = ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})
+        if item["type"] == "function_call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            return [("response.function_call_arguments.done", self._at() | told), done]
+        part = item["content"][0]
+        told = {"text": part["text"], "logprobs": part["logprobs"]}
+        return [
+            ("response.output_text.done", self._place() | told),
+            ("response.content_part.done", self._place() | {"part": part}),
+            done,
+        ]
+
+    def _at(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+
+    def _place(self) -> dict[str, Any]:
+        return self._at() | {"content_index": 0}
+
+
+def _told(subject: Subject, whole: Completion | Batch, tokenizer: Tokenizer) -> list[list[Any]]:
+    """The log-probabilities of each token, as a list of one, or of none where nobody asked."""
+    if not subject.has(LOGPROBS):
+        return [[]] * len(whole.tokens)
+    told = chat_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops)
+    return [[entry] for entry in told["content"]]
+
+
 # The object --------------------------------------------------------------------------------------
-
-
-def response_object(
-    subject: Subject, whole: Completion, tokenizer: Tokenizer, *, is_waiting: bool = False
-) -> dict[str, Any]:
-    """The response as far as ``whole`` knows it; ``is_waiting``: no worker has it yet."""
-    document = document_of(subject)
-    finish = whole.finish
-    status = _status(finish, is_waiting=is_waiting)
-    is_over = bool(finish.reason)
-    shown: dict[str, Any] = {
-        "id": PREFIX + subject.request_id,
-        "object": "response",
-        "created_at": subject.presentation.created,
-        "status": status,
-        "background": document.is_background,
-        "error": _error(finish) if status == "failed" else None,
-        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-        "model": subject.model,
-        "output": [_message(subject, whole, tokenizer)] if whole.tokens or status in _WHOLE else [],
-        "usage": _usage(subject, whole) if is_over and status != "failed" else None,
-        "completed_at": whole.timing.ended // 1000 if whole.timing else None,
-    }
-    if is_over:
-        shown["headrace"] = timings(finish, whole.timing, len(whole.tokens))
-    return shown | document.echo
 
 
 def subject_of(services: Services, request_id: str, document: ResponseDocument) -> Subject:
@@ -85,7 +173,43 @@ def document_of(subject: Subject) -> ResponseDocument:
     return subject.document
 
 
-_WHOLE = ("completed", "incomplete")
+def response_object(
+    subject: Subject, whole: Completion, tokenizer: Tokenizer, *, is_waiting: bool = False
+) -> dict[str, Any]:
+    """The response as far as ``whole`` knows it; ``is_waiting``: no worker has it yet."""
+    document, finish = document_of(subject), whole.finish
+    status = _status(finish, is_waiting=is_waiting)
+    shown: dict[str, Any] = {
+        "id": PREFIX + subject.request_id,
+        "object": "response",
+        "created_at": subject.presentation.created,
+        "status": status,
+        "background": document.is_background,
+        "error": _error(finish) if status == "failed" else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "model": subject.model,
+        "output": output_items(subject, whole, tokenizer),
+        "usage": _usage(subject, whole) if finish.reason and status != "failed" else None,
+        "completed_at": whole.timing.ended // 1000 if whole.timing else None,
+    }
+    if finish.reason:
+        shown["headrace"] = timings(finish, whole.timing, len(whole.tokens))
+    return shown | document.echo
+
+
+def output_items(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What the tokens of ``whole`` say, as items."""
+    output = Output(subject)
+    for piece, told in zip(whole.pieces, _told(subject, whole, tokenizer), strict=True):
+        output.add(unescape_pieces([piece]), told)
+    if whole.finish.reason not in ("", FinishReason.FAILED):
+        output.end(_item_status(whole.finish))
+    return output.items
+
+
+def _item_status(finish: Finish) -> str:
+    status = _status(finish, is_waiting=False)
+    return "completed" if status == "completed" else "incomplete"
 
 
 def _status(finish: Finish, *, is_waiting: bool) -> str:
@@ -109,31 +233,6 @@ def _error(finish: Finish) -> dict[str, Any]:
     return {"code": "server_error", "message": message, "headrace_code": code.lower()}
 
 
-def _message(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    status = _status(whole.finish, is_waiting=False)
-    return {
-        "id": _item_id(subject),
-        "type": "message",
-        "role": "assistant",
-        "status": status if status in ("in_progress", "completed") else "incomplete",
-        "content": [_part(whole.text, _logprobs(subject, whole, tokenizer))],
-    }
-
-
-def _part(text: str, logprobs: list[Any]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _logprobs(subject: Subject, whole: Completion, tokenizer: Tokenizer) -> list[Any]:
-    if not subject.has(LOGPROBS):
-        return []
-    return chat_logprobs(tokenizer, whole.tokens, whole.logprobs, whole.tops)["content"]
-
-
-def _item_id(subject: Subject) -> str:
-    return f"msg_{subject.request_id}"
-
-
 def _usage(subject: Subject, whole: Completion) -> dict[str, Any]:
     prompt, answer = subject.presentation.prompt_tokens, len(whole.tokens)
     return {
@@ -151,8 +250,9 @@ def _usage(subject: Subject, whole: Completion) -> dict[str, Any]:
 class ResponseFrames(Frames):
     """The events of a response behind ``cursor``, or those with numbers above ``after``.
 
-    ``whole`` holds what stands before ``cursor``: the last events repeat the whole text. Only the
-    last event of a position has an ``id:``, so that no other is missing behind it.
+    ``whole`` holds what stands before ``cursor``: numbers go on from there, and the last events
+    repeat the whole text. Only the last event of a token has an ``id:``, so that none is missing
+    behind it.
     """
 
     wire = "openai"
@@ -170,114 +270,79 @@ class ResponseFrames(Frames):
         self._tokenizer = tokenizer
         self._whole = whole or nothing()
         self._after = after
-        self._tells_logprobs = subject.has(LOGPROBS)
+        self._number = 0
         self._is_background = document_of(subject).is_background
-        self._num_opening = 2 + self._is_background
-        self._is_open = self._num_tokens > 0 or self._stage > 0
-        place = json.dumps({"item_id": _item_id(subject), "output_index": 0, "content_index": 0})
-        self._place = place[1:-1].encode()
+        self._is_opened = self._is_begun = False
+        self._output = Output(subject)
+        if self._num_tokens:
+            self.opening()
+            self._begin()
+            for piece, told in self._pieces(self._whole):
+                self._number += len(self._output.add(piece, told))
 
     def opening(self) -> bytes:
         """What is said before the first token."""
-        if self._is_open:
+        if self._is_opened:
             return b""
+        self._is_opened = True
         shown = self._shown(nothing(), is_waiting=self._is_background)
         second = "response.queued" if self._is_background else "response.in_progress"
-        return self._event("response.created", 0, response=shown) + self._event(
-            second, 1, response=shown
-        )
+        return self._event("response.created", response=shown) + self._event(second, response=shown)
 
     def tokens(self, batch: Batch) -> list[bytes]:
-        opened = self._opened() if batch.tokens else []
+        frames = self._begin() if batch.tokens else []
         self._whole.tokens += batch.tokens
         self._whole.pieces += batch.pieces
         self._whole.logprobs += batch.logprobs
         self._whole.tops += batch.tops
-        first = self._num_opening + 2
-        told = self._told(batch)
-        return opened + [
-            b"id: %d-%08x\nevent: response.output_text.delta\n"
-            b'data: {"type":"response.output_text.delta","sequence_number":%d,%b,"delta":"%b",'
-            b'"logprobs":%b}\n\n'
-            % (position + 1, chain, first + position, self._place, piece, said)
-            for position, (piece, chain, said) in enumerate(
-                zip(batch.pieces, batch.chains, told, strict=True), batch.start
-            )
-            if first + position > self._after
-        ]
+        for position, (chain, (piece, told)) in enumerate(
+            zip(batch.chains, self._pieces(batch), strict=True), batch.start + 1
+        ):
+            cursor = f"{position}-{chain:08x}"
+            events = self._output.add(piece, told)
+            frames += [
+                self._event(kind, cursor if number == len(events) else "", **fields)
+                for number, (kind, fields) in enumerate(events, 1)
+            ]
+        return frames
 
     def end(self, finish: Finish, timing: Timing | None) -> list[bytes]:
         if self._stage >= FINISH:
             return []
         self._whole.finish, self._whole.timing = finish, timing
         shown = self._shown(self._whole)
-        if finish.reason == FinishReason.FAILED:
-            frames, kind, number = self._began(), "response.failed", self._next
-        else:
-            frames = [*self._opened(), *self._done()]
+        kind, frames = "response.failed", self._begin()
+        if finish.reason != FinishReason.FAILED:
             kind = "response.completed" if shown["status"] == "completed" else "response.incomplete"
-            number = self._next + 3
+            events = self._output.end(_item_status(finish))
+            frames += [self._event(told, **fields) for told, fields in events]
         self._stage = FINISH
-        frames.append(self._event(kind, number, id=str(self.cursor), response=shown))
-        return frames
+        return [*frames, self._event(kind, str(self.cursor), response=shown)]
 
     def failure(self, failure: Failure) -> bytes:
         code = failure.code.lower()
-        return self._event("error", self._next, code=code, message=failure.message, param=None)
+        return self._event("error", code=code, message=failure.message, param=None)
 
-    @property
-    def _next(self) -> int:
-        """Number of the event behind those of the tokens so far."""
-        if not self._is_open:
-            return self._num_opening
-        return self._num_opening + 2 + self._num_tokens
-
-    def _began(self) -> list[bytes]:
+    def _begin(self) -> list[bytes]:
         """Of a response in the background: it does not wait any more."""
-        if self._is_open or not self._is_background:
+        if self._is_begun or not self._is_background:
             return []
-        return [self._event("response.in_progress", 2, response=self._shown(nothing()))]
+        self._is_begun = True
+        return [self._event("response.in_progress", response=self._shown(nothing()))]
 
-    def _opened(self) -> list[bytes]:
-        """What stands ahead of the first token."""
-        if self._is_open:
-            return []
-        frames, number = self._began(), self._num_opening
-        self._is_open = True
-        item = _message(self.subject, nothing(), self._tokenizer) | {"content": []}
+    def _pieces(self, whole: Completion | Batch) -> list[tuple[str, list[Any]]]:
+        told = _told(self.subject, whole, self._tokenizer)
         return [
-            *frames,
-            self._event("response.output_item.added", number, output_index=0, item=item),
-            self._placed("response.content_part.added", number + 1, part=_part("", [])),
+            (unescape_pieces([piece]), said) for piece, said in zip(whole.pieces, told, strict=True)
         ]
-
-    def _done(self) -> list[bytes]:
-        """What stands behind the last token."""
-        number = self._next
-        item = _message(self.subject, self._whole, self._tokenizer)
-        part = item["content"][0]
-        told = {"text": part["text"], "logprobs": part["logprobs"]}
-        return [
-            self._placed("response.output_text.done", number, **told),
-            self._placed("response.content_part.done", number + 1, part=part),
-            self._event("response.output_item.done", number + 2, output_index=0, item=item),
-        ]
-
-    def _told(self, batch: Batch) -> list[bytes]:
-        """The log-probabilities of each token's event."""
-        if not self._tells_logprobs:
-            return [b"[]"] * len(batch.tokens)
-        told = chat_logprobs(self._tokenizer, batch.tokens, batch.logprobs, batch.tops)
-        return [json.dumps([entry]).encode() for entry in told["content"]]
 
     def _shown(self, whole: Completion, *, is_waiting: bool = False) -> dict[str, Any]:
         return response_object(self.subject, whole, self._tokenizer, is_waiting=is_waiting)
 
-    def _placed(self, kind: str, number: int, **fields: Any) -> bytes:
-        place = json.loads(b"{" + self._place + b"}")
-        return self._event(kind, number, **place, **fields)
-
-    def _event(self, kind: str, number: int, id: str = "", **fields: Any) -> bytes:
+    def _event(self, kind: str, id: str = "", **fields: Any) -> bytes:
+        """The next event; nothing, if its reader has it."""
+        number = self._number
+        self._number += 1
         if number <= self._after:
             return b""
         data = json.dumps({"type": kind, "sequence_number": number} | fields, separators=(",", ":"))

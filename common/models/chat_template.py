@@ -9,6 +9,7 @@ sha256 of the one in use stands in the model's manifest.
 import asyncio
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,9 @@ class ChatTemplate:
         self.source = source
         self.sha256 = "" if source is None else hashlib.sha256(source.encode()).hexdigest()
         self._named_tokens = dict(named_tokens)
+        self.takes_tools = source is not None and _takes_tools(source)
+        """Whether it tells the model of tools, and that calls stand between ``<tool_call>`` tags,
+        as in the Hermes and Qwen families."""
         try:
             self._template = None if source is None else _ENVIRONMENT.compile_limited(source)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -74,10 +78,11 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt for ``messages``, as JSON would hold them.
+        """The prompt for ``messages``, as JSON would hold them, and ``tools`` likewise.
 
         ``continue_final_message`` ends the prompt inside the last message, for the model to go on
         from there; it excludes ``add_generation_prompt``, which is then ignored.
@@ -87,13 +92,14 @@ class ChatTemplate:
         """
         _check_size(messages)
         if continue_final_message:
-            return _cut_at_mark(self._run(_with_mark(messages), False))
-        return self._run(messages, add_generation_prompt)
+            return _cut_at_mark(self._run(_with_mark(messages), tools, False))
+        return self._run(messages, tools, add_generation_prompt)
 
     async def render_async(
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
@@ -102,15 +108,22 @@ class ChatTemplate:
         def render() -> str:
             return self.render(
                 messages,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
 
-        if len(messages) <= _INLINE_MESSAGES and _characters(messages) <= _INLINE_CHARACTERS:
+        num_characters = _characters([*messages, *(tools or [])])
+        if len(messages) <= _INLINE_MESSAGES and num_characters <= _INLINE_CHARACTERS:
             return render()
         return await asyncio.to_thread(render)
 
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _run(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         if self._template is None:
             raise _template_error("template not found")
         pieces: list[str] = []
@@ -119,7 +132,7 @@ class ChatTemplate:
         try:
             for piece in self._template.generate(
                 messages=list(messages),
-                tools=None,
+                tools=None if tools is None else list(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._named_tokens,
@@ -246,6 +259,10 @@ def _strftime_now(pattern: str) -> str:
 
 
 _ENVIRONMENT = _environment()
+
+
+def _takes_tools(source: str) -> bool:
+    return "<tool_call>" in source and re.search(r"\btools\b", source) is not None
 
 
 def _find_source(path: Path, config: JsonObject) -> str | None:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
+from gateway.api.tools import Said, SaidCall, ToolUse, render, said_call, tool_use
 from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
 from gateway.order import LOGPROBS, Order
 from gateway.services import Services, services_of
@@ -35,11 +36,25 @@ class Part(msgspec.Struct):
     text: str = ""
 
 
+class CalledFunction(msgspec.Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class ToolCall(msgspec.Struct):
+    """A call that the model made before."""
+
+    id: Any = None
+    type: str = "function"
+    function: CalledFunction | None = None
+
+
 class Message(msgspec.Struct):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(OpenAiBody, kw_only=True):
@@ -47,6 +62,9 @@ class ChatBody(OpenAiBody, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     # Known, and supported only with a value that changes nothing:
     audio: Any = None
     function_call: Any = None
@@ -55,8 +73,6 @@ class ChatBody(OpenAiBody, kw_only=True):
     prediction: Any = None
     reasoning_effort: Any = None
     store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -69,8 +85,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "reasoning_effort": ("none",),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -87,23 +101,25 @@ async def order_of(services: Services, body: ChatBody) -> Order:
     """Raises: Failure, for what the caller can put right."""
     refuse_unsupported(body, _NEUTRAL)
     wanted = _wanted(body)
-    text = await templated(services, body.messages)
+    text = await templated(services, body)
     prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
     return order(services, body, "chat", prompt, wanted, num_prompt_characters=len(text))
 
 
-async def templated(services: Services, messages: list[Message]) -> str:
+async def templated(services: Services, body: ChatBody) -> str:
     """The prompt that the model's template makes of a conversation.
 
     Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, TEMPLATE_ERROR.
     """
-    plain = [_message(index, message) for index, message in enumerate(messages)]
-    if not plain:
+    said = [_said(f"messages[{index}]", message) for index, message in enumerate(body.messages)]
+    if not said:
         raise Failure("BAD_REQUEST", "`messages` must not be empty", field="messages")
-    continues = plain[-1]["role"] == "assistant"
-    return await services.model.chat_template.render_async(
-        plain, add_generation_prompt=not continues, continue_final_message=continues
-    )
+    continues = said[-1].role == "assistant" and not said[-1].calls
+    return await render(services, said, _tool_use(body), continues=continues)
+
+
+def _tool_use(body: ChatBody) -> ToolUse | None:
+    return tool_use(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
 
 
 def _wanted(body: ChatBody) -> Wanted:
@@ -125,25 +141,40 @@ def _wanted(body: ChatBody) -> Wanted:
         num_choices=num_choices("n", body.n),
         flags=LOGPROBS * bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
+        tools=_tool_use(body),
     )
 
 
-def _message(index: int, message: Message) -> dict[str, str]:
-    """A message as the template takes it: a role and plain text."""
-    field = f"messages[{index}]"
+def _said(field: str, message: Message) -> Said:
+    """A message as the template takes it: a role, plain text, and calls."""
     if message.role not in ROLES:
         raise Failure(
             "BAD_REQUEST",
             f"`{field}.role` must be one of {', '.join(ROLES)}",
             field=f"{field}.role",
         )
-    if message.tool_calls:
-        raise unsupported(f"{field}.tool_calls")
-    if message.content is None:
+    calls = [
+        _said_call(f"{field}.tool_calls[{index}]", call)
+        for index, call in enumerate(message.tool_calls or [])
+    ]
+    if calls and message.role != "assistant":
+        raise Failure(
+            "BAD_REQUEST",
+            f"`{field}.tool_calls`: only the assistant calls tools",
+            field=f"{field}.tool_calls",
+        )
+    if message.content is None and not calls:
         raise Failure(
             "BAD_REQUEST", f"`{field}.content` must not be null", field=f"{field}.content"
         )
-    return {"role": ROLES[message.role], "content": _text(field, message.content)}
+    text = _text(field, message.content or "")
+    return Said(ROLES[message.role], text, calls, message.tool_call_id or "")
+
+
+def _said_call(field: str, call: ToolCall) -> SaidCall:
+    if call.type != "function" or call.function is None:
+        raise unsupported(f"{field}.type", f"is {call.type[:80]!r}; only functions are supported")
+    return said_call(f"{field}.function", call.id, call.function.name, call.function.arguments)
 
 
 def _text(field: str, content: str | list[Part]) -> str:

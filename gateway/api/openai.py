@@ -15,6 +15,7 @@ from common.failures import Failure
 from common.messages import Grammar, Lane, Sampling
 from common.settings import GatewaySettings
 from gateway.api.grammars import grammar_of
+from gateway.api.tools import ToolUse
 from gateway.bodies import (
     MAX_NEW_TOKENS,
     MAX_PENALTY,
@@ -29,7 +30,7 @@ from gateway.bodies import (
     logit_bias,
     unsupported,
 )
-from gateway.order import INCLUDE_USAGE, SHOW_TIER, Api, Order
+from gateway.order import INCLUDE_USAGE, SHOW_TIER, TOOLS, Api, Order
 from gateway.services import ServedModel, Services
 
 TIERS: dict[str, Lane] = {
@@ -88,6 +89,7 @@ class Wanted:
     flags: int = 0
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    tools: ToolUse | None = None
 
 
 def order(
@@ -109,7 +111,8 @@ def order(
         stream=bool(body.stream),
         flags=wanted.flags
         | INCLUDE_USAGE * include_usage
-        | SHOW_TIER * (body.service_tier is not None),
+        | SHOW_TIER * (body.service_tier is not None)
+        | TOOLS * (wanted.tools is not None),
         prompt_text=prompt_text,
         num_prompt_characters=num_prompt_characters,
         lane=lane_of(body.service_tier),
@@ -166,7 +169,7 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=logit_bias("logit_bias", body.logit_bias, vocab_size),
-        grammar=_grammar(body, services.settings),
+        grammar=_grammar(body, services.settings, wanted.tools),
         stop=_stops(body.stop, services.settings.max_stop_sequences),
         stop_token_ids=check_stop_tokens("stop_token_ids", body.stop_token_ids or [], vocab_size),
         keep_stop=False,
@@ -214,7 +217,7 @@ def _stops(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _grammar(body: OpenAiBody, settings: GatewaySettings) -> Grammar | None:
+def _grammar(body: OpenAiBody, settings: GatewaySettings, tools: ToolUse | None) -> Grammar | None:
     guided = {
         name: getattr(body, name)
         for name in (
@@ -224,7 +227,11 @@ def _grammar(body: OpenAiBody, settings: GatewaySettings) -> Grammar | None:
     grammar = grammar_of(body.response_format, guided)
     if grammar is not None and settings.disable_grammar_support:
         raise unsupported("response_format", "and other grammars are switched off on this server")
-    return grammar
+    if tools is None:
+        return grammar
+    if settings.disable_grammar_support:
+        raise unsupported("tools", "and other grammars are switched off on this server")
+    return tools.grammar(grammar)
 
 
 def _room(services: Services, num_prompt_tokens: int, max_tokens: int | None) -> int:

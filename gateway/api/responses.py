@@ -4,7 +4,6 @@ A stored response is its token log and a document, kept for a time after its end
 kept, any gateway shows it, streams it again from any event, or takes a conversation on from it.
 """
 
-import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +18,10 @@ from common.ids import generation_id, is_request_id, request_of
 from common.logs import get_logger
 from gateway.account import Account
 from gateway.answer import answer, event_stream
-from gateway.api.chat import MAX_TOP_LOGPROBS, ROLES
+from gateway.api.chat import MAX_TOP_LOGPROBS
+from gateway.api.items import items_of, said_by
 from gateway.api.openai import OpenAiBody, Wanted, order
+from gateway.api.tools import Said, chat_form, render, tool_use
 from gateway.bodies import (
     MAX_NEW_TOKENS,
     check_range,
@@ -37,6 +38,7 @@ from gateway.responses import (
     PREFIX,
     ResponseFrames,
     document_of,
+    output_items,
     read_document,
     read_log,
     response_object,
@@ -56,7 +58,6 @@ DEFAULT_ITEMS_PAGE = 20
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = frozenset({_LOGPROBS, "reasoning.encrypted_content"})
 """What ``include`` may name; there is no reasoning here to be encrypted."""
-_TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 
 
 class ResponseBody(OpenAiBody, kw_only=True):
@@ -73,17 +74,17 @@ class ResponseBody(OpenAiBody, kw_only=True):
     include: list[str] | None = None
     top_logprobs: int | None = None
     truncation: str | None = None
+    tools: Any = None
+    tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    max_tool_calls: Any = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     user: str | None = None
     # Known, and supported only with a value that changes nothing:
     conversation: Any = None
-    max_tool_calls: Any = None
     prompt: Any = None
     reasoning: Any = None
-    tool_choice: Any = None
-    tools: Any = None
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -93,8 +94,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "response_format": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 
@@ -112,9 +111,10 @@ async def _order(request: Request, body: ResponseBody) -> Order:
     refuse_unsupported(body, _NEUTRAL)
     _check(body)
     tells_logprobs = body.top_logprobs is not None or _LOGPROBS in (body.include or [])
-    items = [*await _conversation(request, body.previous_response_id), *_items(body.input)]
-    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    text = await services.model.chat_template.render_async(instructions + list(map(_said, items)))
+    items = [*await _conversation(request, body.previous_response_id), *items_of(body.input)]
+    use = tool_use(*chat_form(body.tools, body.tool_choice), parallel=body.parallel_tool_calls)
+    instructions = [Said("system", body.instructions)] if body.instructions else []
+    text = await render(services, instructions + said_by(items), use, continues=False)
     prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
     body.response_format = _format(body.text)
     is_stored = body.store is not False
@@ -123,6 +123,7 @@ async def _order(request: Request, body: ResponseBody) -> Order:
         num_choices=1,
         flags=LOGPROBS * tells_logprobs,
         top_logprobs=body.top_logprobs or 0,
+        tools=use,
     )
     made = order(services, body, "response", prompt, wanted, num_prompt_characters=len(text))
     return replace(
@@ -216,59 +217,7 @@ def _echo(body: ResponseBody, made: Order) -> dict[str, Any]:
     }
 
 
-# Items -------------------------------------------------------------------------------------------
-
-
-def _items(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The input as items, each with an id."""
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
-    if not given:
-        raise Failure("BAD_REQUEST", "`input` must not be empty", field="input")
-    return [_item(f"input[{index}]", item) for index, item in enumerate(given)]
-
-
-def _item(field: str, item: dict[str, Any]) -> dict[str, Any]:
-    kind, role = item.get("type", "message"), item.get("role")
-    if kind != "message":
-        raise unsupported(f"{field}.type", f"is {str(kind)[:80]!r}; only messages are supported")
-    if role not in ROLES or role == "tool":
-        allowed = ", ".join(name for name in ROLES if name != "tool")
-        raise Failure(
-            "BAD_REQUEST", f"`{field}.role` must be one of {allowed}", field=f"{field}.role"
-        )
-    content = item.get("content")
-    if isinstance(content, str):
-        content = [{"type": "input_text", "text": content}]
-    if not isinstance(content, list):
-        raise Failure(
-            "BAD_REQUEST",
-            f"`{field}.content` must be a text or a list of parts",
-            field=f"{field}.content",
-        )
-    parts = [_text_part(f"{field}.content[{index}]", part) for index, part in enumerate(content)]
-    return {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "type": "message",
-        "role": role,
-        "status": "completed",
-        "content": parts,
-    }
-
-
-def _text_part(field: str, part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _TEXT_PARTS:
-        raise unsupported(f"{field}.type", f"is {str(kind)[:80]!r}; only text is supported")
-    if not isinstance(part.get("text"), str):
-        raise Failure("BAD_REQUEST", f"`{field}.text` must be a text", field=f"{field}.text")
-    return {"type": kind, "text": part["text"]}
-
-
-def _said(item: dict[str, Any]) -> dict[str, str]:
-    """An item as the template takes it."""
-    text = "".join(part["text"] for part in item["content"])
-    return {"role": ROLES[item["role"]], "content": text}
+# What was made before ----------------------------------------------------------------------------
 
 
 async def _conversation(request: Request, previous_id: str | None) -> list[dict[str, Any]]:
@@ -287,11 +236,9 @@ async def _conversation(request: Request, previous_id: str | None) -> list[dict[
     if not found.whole.finish.reason:
         message = f"The response {previous_id[:80]!r} has not ended yet."
         raise Failure("BAD_REQUEST", message, field=field)
-    answer = {"type": "message", "role": "assistant", "content": found.whole.text}
-    return [*document_of(found.subject).items, _item(field, answer)]
-
-
-# What was made -----------------------------------------------------------------------------------
+    tokenizer = services_of(request).model.tokenizer
+    answer = output_items(found.subject, found.whole, tokenizer)
+    return [*document_of(found.subject).items, *answer]
 
 
 @dataclass(frozen=True, slots=True)

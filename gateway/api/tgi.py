@@ -120,7 +120,7 @@ async def chat_tokenize(request: Request) -> Response:
     """The prompt that a conversation becomes, as text and as tokens."""
     body = await read_body(request, chat.decoder)
     model = services_of(request).model
-    text = await chat.templated(services_of(request), body.messages)
+    text = await chat.templated(services_of(request), body)
     tokens = await model.tokenizer.encode_with_offsets_async(text, add_special_tokens=False)
     listed, templated = await _listed(tokens), msgspec.json.encode(text)
     return _json(b'{"tokenize_response":%b,"templated_text":%b}' % (listed, templated))

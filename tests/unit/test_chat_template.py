@@ -90,7 +90,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def render(source: str, messages: list[dict[str, Any]], **options: bool) -> str:
+def render(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
     return ChatTemplate(source, TOKENS).render(messages, **options)
 
 
@@ -261,3 +261,16 @@ def test_a_template_that_is_none_is_found_at_load(tmp_path: Path) -> None:
 
 def test_templates_print_the_date() -> None:
     assert render("{{ strftime_now('%Y') }}", HELLO) == time.strftime("%Y")
+
+
+TAKES_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}<tool_call>{{ messages[0].content }}"
+)
+
+
+def test_tools_are_given_to_a_template_that_takes_them() -> None:
+    assert ChatTemplate(TAKES_TOOLS, TOKENS).takes_tools
+    assert not ChatTemplate("{{ messages }}<tool_call>", TOKENS).takes_tools
+    assert not ChatTemplate(None, TOKENS).takes_tools
+    shown = render(TAKES_TOOLS, [{"role": "user", "content": "hi"}], tools=[{"name": "f"}])
+    assert shown == '{"name": "f"}<tool_call>hi'

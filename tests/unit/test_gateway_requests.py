@@ -262,8 +262,8 @@ async def test_chat_takes_neutral_values(services: Services) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("function_call", "auto"),
         ("service_tier", "scale"),
         ("reasoning_effort", "high"),
     ],
