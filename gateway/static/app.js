@@ -96,8 +96,10 @@ async function follow(turn, view, call) {
     view.showTextSoon();
     store.saveTurnsSoon(turns);
   };
+  const onPlace = (place) => view.showPlace(place);
+  const { signal } = abort;
   try {
-    turn.progress = await call({ baseUrl: BASE_URL, onState, onText, signal: abort.signal });
+    turn.progress = await call({ baseUrl: BASE_URL, onState, onText, onPlace, signal });
   } catch (error) {
     if (!abort.signal.aborted) turn.failure = failureFrom(error, turn);
   }

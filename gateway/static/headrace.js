@@ -1,10 +1,11 @@
-// A client for Headrace's chat streams. They survive a lost connection: whoever knows a stream's id
-// and the cursor of the last event it saw gets the exact rest, from any gateway, at any time.
+// A client for Headrace's streams. They survive a lost connection: whoever knows a stream's id and the
+// cursor of the last event it saw gets the exact rest, from any gateway, at any time.
 //
 //   const answer = await streamChat({ body: { model, messages }, onText: (piece) => show(piece) });
 //
 // Keep what `onText` and `onState` hand over (it is plain JSON) and pass it to `resume` after a
-// reload. No dependencies; needs fetch, ReadableStream and AbortSignal.any.
+// reload. `watch` reads with the browser's own EventSource, for pages that have no API key. No
+// dependencies; needs fetch, ReadableStream and AbortSignal.any: browsers since 2023, Node 20.
 
 /**
  * Where a reader stands. Plain JSON: store it, and `resume` goes on from it. The client changes it
@@ -32,6 +33,19 @@
  */
 
 /**
+ * A server-sent event.
+ *
+ * @typedef {{id: string, type: string, data: string}} StreamEvent
+ */
+
+/**
+ * @typedef {object} Connection
+ * @property {Response} response
+ * @property {AsyncIterable<Uint8Array>} chunks  Of its body.
+ * @property {() => void} close
+ */
+
+/**
  * connecting: nothing is known yet · waiting: admitted, no text yet · streaming: text arrives ·
  * reconnecting: the connection is lost, and is tried again until `giveUpAfterMs`.
  *
@@ -39,11 +53,23 @@
  */
 
 /**
+ * The place of a request that no worker has yet.
+ *
+ * @typedef {object} Place
+ * @property {boolean} isWaiting  False once a worker has it; then the first text is near.
+ * @property {number} position  Requests that are served before it.
+ * @property {number|null} estimatedWait  In seconds; null where nothing is known yet.
+ */
+
+/**
  * @typedef {object} Options
- * @property {string} [baseUrl]  Of the gateway, without a slash at its end; default: this origin.
+ * @property {string|string[]} [baseUrl]  Of the gateway, or of several, which are tried in turn,
+ *   without a slash at the end; default: this origin.
  * @property {Record<string, string>} [headers]  Sent with every call.
  * @property {(piece: string, progress: Progress) => void} [onText]
  * @property {(state: State, progress: Progress) => void} [onState]
+ * @property {(place: Place, progress: Progress) => void} [onPlace]  About once a second while the
+ *   request waits.
  * @property {AbortSignal} [signal]  Stops reading; the generation goes on. `cancel` ends it.
  * @property {number} [silenceMs]  A connection this silent is dead. The gateway sends a comment
  *   every 15 s; default: three times that.
@@ -55,7 +81,9 @@ const SILENCE_MS = 45_000;
 const GIVE_UP_AFTER_MS = 600_000;
 const FIRST_PAUSE_MS = 250;
 const LONGEST_PAUSE_MS = 5_000;
-const CANCEL_ATTEMPTS = 6;
+const ATTEMPTS = 6;
+/** A request that met one of these may be sent again: it did not arrive, or nobody knows. */
+const NOT_TAKEN = ["CONNECTION_LOST", "DRAINING", "HTTP_502", "HTTP_503", "HTTP_504"];
 
 /** Why there is no (whole) answer. `code` is one of the gateway's, or CONNECTION_LOST, BAD_ANSWER. */
 export class HeadraceError extends Error {
@@ -78,25 +106,38 @@ export class HeadraceError extends Error {
 /**
  * Sends a chat request and reads its answer to the end, through any number of lost connections.
  *
- * @param {Options & {body: object}} options  `body` as for POST /v1/chat/completions.
+ * It carries an idempotency key, so that a request whose answer was lost is sent again without
+ * being worked on twice. Of several choices (`n`) the first is read.
+ *
+ * @param {Options & {body: object, idempotencyKey?: string}} options  `body` as for POST
+ *   /v1/chat/completions; `idempotencyKey`, by default a new one, finds the same answer again, for
+ *   as long as it is kept.
  * @returns {Promise<Progress>}  The whole answer.
  * @throws {HeadraceError}  What was read until then has gone to `onText`.
  */
-export async function streamChat({ body, ...options }) {
-  const progress = { id: "", cursor: "", text: "", finishReason: null, stats: null };
+export async function streamChat({ body, idempotencyKey = newKey(), ...options }) {
+  const progress = newProgress();
+  const gateways = new Gateways(options.baseUrl);
   options.onState?.("connecting", progress);
-  const connection = await connect(options, "/v1/chat/completions", {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-  });
+  const connection = await persist(gateways, options.signal, NOT_TAKEN, () =>
+    connect(options, `${gateways.current}/v1/chat/completions`, {
+      method: "POST",
+      headers: {
+        "content-type": "application/json",
+        "idempotency-key": idempotencyKey,
+        ...(options.onPlace && { "x-stream-events": "1" }),
+      },
+      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    }),
+  );
   const { response } = connection;
   progress.id = response.headers.get("x-headrace-stream-id") ?? "";
   if (!progress.id || !isEventStream(response)) {
     connection.close();
     throw new HeadraceError("BAD_ANSWER", "The server's answer is no resumable stream.");
   }
-  return follow(progress, options, connection);
+  const reconnect = () => reconnectTo(gateways, progress, options);
+  return follow(progress, options, gateways, reconnect, connection);
 }
 
 /**
@@ -108,8 +149,34 @@ export async function streamChat({ body, ...options }) {
  */
 export async function resume({ progress, ...options }) {
   const own = { ...progress };
+  const gateways = new Gateways(options.baseUrl);
   options.onState?.("reconnecting", own);
-  return follow(own, options, null);
+  return follow(own, options, gateways, () => reconnectTo(gateways, own, options), null);
+}
+
+/**
+ * Reads a stream to its end with the browser's EventSource, which needs no API key but a token in
+ * the address. The browser reconnects by itself; where it gives up, this asks for a new address.
+ *
+ * @param {Options & {id: string, progress?: Progress, getUrl?: () => string|Promise<string>}}
+ *   options  `getUrl` brings an address with a token, usually from the page's own server, which has
+ *   the key: what `POST /v1/streams/{id}/token` answers as `url`. Without it the gateway is asked,
+ *   with `headers`. `silenceMs` means nothing here.
+ * @returns {Promise<Progress>}
+ * @throws {HeadraceError}
+ */
+export async function watch({ id, progress = newProgress(id), getUrl, ...options }) {
+  const own = { ...progress };
+  const gateways = new Gateways(options.baseUrl);
+  options.onState?.("connecting", own);
+  const listenAnew = async () => {
+    const url = await (getUrl ? getUrl() : tokenUrl(gateways, id, options));
+    const full = new URL(url, gateways.current || globalThis.location?.href);
+    if (own.cursor) full.searchParams.set("after", own.cursor);
+    if (options.onPlace) full.searchParams.set("events", "1");
+    return listen(full, own, options);
+  };
+  return untilEnd(own, options, gateways, listenAnew);
 }
 
 /**
@@ -120,22 +187,48 @@ export async function resume({ progress, ...options }) {
  * @throws {HeadraceError}  The gateway could not be told.
  */
 export async function cancel({ id, ...options }) {
-  for (let attempt = 1; ; attempt++) {
-    try {
-      (await connect(options, streamPath(id), { method: "DELETE" })).close();
-      return;
-    } catch (error) {
-      if (error.status === 404 || error.status === 410) return;
-      if (!error.isTransient || attempt === CANCEL_ATTEMPTS) throw error;
-      await pause(attempt, error.retryAfterMs);
-    }
+  const gateways = new Gateways(options.baseUrl);
+  try {
+    const end = () => connect(options, gateways.current + streamPath(id), { method: "DELETE" });
+    (await persist(gateways, undefined, null, end)).close();
+  } catch (error) {
+    if (error instanceof HeadraceError && [404, 410].includes(error.status)) return;
+    throw error;
   }
 }
 
 // Following a stream ------------------------------------------------------------------------------
 
-/** Reads until the end, over as many connections as it takes. */
-async function follow(progress, options, connection) {
+/**
+ * Reads until the end, over as many connections as it takes.
+ *
+ * @param {Progress} progress
+ * @param {Options} options
+ * @param {Gateways} gateways
+ * @param {() => Promise<Connection>} reconnect
+ * @param {Connection|null} connection  One that is open already.
+ */
+function follow(progress, options, gateways, reconnect, connection) {
+  return untilEnd(progress, options, gateways, async () => {
+    const open = connection ?? (await reconnect());
+    connection = null;
+    try {
+      return await relay(open, progress, options);
+    } finally {
+      open.close();
+    }
+  });
+}
+
+/**
+ * Reads again and again, each time elsewhere, until `read` says that the end was reached.
+ *
+ * @param {Progress} progress
+ * @param {Options} options
+ * @param {Gateways} gateways
+ * @param {() => Promise<boolean>} read
+ */
+async function untilEnd(progress, options, gateways, read) {
   const { onState, signal, giveUpAfterMs = GIVE_UP_AFTER_MS } = options;
   let failures = 0;
   let aliveAt = performance.now();
@@ -143,14 +236,10 @@ async function follow(progress, options, connection) {
     const cursor = progress.cursor;
     let failure = brokenOff();
     try {
-      connection ??= await reconnect(progress, options);
-      if (await relay(connection, progress, options)) return progress;
+      if (await read()) return progress;
     } catch (error) {
-      if (!error?.isTransient) throw error;
+      if (!(error instanceof HeadraceError) || !error.isTransient) throw error;
       failure = error;
-    } finally {
-      connection?.close();
-      connection = null;
     }
     if (progress.cursor !== cursor) {
       failures = 0;
@@ -158,53 +247,106 @@ async function follow(progress, options, connection) {
     }
     if (performance.now() - aliveAt > giveUpAfterMs) throw failure;
     onState?.("reconnecting", progress);
+    gateways.turn();
     await pause(++failures, failure.retryAfterMs, signal);
   }
 }
 
-async function reconnect(progress, options) {
-  const after = progress.cursor ? `?after=${encodeURIComponent(progress.cursor)}` : "";
-  return connect(options, streamPath(progress.id) + after, { method: "GET" });
+/**
+ * @param {Gateways} gateways
+ * @param {Progress} progress
+ * @param {Options} options
+ */
+function reconnectTo(gateways, progress, options) {
+  const query = new URLSearchParams();
+  if (progress.cursor) query.set("after", progress.cursor);
+  if (options.onPlace) query.set("events", "1");
+  const url = `${gateways.current}${streamPath(progress.id)}${query.size ? `?${query}` : ""}`;
+  return connect(options, url, { method: "GET" });
 }
 
-/** Applies one connection's events; true when the stream has ended, false when it broke off. */
+/**
+ * Applies one connection's events; true when the stream has ended, false when it broke off.
+ *
+ * @param {Connection} connection
+ * @param {Progress} progress
+ * @param {Options} options
+ */
 async function relay({ response, chunks }, progress, options) {
   if (response.status === 204) return true; // nothing is behind the cursor, and nothing will be
   options.onState?.(progress.text ? "streaming" : "waiting", progress);
   for await (const event of parseEvents(chunks)) {
-    const hadText = progress.text !== "";
-    const piece = event.data === "[DONE]" ? "" : apply(event, progress);
-    progress.text += piece;
-    progress.cursor = event.id || progress.cursor;
-    if (piece && !hadText) options.onState?.("streaming", progress);
-    if (piece) options.onText?.(piece, progress);
-    if (event.data === "[DONE]") return true;
+    if (take(event, progress, options)) return true;
   }
   return false;
 }
 
-/** Takes a frame's news into `progress`, all but text and cursor; returns the text. */
+/**
+ * Applies one event; true when it was the last one.
+ *
+ * @param {StreamEvent} event
+ * @param {Progress} progress
+ * @param {Options} options
+ */
+function take(event, progress, options) {
+  if (event.type === "queue") {
+    options.onPlace?.(placeOf(parseFrame(event.data)), progress);
+    return false;
+  }
+  const hadText = progress.text !== "";
+  const piece = event.data === "[DONE]" ? "" : apply(event, progress);
+  progress.text += piece;
+  progress.cursor = event.id || progress.cursor;
+  if (piece && !hadText) options.onState?.("streaming", progress);
+  if (piece) options.onText?.(piece, progress);
+  return event.data === "[DONE]";
+}
+
+/**
+ * Takes a frame's news into `progress`, all but text and cursor; returns the text.
+ *
+ * @param {StreamEvent} event
+ * @param {Progress} progress
+ * @returns {string}
+ */
 function apply(event, progress) {
   const frame = parseFrame(event.data);
   if (frame.error) throw failureOfStream(event, frame.error, progress);
-  const choice = frame.choices?.[0];
+  const choice = frame.choices?.find((/** @type {{index: number}} */ { index }) => index === 0);
   const { finish_reason: reason, ...stats } = frame.headrace ?? {};
   if (frame.headrace) progress.stats = stats;
   // OpenAI's field has no word for "cancelled"; the one in `headrace` does.
   progress.finishReason = reason ?? choice?.finish_reason ?? progress.finishReason;
-  return choice?.delta?.content ?? "";
+  const ownToken = frame.token?.special === false ? frame.token.text : "";
+  return choice?.delta?.content ?? choice?.text ?? ownToken;
+}
+
+/**
+ * @param {{state: string, position?: number, estimated_wait?: number|null}} told
+ * @returns {Place}
+ */
+function placeOf({ state, position = 0, estimated_wait: estimatedWait = 0 }) {
+  return { isWaiting: state === "waiting", position, estimatedWait };
 }
 
 /**
  * An error with a cursor of its own is how the generation ended. One without is about this
  * connection (the gateway stops, or lost its Redis): the stream can be read on from the last cursor.
+ *
+ * @param {StreamEvent} event
+ * @param {any} error
+ * @param {Progress} progress
  */
 function failureOfStream(event, error, progress) {
   const isOfConnection = event.id === "" || event.id === progress.cursor;
   const status = error.http_status_code ?? 0;
-  return failureFrom(error, { status, isTransient: isOfConnection && status >= 500 });
+  return failureFrom(typeof error === "string" ? { message: error } : error, { status, isTransient: isOfConnection && status >= 500 });
 }
 
+/**
+ * @param {string} data
+ * @returns {any}
+ */
 function parseFrame(data) {
   try {
     return JSON.parse(data);
@@ -213,17 +355,144 @@ function parseFrame(data) {
   }
 }
 
-const streamPath = (id) => `/v1/streams/${encodeURIComponent(id)}`;
+const streamPath = (/** @type {string} */ id) => `/v1/streams/${encodeURIComponent(id)}`;
+
+/** @returns {Progress} */
+function newProgress(id = "") {
+  return { id, cursor: "", text: "", finishReason: null, stats: null };
+}
+
+/** Unguessable is not needed, only unlike any other; `randomUUID` is there on https alone. */
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+// EventSource -------------------------------------------------------------------------------------
+
+/**
+ * @param {Gateways} gateways
+ * @param {string} id
+ * @param {Options} options
+ * @returns {Promise<string>}
+ */
+async function tokenUrl(gateways, id, options) {
+  const path = `${gateways.current}${streamPath(id)}/token`;
+  const { response, close } = await connect(options, path, { method: "POST" });
+  const { url } = await response.json().finally(close);
+  return gateways.current + url;
+}
+
+/**
+ * Applies an EventSource's events; true when the stream has ended, false when it was given up.
+ *
+ * @param {URL} url
+ * @param {Progress} progress
+ * @param {Options} options
+ * @returns {Promise<boolean>}
+ */
+async function listen(url, progress, options) {
+  const source = new EventSource(url);
+  try {
+    const hasEnded = await new Promise((resolve, reject) => {
+      const onEvent = (/** @type {MessageEvent<string>} */ { type, data, lastEventId }) => {
+        try {
+          if (take({ id: lastEventId, type, data }, progress, options)) resolve(true);
+        } catch (error) {
+          reject(error);
+        }
+      };
+      source.addEventListener("message", onEvent);
+      source.addEventListener("queue", onEvent);
+      source.addEventListener("open", () =>
+        options.onState?.(progress.text ? "streaming" : "waiting", progress),
+      );
+      source.addEventListener("error", () => {
+        if (source.readyState === EventSource.CLOSED) resolve(false);
+        else options.onState?.("reconnecting", progress);
+      });
+      options.signal?.addEventListener("abort", () => reject(options.signal?.reason));
+      if (options.signal?.aborted) reject(options.signal.reason);
+    });
+    return hasEnded || (await isOver(url, progress, options));
+  } finally {
+    source.close();
+  }
+}
+
+/**
+ * An EventSource that was refused does not say why: the end (204) looks like any error.
+ *
+ * @param {URL} url
+ * @param {Progress} progress
+ * @param {Options} options
+ */
+async function isOver(url, progress, options) {
+  if (progress.cursor) url.searchParams.set("after", progress.cursor);
+  const { response, close } = await connect({ ...options, headers: {} }, url.href, {
+    method: "HEAD",
+  });
+  close();
+  return response.status === 204;
+}
 
 // Connections -------------------------------------------------------------------------------------
+
+/** The gateways that may be asked, and which one is. Any of them knows every stream. */
+class Gateways {
+  /** @param {string|string[]} [baseUrl] */
+  constructor(baseUrl = "") {
+    this.urls = Array.isArray(baseUrl) ? baseUrl : [baseUrl];
+    this.turned = 0;
+  }
+
+  get current() {
+    return this.urls[this.turned % this.urls.length] ?? "";
+  }
+
+  /** The next one, as this one is out of reach. */
+  turn() {
+    this.turned++;
+  }
+}
+
+/**
+ * Makes a call again while it fails for a moment, each time at the next gateway.
+ *
+ * @template T
+ * @param {Gateways} gateways
+ * @param {AbortSignal|undefined} signal
+ * @param {string[]|null} codes  Failures that may be tried again; null: all that may pass.
+ * @param {() => Promise<T>} call
+ * @returns {Promise<T>}
+ */
+async function persist(gateways, signal, codes, call) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await call();
+    } catch (error) {
+      const mayPass = error instanceof HeadraceError && error.isTransient;
+      if (!mayPass || attempt === ATTEMPTS) throw error;
+      if (codes && !codes.includes(error.code)) throw error;
+      gateways.turn();
+      await pause(attempt, error.retryAfterMs, signal);
+    }
+  }
+}
 
 /**
  * One call: an answer of status 2xx, its body as chunks, and `close`. Everything else is thrown as
  * a HeadraceError, except the caller's own abort, which keeps its reason.
+ *
+ * @param {Pick<Options, "headers"|"signal"|"silenceMs">} options
+ * @param {string} url
+ * @param {RequestInit & {headers?: Record<string, string>}} init
+ * @returns {Promise<Connection>}
  */
-async function connect({ baseUrl = "", headers, signal, silenceMs = SILENCE_MS }, path, init) {
+async function connect({ headers, signal, silenceMs = SILENCE_MS }, url, init) {
   const abort = new AbortController();
-  let timer = 0;
+  /** @type {ReturnType<typeof setTimeout>|undefined} */
+  let timer;
   const heard = () => {
     clearTimeout(timer);
     timer = setTimeout(() => abort.abort(), silenceMs);
@@ -232,13 +501,13 @@ async function connect({ baseUrl = "", headers, signal, silenceMs = SILENCE_MS }
     clearTimeout(timer);
     abort.abort();
   };
-  const lost = (cause) => {
+  const lost = (/** @type {unknown} */ cause) => {
     close();
     if (signal?.aborted) return signal.reason;
     return brokenOff(cause);
   };
   heard();
-  const response = await fetch(baseUrl + path, {
+  const response = await fetch(url, {
     ...init,
     headers: { ...init.headers, ...headers },
     cache: "no-store",
@@ -261,39 +530,55 @@ async function connect({ baseUrl = "", headers, signal, silenceMs = SILENCE_MS }
   return { response, chunks: chunks(), close };
 }
 
+/** @param {Response} response */
 function isEventStream(response) {
   return response.headers.get("content-type")?.startsWith("text/event-stream") ?? false;
 }
 
+/** @param {unknown} [cause] */
 function brokenOff(cause) {
   const message = "The connection to the gateway broke, or never came about.";
   return new HeadraceError("CONNECTION_LOST", message, { isTransient: true, cause });
 }
 
+/** @param {Response} response */
 async function failureOf(response) {
   const { status, headers } = response;
   const body = await response.json().catch(() => ({}));
   const wait = headers.get("retry-after-ms") ?? Number(headers.get("retry-after")) * 1000;
-  return failureFrom(body?.error ?? {}, {
+  // TGI's routes write the code beside the message, OpenAI's inside of `error`.
+  const error = typeof body?.error === "string" ? { code: body.code, message: body.error } : body?.error;
+  return failureFrom(error ?? {}, {
     status,
     isTransient: status >= 500 || status === 429 || status === 408,
     retryAfterMs: Number(wait) || null,
   });
 }
 
+/**
+ * @param {{code?: string, message?: string}} error
+ * @param {{status: number, isTransient: boolean, retryAfterMs?: number|null}} detail
+ */
 function failureFrom({ code, message }, detail) {
   const name = String(code ?? `HTTP_${detail.status}`).toUpperCase();
   return new HeadraceError(name, message ?? "The gateway gave no reason.", detail);
 }
 
-/** Waits longer after each failure, each client differently; ends early when the network is back. */
+/**
+ * Waits longer after each failure, each client differently; ends early when the network is back.
+ *
+ * @param {number} failures
+ * @param {number|null} [retryAfterMs]
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<void>}
+ */
 function pause(failures, retryAfterMs, signal) {
   const longest = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** (failures - 1));
   const jittered = longest * (0.5 + Math.random() / 2);
   return new Promise((resolve, reject) => {
     const end = () => {
       clearTimeout(timer);
-      globalThis.removeEventListener?.("online", end);
+      globalThis.removeEventListener?.("online", end); // browsers have it, Node has not
       signal?.removeEventListener("abort", end);
       if (signal?.aborted) reject(signal.reason);
       else resolve();
@@ -313,11 +598,12 @@ function pause(failures, retryAfterMs, signal) {
  * end of the stream is dropped.
  *
  * @param {AsyncIterable<Uint8Array>} chunks
- * @returns {AsyncGenerator<{id: string, type: string, data: string}>}
+ * @returns {AsyncGenerator<StreamEvent>}
  */
 export async function* parseEvents(chunks) {
   let id = "";
   let type = "";
+  /** @type {string[]} */
   let data = [];
   for await (const line of linesOf(chunks)) {
     if (line === "") {
@@ -326,13 +612,14 @@ export async function* parseEvents(chunks) {
       data = [];
       continue;
     }
-    const [, field, value] = /^([^:]*)(?:: ?(.*))?$/s.exec(line);
+    const [, field, value] = /^([^:]*)(?:: ?(.*))?$/s.exec(line) ?? [];
     if (field === "data") data.push(value ?? "");
     else if (field === "event") type = value ?? "";
     else if (field === "id" && !value?.includes("\0")) id = value ?? "";
   }
 }
 
+/** @param {AsyncIterable<Uint8Array>} chunks */
 async function* linesOf(chunks) {
   const decoder = new TextDecoder(); // drops a byte order mark, as the standard asks
   let rest = "";
@@ -343,7 +630,7 @@ async function* linesOf(chunks) {
     if (endedWithCr && text.startsWith("\n")) text = text.slice(1);
     endedWithCr = text.endsWith("\r");
     const lines = (rest + text).split(/\r\n|\r|\n/);
-    rest = lines.pop();
+    rest = lines.pop() ?? "";
     yield* lines;
   }
 }

@@ -1,7 +1,7 @@
 // One turn of the conversation on the page: a question, or an answer with all that is said under it.
 
 import { renderText } from "./text.js";
-import { describeEnd, describeFailure, describeStats } from "./wording.js";
+import { describeEnd, describeFailure, describePlace, describeStats } from "./wording.js";
 
 /** A wait shorter than this is not worth a number. */
 const SHOW_WAIT_AFTER_S = 2;
@@ -57,6 +57,12 @@ export class AnswerView {
     this.#showLine(line ?? "");
     if (line && state !== "connecting") this.#page.announce(line);
     if (isWaiting) this.#countWaiting(line);
+  }
+
+  /** @param {import("./headrace.js").Place} place */
+  showPlace(place) {
+    const line = describePlace(place);
+    if (line && this.item.dataset.state === "waiting") this.#showLine(line);
   }
 
   /** Shows how the answer ended; nothing but its text while it is open. */

@@ -40,6 +40,18 @@ export function describeFailure({ code, message, retryAfterMs }) {
   return `${sentence} There should be room in about ${Math.ceil(retryAfterMs / 1000)} s.`;
 }
 
+/**
+ * What is worth saying about a place in the queue; "" where there is nobody ahead.
+ *
+ * @param {import("./headrace.js").Place} place
+ */
+export function describePlace({ isWaiting, position, estimatedWait }) {
+  if (!isWaiting) return "Reading the message…";
+  if (position === 0) return "";
+  const wait = estimatedWait === null ? "" : `, about ${Math.ceil(estimatedWait)} s`;
+  return `Waiting in the queue, ${position} ahead${wait}…`;
+}
+
 /** What is worth saying about how an answer ended; "" when it just ended. */
 export function describeEnd({ progress, wasStopped, failure }) {
   if (failure) return "";

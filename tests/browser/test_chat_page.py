@@ -1,5 +1,6 @@
 """The page as somebody uses it: asking, reading, stopping, and going on from where it was."""
 
+import httpx
 import pytest
 
 from tests.browser.conftest import INTER_TOKEN_MS, Door, Site, Visitor
@@ -79,6 +80,23 @@ async def test_a_reload_in_the_queue_keeps_the_place(site: Site, visitor: Visito
     await visitor.sees_end()
     assert await visitor.text() == expected
     assert [call.method for call in visitor.calls if call.method == "POST"] == ["POST"]
+
+
+async def test_who_waits_is_told_how_many_are_ahead(site: Site, visitor: Visitor) -> None:
+    await visitor.choose(max_tokens=20)
+    site.worker.pause()
+    body = {"inputs": "hello", "parameters": {"max_new_tokens": 20}}
+    try:
+        async with (
+            httpx.AsyncClient(base_url=site.gateway.url, timeout=30) as client,
+            client.stream("POST", "/generate_stream", json=body) as other,
+        ):
+            assert other.status_code == 200
+            await visitor.ask("hello")
+            await visitor.sees("Waiting in the queue, 1 ahead")
+    finally:
+        site.worker.resume()
+    await visitor.sees_end()
 
 
 async def test_a_closed_tab_is_taken_up_by_the_next_one(site: Site, visitor: Visitor) -> None:

@@ -1,10 +1,15 @@
 """``headrace.js`` and ``text.js`` by themselves: what a page of somebody else's may rely on."""
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.browser.conftest import Door, Site, Visitor
+from tests.browser.link import Link
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -143,6 +148,120 @@ async def test_an_aborted_reader_leaves_the_generation_running(
     }""")
     visitor.expected += ["404"]
     assert '"finish_reason":"cancelled"' in (await site.stream(stream_id)).replace(" ", "")
+
+
+async def test_the_place_in_the_queue_is_told_to_who_wants_it(site: Site, visitor: Visitor) -> None:
+    """While the worker sleeps the request waits, and the page can say for how long."""
+    site.worker.pause()
+    try:
+        await visitor.page.evaluate("""() => {
+            window.places = [];
+            window.answer = import("/ui/headrace.js").then(({ streamChat }) => streamChat({
+                body: { messages: [{ role: "user", content: "hello" }], max_tokens: 5 },
+                onPlace: (place) => window.places.push(place),
+            }));
+        }""")
+        await visitor.page.wait_for_function("() => window.places.length > 0")
+    finally:
+        site.worker.resume()
+    answer = await visitor.page.evaluate("() => window.answer")
+    assert answer["finishReason"] == "length"
+    first = (await visitor.page.evaluate("() => window.places"))[0]
+    assert first["isWaiting"]
+    assert first["position"] == 0
+
+
+async def test_a_browsers_event_source_reads_a_stream_with_a_token(
+    site: Site, visitor: Visitor, link: Link
+) -> None:
+    """Where the gateway asks for keys; it reconnects by itself and stops at the end (204)."""
+    visitor.expected += ["ERR_"]
+    gateway = await site.new_gateway(api_key="secret")
+    link.lead_to(gateway.url)
+    headers = {"authorization": "Bearer secret", "x-headrace-disconnect": "60"}
+    body = {"inputs": "hello", "parameters": {"max_new_tokens": 150}}
+    async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=30) as client:
+        async with client.stream("POST", "/generate_stream", json=body) as asked:
+            path = f"/v1/streams/{asked.headers['x-headrace-stream-id']}"
+        url = (await client.post(f"{path}/token")).json()["url"]
+        await visitor.page.evaluate(
+            """(url) => {
+                window.ids = [];
+                window.isClosed = false;
+                const source = new EventSource(url);
+                source.onmessage = ({ lastEventId }) => window.ids.push(lastEventId);
+                source.onerror = () => {
+                    window.isClosed = source.readyState === EventSource.CLOSED;
+                };
+            }""",
+            url,
+        )
+        await visitor.page.wait_for_function("() => window.ids.length > 10")
+        link.lead_to(gateway.url)  # breaks what is open
+        await visitor.page.wait_for_function("() => window.isClosed")
+        whole = (await client.get(path)).text
+    ids = [line.removeprefix("id: ") for line in whole.splitlines() if line.startswith("id: ")]
+    assert await visitor.page.evaluate("() => window.ids") == ids
+    assert len(ids) == 150
+
+
+async def test_watch_goes_on_where_the_browser_has_given_up(
+    site: Site, visitor: Visitor, link: Link
+) -> None:
+    """A refusal ends an EventSource for ever; the client asks for a new token and reads on."""
+    visitor.expected += ["ERR_", "503"]
+    gateway, other = [await site.new_gateway(api_key="secret") for _ in range(2)]
+    link.lead_to(gateway.url)
+    await visitor.page.evaluate("""() => {
+        const headers = { authorization: "Bearer secret" };
+        window.states = [];
+        window.seen = 0;
+        window.answer = import("/ui/headrace.js").then(async ({ streamChat, watch }) => {
+            const abort = new AbortController();
+            let id = "";
+            await streamChat({
+                headers: { ...headers, "x-headrace-disconnect": "60" },
+                body: { messages: [{ role: "user", content: "hello" }], max_tokens: 250,
+                    temperature: 0 },
+                signal: abort.signal,
+                onState: (_state, progress) => { if ((id = progress.id)) abort.abort(); },
+            }).catch(() => {});
+            return watch({
+                id,
+                headers,
+                onText: (_, { text }) => { window.seen = text.length; },
+                onState: (state) => window.states.push(state),
+            });
+        });
+    }""")
+    await visitor.page.wait_for_function("() => window.seen > 20")
+    async with refusing() as url:
+        link.lead_to(url)
+        await visitor.page.wait_for_function("() => window.states.includes('reconnecting')")
+        await visitor.page.wait_for_function(
+            "() => performance.getEntriesByType('resource').some((it) => it.responseStatus === 503)"
+        )
+        link.lead_to(other.url)
+    answer = await visitor.page.evaluate("() => window.answer")
+    assert answer["text"] == await site.answer_to("hello", max_tokens=250)
+    assert answer["finishReason"] == "length"
+    assert (await visitor.page.evaluate("() => window.states"))[0] == "connecting"
+
+
+@asynccontextmanager
+async def refusing() -> AsyncGenerator[str]:
+    """What a load balancer answers that has no gateway left; yields its address."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
 
 
 async def test_text_is_shown_as_text(visitor: Visitor) -> None:

@@ -1,5 +1,6 @@
 """A running system for real clients: one gateway, one worker with the simulated engine."""
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 from tests.support.models import simulated
 from tests.support.processes import Process, processes
+
+SILENCE_S = float(os.environ.get("TEST_SILENCE_S", "1"))
+"""How long the first token takes. 30 is the patience that is promised to clients."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,16 @@ def simulated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def system(redis_url: str, tmp_path: Path, simulated_data_dir: Path) -> AsyncIterator[System]:
-    """The first token takes a second, filled with keep-alives: clients must bear that."""
+    """The first token takes a while, filled with keep-alives: clients must bear that."""
     common: dict[str, Any] = {"data_dir": simulated_data_dir, "model": "simulated"}
     with processes(redis_url, tmp_path) as started:
-        worker = started.worker(**common, simulated_first_token_ms=1000, simulated_inter_token_ms=2)
-        gateway = started.gateway(**common, keep_alive_s=0.2)
+        worker = started.worker(
+            **common,
+            simulated_first_token_ms=SILENCE_S * 1000,
+            simulated_inter_token_ms=2,
+            step_timeout_s=20 + SILENCE_S,
+        )
+        gateway = started.gateway(**common, keep_alive_s=SILENCE_S / 5)
         await worker.ready()
         await gateway.ready()
         version = str(worker.events("worker.ready")[0]["model_version"])
