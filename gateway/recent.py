@@ -50,6 +50,12 @@ class RecentAdmissions:
         if kept is not None:
             self._bytes -= len(kept.admission.spec.prompt)
 
+    def forget_of(self, tenant: str, request_id: str) -> None:
+        """The same, if it is the tenant's: what another one cancels stays as safe as it was."""
+        kept = self._kept.get(request_id)
+        if kept is not None and kept.admission.tenant == tenant:
+            self.forget(request_id)
+
     def note_first_token(self, request_id: str) -> None:
         """Of any choice: all were admitted in one step."""
         kept = self._kept.get(request_id)

@@ -141,7 +141,7 @@ class Relay:
 
         One that Redis does not know yet is not admitted any more.
         """
-        self._recent.forget(request_id)
+        self._recent.forget_of(tenant, request_id)
         first, *others = (generation_id(request_id, choice) for choice in range(MAX_CHOICES))
         # The first one first: its tombstone keeps out an admission that comes from now on.
         states = {await self._cancel(first, tenant)}

@@ -321,7 +321,10 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   redis.call('PEXPIRE', gen, g.retention)
   local spec = P .. 'spec:' .. request_of(id)
   local is_last = redis.call('EXISTS', spec) == 0 or redis.call('HINCRBY', spec, 'left', -1) <= 0
-  if is_last then redis.call('UNLINK', spec) end
+  if is_last then
+    redis.call('UNLINK', spec)
+    redis.call('PEXPIRE', P .. 'doc:' .. request_of(id), g.retention)   -- it holds a prompt: no longer than its answer
+  end
   redis.call('ZREM', P .. 'due', id)
   refund_tag(P, g)
   settle(P, id, g, is_last)

@@ -331,6 +331,7 @@ async def test_the_stream_of_another_tenant_is_as_one_that_never_was(
         assert theirs.status_code == never.status_code == 404
         assert theirs.content == never.content
         assert _shown_headers(theirs) == _shown_headers(never)
+    assert stream_id in gateway.services.relay._recent.ids(), "still kept, should Redis forget it"
     colleague = await make_key(stand.broker, "a")
     await turn.say("!", finish="length")
     assert (await _ask(gateway, "HEAD", stream_id, colleague)).status_code == 200
