@@ -7,6 +7,7 @@ in Redis. Structs that are stored per token are arrays, those stored per request
 import json
 import zlib
 from enum import StrEnum
+from json.encoder import encode_basestring_ascii
 from typing import Literal, get_args
 
 import msgspec
@@ -224,7 +225,7 @@ def chain_text(chain: int) -> str:
 
 def escape_piece(text: str) -> bytes:
     """The inside of an ASCII-escaped JSON string: no quotes, no raw control or line separators."""
-    return json.dumps(text)[1:-1].encode()
+    return encode_basestring_ascii(text)[1:-1].encode()
 
 
 def unescape_pieces(pieces: list[bytes]) -> str:

@@ -49,6 +49,7 @@ class Tokenizer:
         tokenizers have none."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._bytes_by_id: dict[int, bytes] = {}
+        self._text_by_id: dict[int, str] = {}
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -113,7 +114,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``. Bytes that make no character are U+FFFD, unknown ids nothing."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) != 1 or not skip_special_tokens:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        # Remembered, since a detokenizer asks for the text of every token that it has seen.
+        text = self._text_by_id.get(ids[0])
+        if text is None:
+            text = self._text_by_id[ids[0]] = self._backend.decode(ids)
+        return text
 
     def token_text(self, id: int) -> str:
         """The text of one token alone, special or not: ``<|im_end|>``; of an unknown id ``""``."""

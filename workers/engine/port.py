@@ -8,6 +8,8 @@ same four calls.
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from common.messages import Finish, PromptLogprobs, Sampling, TopTokens
 from workers.engine.grammar import Matcher
 
@@ -45,8 +47,7 @@ class EngineRequest:
         return len(self.prompt) + self.sampling.max_new_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(msgspec.Struct, frozen=True):
     """What one generation got out of one step; the fields are those of a token record.
 
     ``start`` counts generated tokens only (the prompt is not in the log). ``finish`` set: the

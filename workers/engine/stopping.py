@@ -16,6 +16,8 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         self._stops = tuple(stop for stop in stops if stop)
+        self._inner = frozenset("".join(stop[:-1] for stop in self._stops))
+        """Characters that a stop string may go on behind."""
         self._keep = keep
         self._tail = ""
         self._tail_shown = False
@@ -54,6 +56,8 @@ class StopMatcher:
 
     def _partial_length(self, window: str) -> int:
         """Length of the longest tail of ``window`` that a stop string begins with."""
+        if window[-1:] not in self._inner:  # nearly always
+            return 0
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(window)), 0, -1):
             tail = window[-length:]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, cast
 
+import msgspec
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from transformers import AttentionInterface
@@ -27,8 +28,7 @@ _CALL_COST_TOKENS = 256
 """One more attention call costs about as much as this many cached tokens read in vain."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(msgspec.Struct, frozen=True):
     """Neighbouring positions of one sequence, computed in one step."""
 
     slot: int

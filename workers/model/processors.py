@@ -22,7 +22,7 @@ from workers.model.watermark import add_watermark
 _MASK_BITS = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingRow:
     """What one row of logits needs to become a token.
 
@@ -115,6 +115,8 @@ def _bias(scores: torch.Tensor, rows: Sequence[SamplingRow], vocab_size: int) ->
     places: list[int] = []
     biases: list[float] = []
     for i, row in enumerate(rows):
+        if not row.sampling.logit_bias and not row.banned:
+            continue
         asked: Iterable[tuple[int, float]] = chain(
             row.sampling.logit_bias.items(), zip(row.banned, repeat(float("-inf")), strict=False)
         )
