@@ -41,7 +41,7 @@ from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
 from workers.model.attention import ATTENTION, Stretch
 from workers.model.paged_model import PAGE_TOKENS, PagedModel, prepare_paged
-from workers.model.runner import ModelRunner
+from workers.model.paged_runner import PagedRunner
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -211,8 +211,9 @@ def engine_around(
         memory_share=0.8,
         compiler=compiler,
     )
+    runner = PagedRunner(ready.forward)
     engine = BatchingEngine(
-        ModelRunner(ready.forward),
+        runner,
         TextRules(_Mute(), frozenset()),
         limits,
         model_version="bench",
@@ -221,6 +222,7 @@ def engine_around(
         places=PagePlaces(
             ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
         ),
+        launcher=runner,
     )
     return engine, ready
 

@@ -6,7 +6,7 @@ never seems to cost anything. What they are compared with does not.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from tests.support.engines import (
 from tests.support.grammars import Residues
 from tests.support.matching import matcher_of
 from tests.support.tiny_model import EOS_TOKEN_IDS
-from workers.engine.batching import BatchingEngine
+from workers.engine.batching import BatchingEngine, Launcher, Runner
 from workers.engine.grammar import Matcher
 from workers.engine.lookup import MAX_DRAFT_TOKENS
 from workers.engine.places import PagePlaces
-from workers.engine.port import EngineRequest
+from workers.engine.port import EngineRequest, StepOutput
 from workers.engine.scheduler import Limits
 from workers.model.paged_model import PAGE_TOKENS
-from workers.model.runner import ModelRunner
+from workers.model.paged_runner import PagedRunner
 
 LENGTH = 30
 SAMPLED: dict[str, Any] = {"do_sample": True, "seed": 7, "top_logprobs": 2}
@@ -96,19 +96,31 @@ def slot_engine(path: Path, limits: Limits) -> BatchingEngine:
     return _engine(path, limits, tiny_runner(path, limits))
 
 
-def paged_engine(path: Path, limits: Limits) -> BatchingEngine:
+def paged_engine(path: Path, limits: Limits, *, foresees: bool = False) -> BatchingEngine:
     ready = tiny_paged(path, limits)
     places = PagePlaces(
         ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
     )
-    return _engine(path, limits, ModelRunner(ready.forward), places)
+    runner = PagedRunner(ready.forward)
+    return _engine(path, limits, runner, places, runner if foresees else None)
+
+
+def foreseeing_engine(path: Path, limits: Limits) -> BatchingEngine:
+    """As on CUDA: each step is launched before the tokens of the last one are known."""
+    return paged_engine(path, limits, foresees=True)
 
 
 def _engine(
-    path: Path, limits: Limits, runner: ModelRunner, places: PagePlaces | None = None
+    path: Path,
+    limits: Limits,
+    runner: Runner,
+    places: PagePlaces | None = None,
+    launcher: Launcher | None = None,
 ) -> BatchingEngine:
     tokenizer = Tokenizer.load(path)
-    return engine_around(runner, tokenizer, limits, places=places, clock=lambda: 0.0)
+    return engine_around(
+        runner, tokenizer, limits, places=places, launcher=launcher, clock=lambda: 0.0
+    )
 
 
 def answers(
@@ -121,16 +133,19 @@ def answers(
     while is_busy(engine):
         outputs = engine.step()
         for output in outputs:
-            answer = got[output.id]
-            answer.tokens += output.tokens
-            answer.pieces += output.pieces
-            answer.logprobs += output.logprobs
-            answer.tops += output.tops or []
-            answer.finish = output.finish
+            add(got[output.id], output)
         if num_running is not None:
             num_running.append(engine.load().running)
             num_running[-1] += sum(output.finish is not None for output in outputs)
     return got
+
+
+def add(answer: Answer, output: StepOutput) -> None:
+    answer.tokens += output.tokens
+    answer.pieces += output.pieces
+    answer.logprobs += output.logprobs
+    answer.tops += output.tops or []
+    answer.finish = output.finish
 
 
 def _matcher(grammar: Grammar | None) -> Matcher | None:
@@ -187,7 +202,32 @@ def test_guesses_are_right_now_and_then(
         assert len(num_running) < len(answer.tokens), name
 
 
-@pytest.mark.parametrize("build", [slot_engine, paged_engine])
+@pytest.mark.parametrize("name", FEATURES)
+def test_not_waiting_for_the_last_token_changes_nothing(
+    requests: dict[str, EngineRequest],
+    expected: dict[str, Answer],
+    foreseeing: BatchingEngine,
+    name: str,
+) -> None:
+    """Penalties, masks and marks need to know the last token, but only when the next is chosen."""
+    one = requests[name]
+    foreseeing.submit(replace(one, matcher=_matcher(one.sampling.grammar)))
+    got = Answer()
+    for number in count(1):
+        for output in foreseeing.step():
+            add(got, output)
+        if not is_busy(foreseeing):
+            break
+        assert foreseeing._under_way is not None or number == len(expected[name].tokens) - 1
+    assert_same(got, expected[name])
+
+
+@pytest.fixture(scope="module")
+def foreseeing(tiny_model: Path) -> BatchingEngine:
+    return foreseeing_engine(tiny_model, Limits(16, 4096, 256))
+
+
+@pytest.mark.parametrize("build", [slot_engine, paged_engine, foreseeing_engine])
 @pytest.mark.parametrize("draft_tokens", [0, MAX_DRAFT_TOKENS])
 def test_a_crowd_changes_nothing(
     tiny_model: Path,
@@ -202,7 +242,7 @@ def test_a_crowd_changes_nothing(
         assert_same(answer, expected[name])
 
 
-@pytest.mark.parametrize("build", [slot_engine, paged_engine])
+@pytest.mark.parametrize("build", [slot_engine, paged_engine, foreseeing_engine])
 def test_being_put_back_changes_nothing(
     tiny_model: Path,
     requests: dict[str, EngineRequest],

@@ -1,7 +1,8 @@
 """Any sequence of submits, cancels, faults and steps keeps the promises of scheduler and cache.
 
 The runner computes nothing; it writes down which token lies where, as the real cache would, and
-looks before each step whether what a sequence reads is its own prefix and nothing else.
+looks before each step whether what a sequence reads is its own prefix and nothing else. Half of the
+engines launch a step before they know the tokens of the last one, and so compute some in vain.
 """
 
 from collections.abc import Callable
@@ -48,12 +49,14 @@ Address = tuple[int, int]
 
 @dataclass
 class Recorder:
-    """Implements :class:`workers.engine.batching.Runner` on a cache of cells."""
+    """Implements :class:`workers.engine.batching.Runner` and ``Launcher`` on a cache of cells."""
 
     page_tokens: int | None
     is_bad: Callable[[Sequence], bool] = lambda _: False
     """Whose logits are not finite."""
     does_fit: Callable[[list[Chunk]], bool] = lambda _: True
+    can_choose: bool = True
+    """Whether there is memory to choose the tokens of a step that was launched."""
     token_s: float = 0.0
     time_s: float = 0.0
     """What the engine's clock shows; computing a token takes ``token_s``."""
@@ -62,16 +65,26 @@ class Recorder:
     """The last chunk of each sequence: where it lies."""
 
     def run(self, chunks: list[Chunk]) -> list[Outcome]:
+        self.compute(chunks, {})
+        outcomes = [self.choose(chunk) for chunk in chunks if chunk.samples]
+        return [self.vouch(*pair) for pair in zip(sampled(chunks), outcomes, strict=True)]
+
+    def launch(self, chunks: list[Chunk]) -> "RecordedStep":
+        self.compute(chunks, {})
+        return RecordedStep(self, chunks)
+
+    def compute(self, chunks: list[Chunk], foreseen: dict[int, int]) -> None:
+        """``foreseen``: by slot, the tokens of chunks that do not know theirs."""
         self.time_s += 0.01 + self.token_s * sum(chunk.count for chunk in chunks)
         for chunk in chunks:
             self.copy(chunk)
         for chunk in chunks:
             self.check_prefix(chunk)
         for chunk in chunks:
-            self.write(chunk)
+            tokens = [foreseen[chunk.slot]] if chunk.is_foreseen else chunk.tokens
+            self.write(chunk, tokens)
         if not self.does_fit(chunks):
             raise DeviceMemoryError  # after it has written: the next try finds what this one left
-        return [self.choose(chunk) for chunk in chunks if chunk.samples]
 
     def address(self, chunk: Chunk, position: int) -> Address:
         if self.page_tokens is None:
@@ -97,27 +110,66 @@ class Recorder:
             assert cell.is_proven or cell.writer is seq
             assert not (is_new and cell.is_doubted)
 
-    def write(self, chunk: Chunk) -> None:
+    def write(self, chunk: Chunk, tokens: list[int]) -> None:
         seq = chunk.sequence
         self.homes[seq.id] = chunk
-        for position, token in enumerate(chunk.tokens, chunk.start):
+        for position, token in enumerate(tokens, chunk.start):
             cell = Cell(token, position, seq.cache_scope, seq)
             self.cells[self.address(chunk, position)] = cell
 
-    def choose(self, chunk: Chunk) -> list[Choice] | None:
-        """What was guessed wrong stays where it lies, and is nobody's."""
+    def choose(self, chunk: Chunk) -> list[int]:
         seq = chunk.sequence
-        is_bad = self.is_bad(seq)
         chosen = [next_token(seq.tokens)]
         for guess in chunk.draft:
             if guess != chosen[-1]:
                 break
             chosen.append(next_token(seq.tokens + chosen))
+        return chosen
+
+    def vouch(self, chunk: Chunk, chosen: list[int]) -> Outcome:
+        """What was guessed wrong stays where it lies, and is nobody's. So is what was computed
+        behind an end.
+        """
+        seq = chunk.sequence
+        is_bad = self.is_bad(seq)
+        if seq.finish is not None:
+            return None
         for position in range(chunk.known_end + len(chosen) - 1):
             cell = self.cells[self.address(chunk, position)]
             cell.is_doubted = is_bad  # who reads it later and is fine, vouches for it again
             cell.is_proven |= not is_bad
         return None if is_bad else [Choice(token, 0.0) for token in chosen]
+
+
+@dataclass
+class RecordedStep:
+    """Implements :class:`workers.engine.batching.Launched`."""
+
+    runner: Recorder
+    chunks: list[Chunk]
+    chosen: list[list[int]] = field(default_factory=list[list[int]])
+
+    def choose(self) -> None:
+        if not self.runner.can_choose:
+            raise DeviceMemoryError
+        self.chosen = [self.runner.choose(chunk) for chunk in sampled(self.chunks)]
+
+    def follow(self, chunks: list[Chunk]) -> "RecordedStep":
+        pairs = zip(sampled(self.chunks), self.chosen, strict=True)
+        self.runner.compute(chunks, {chunk.slot: tokens[-1] for chunk, tokens in pairs})
+        return RecordedStep(self.runner, chunks)
+
+    def outcomes(self) -> list[Outcome]:
+        pairs = zip(sampled(self.chunks), self.chosen, strict=True)
+        return [self.runner.vouch(*pair) for pair in pairs]
+
+
+def sampled(chunks: list[Chunk]) -> list[Chunk]:
+    return [chunk for chunk in chunks if chunk.samples]
+
+
+def text_of(tokens: list[int]) -> str:
+    return RULES.tokenizer.decode(tokens)
 
 
 def next_token(tokens: list[int]) -> int:
@@ -136,6 +188,7 @@ class Fault:
     misfit: int = 0
     """Every so-manieth sequence does not fit even alone; 0: none."""
     token_s: float = 0.001
+    can_choose: bool = True
 
 
 faults = st.one_of(
@@ -146,6 +199,7 @@ faults = st.one_of(
         most_tokens=st.sampled_from([1, 2, 7, 10_000]),
         misfit=st.integers(0, 3),
         token_s=st.sampled_from([0.0, 0.001, 0.1]),
+        can_choose=st.booleans(),
     ),
 )
 prompts = st.builds(
@@ -173,8 +227,9 @@ class EngineMachine(RuleBasedStateMachine):
         cache=st.integers(0, 40),
         budget=st.integers(1, 24),
         draft=st.sampled_from([0, 1, 3, 10]),
+        foresees=st.booleans(),
     )
-    def build(self, slots: int, cache: int, budget: int, draft: int) -> None:
+    def build(self, slots: int, cache: int, budget: int, draft: int, *, foresees: bool) -> None:
         tokens = -(-(LARGEST + cache) // BLOCK) * BLOCK
         self.limits = Limits(slots, tokens, budget, draft_tokens=draft)
         self.kept = self.places(self.limits)
@@ -187,6 +242,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_cost=LARGEST,
             vocab_size=300,
             places=self.kept,
+            launcher=self.runner if foresees else None,
             clock=lambda: self.runner.time_s,
         )
 
@@ -195,11 +251,16 @@ class EngineMachine(RuleBasedStateMachine):
         logged=st.lists(st.sampled_from([70, 71]), max_size=5),
         more=st.integers(1, 12),
         scope=st.sampled_from(["one", "two"]),
+        stop=st.sampled_from([(), ("ee",), ("de",)]),
     )
-    def submit(self, prompt: list[int], logged: list[int], more: int, scope: str) -> None:
+    def submit(
+        self, prompt: list[int], logged: list[int], more: int, scope: str, stop: tuple[str, ...]
+    ) -> None:
+        if any(one in text_of(logged) for one in stop):
+            return
         self.num_submitted += 1
         id = str(self.num_submitted)
-        plain = request(id, prompt, logged=logged, max_new_tokens=len(logged) + more)
+        plain = request(id, prompt, logged=logged, max_new_tokens=len(logged) + more, stop=stop)
         self.alive[id] = EngineRequest(id, prompt, plain.sampling, logged, cache_scope=scope)
         self.said[id] = list(logged)
         self.engine.submit(self.alive[id])
@@ -214,17 +275,18 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(fault=faults)
     def step(self, fault: Fault) -> None:
         runner = self.runner
-        runner.token_s = fault.token_s
+        runner.token_s, runner.can_choose = fault.token_s, fault.can_choose
         runner.is_bad = lambda seq: fault.bad > 0 and int(seq.id) % fault.bad == 0
         is_misfit = lambda seq: fault.misfit > 0 and int(seq.id) % fault.misfit == 0  # noqa: E731
         runner.does_fit = lambda chunks: (
             sum(chunk.count for chunk in chunks) <= fault.most_tokens
             and not any(is_misfit(chunk.sequence) for chunk in chunks)
         )
+        under_way = self.engine._under_way
         planned = self.watch_plan()
         outputs = self.engine.step()
         if self.alive:
-            assert planned, "there is work, and nothing is done"
+            assert planned or under_way, "there is work, and nothing is done"
         for output in outputs:
             said = self.said[output.id]
             assert output.start == len(said)
@@ -237,6 +299,8 @@ class EngineMachine(RuleBasedStateMachine):
                 assert int(output.id) % fault.bad == 0
             elif output.finish.code == "CUDA_OOM":
                 assert int(output.id) % fault.misfit == 0
+            elif output.finish.reason == "stop_sequence":
+                assert text_of(said).endswith(self.alive[output.id].sampling.stop)
             else:
                 assert output.finish.reason == "length"
             self.end(output.id)
@@ -252,7 +316,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.check(seen)
             return list(seen)
 
+        def foreseen(chunks: list[Chunk]) -> list[Chunk]:
+            following = type(scheduler).foresee(scheduler, chunks)
+            self.check_foreseen(following)
+            return following
+
         scheduler.plan = watched
+        scheduler.foresee = foreseen
         return seen
 
     def end(self, id: str) -> None:
@@ -281,6 +351,18 @@ class EngineMachine(RuleBasedStateMachine):
         used = sum(s.num_tokens for s in self.engine._scheduler._running.values())
         used += sum(len(chunk.draft) for chunk in chunks)
         assert used <= self.limits.cache_tokens or isinstance(self.kept, PagePlaces)
+
+    def check_foreseen(self, chunks: list[Chunk]) -> None:
+        """One place behind all that is known of everybody who runs and may go on."""
+        assert len({chunk.slot for chunk in chunks}) == len(chunks) <= self.limits.step_tokens
+        for chunk in chunks:
+            assert chunk.sequence.id in self.alive
+            assert (chunk.start, chunk.count) == (chunk.sequence.num_tokens, 1)
+            assert chunk.end < chunk.sequence.cost
+            if isinstance(self.kept, PagePlaces):
+                self.check_pages(chunk)
+        used = sum(s.num_tokens for s in self.engine._scheduler._running.values()) + len(chunks)
+        assert not chunks or used <= self.limits.cache_tokens or isinstance(self.kept, PagePlaces)
 
     def check_pages(self, chunk: Chunk) -> None:
         """Enough of them, no one twice, and where it writes nobody else looks."""

@@ -14,7 +14,7 @@ from common.clock import monotonic_s
 from common.messages import Finish, Sampling, unescape_pieces
 from common.models.tokenizer import Tokenizer
 from tests.support.tiny_model import EOS_TOKEN_IDS
-from workers.engine.batching import BatchingEngine, Runner
+from workers.engine.batching import BatchingEngine, Launcher, Runner
 from workers.engine.places import PagePlaces, Places
 from workers.engine.port import Engine, EngineRequest, StepOutput
 from workers.engine.scheduler import Limits
@@ -22,6 +22,7 @@ from workers.engine.sequence import TextRules
 from workers.model.kv_cache import SlotCache
 from workers.model.loader import load_model
 from workers.model.paged_model import PAGE_TOKENS, PagedModel, prepare_paged
+from workers.model.paged_runner import PagedRunner
 from workers.model.runner import ModelRunner
 from workers.model.ways import ReadyModel, prepare_model
 
@@ -77,6 +78,7 @@ def engine_around(
     limits: Limits = ROOMY,
     *,
     places: Places | None = None,
+    launcher: Launcher | None = None,
     clock: Callable[[], float] = monotonic_s,
 ) -> BatchingEngine:
     return BatchingEngine(
@@ -87,6 +89,7 @@ def engine_around(
         max_cost=MAX_COST,
         vocab_size=tokenizer.vocab_size,
         places=places,
+        launcher=launcher,
         clock=clock,
     )
 
@@ -112,7 +115,7 @@ def tiny_paged_engine(path: Path, limits: Limits = ROOMY, compiler: Any = None) 
     ready = tiny_paged(path, limits, compiler)
     tokenizer = Tokenizer.load(path)
     return BatchingEngine(
-        ModelRunner(ready.forward),
+        PagedRunner(ready.forward),
         TextRules(tokenizer, frozenset(EOS_TOKEN_IDS)),
         limits,
         model_version="tiny@1",

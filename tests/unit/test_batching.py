@@ -1,7 +1,7 @@
-"""A step that the device has no memory for, and what an engine tells of what it found computed."""
+"""Steps that the device has no memory for, and steps that are launched before the last is known."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from tests.support.grammars import Residues
 from tests.support.tiny_model import build_tokenizer
 from workers.engine.batching import BatchingEngine, Choice, Outcome
 from workers.engine.grammar import GrammarError
-from workers.engine.port import DeviceLostError, DeviceMemoryError
+from workers.engine.port import DeviceLostError, DeviceMemoryError, EngineRequest
 from workers.engine.scheduler import Chunk, Limits
 
 LIMITS = Limits(max_sequences=8, cache_tokens=2000, step_tokens=64)
@@ -27,10 +27,13 @@ class SmallDevice:
         self.does_fit = does_fit
         self.ran: list[list[tuple[str, int, int]]] = []
 
-    def run(self, chunks: list[Chunk]) -> list[Outcome]:
+    def compute(self, chunks: list[Chunk]) -> None:
         if not self.does_fit(chunks):
             raise DeviceMemoryError
         self.ran.append([(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks])
+
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
+        self.compute(chunks)
         return [
             [Choice(70 + len(chunk.sequence.tokens) % 20, -0.1)]
             for chunk in chunks
@@ -169,3 +172,134 @@ def test_ids_that_do_not_exist_are_told_so(fields: dict[str, Any]) -> None:
     finish = run_all(engine, [request("g", [70], **fields)])["g"].finish
     assert finish is not None
     assert finish.code == "BAD_REQUEST"
+
+
+class Clockwork(SmallDevice):
+    """The same as a device that computes by itself, noting what is asked of it."""
+
+    def __init__(self, does_fit: Callable[[list[Chunk]], bool] = lambda _: True) -> None:
+        super().__init__(does_fit)
+        self.asked: list[str] = []
+        self.can_choose = True
+        self.bad = ""
+        """Whose logits are not finite behind two tokens."""
+
+    def launch(self, chunks: list[Chunk]) -> "ClockworkStep":
+        self.asked.append("launch")
+        self.compute(chunks)
+        return ClockworkStep(self, chunks)
+
+
+@dataclass
+class ClockworkStep:
+    device: Clockwork
+    chunks: list[Chunk]
+    chosen: list[Outcome] = field(default_factory=list[Outcome])
+
+    def choose(self) -> None:
+        self.device.asked.append("choose")
+        if not self.device.can_choose:
+            raise DeviceMemoryError
+        for chunk in self.chunks:
+            seq = chunk.sequence
+            is_bad = seq.id == self.device.bad and seq.num_generated == 2
+            choice = Choice(70 + len(seq.tokens) % 20, -0.1)
+            self.chosen += [None if is_bad else [choice]] if chunk.samples else []
+
+    def follow(self, chunks: list[Chunk]) -> "ClockworkStep":
+        assert all(chunk.is_foreseen for chunk in chunks)
+        step = self.device.launch(chunks)
+        self.device.asked[-1] = "follow"
+        return step
+
+    def outcomes(self) -> list[Outcome]:
+        self.device.asked.append("outcomes")
+        return self.chosen
+
+
+def foreseeing(device: Clockwork) -> BatchingEngine:
+    return engine_around(device, Tokenizer(build_tokenizer(), {}), LIMITS, launcher=device)
+
+
+def seven(**sampling: Any) -> list[EngineRequest]:
+    return [request(id, [70] * 9, max_new_tokens=6, **sampling) for id in "abcdefg"]
+
+
+def test_the_next_step_is_launched_before_the_outcomes_of_the_last_are_waited_for() -> None:
+    device = Clockwork()
+    run_all(foreseeing(device), [request("a", [70] * 9, max_new_tokens=3)])
+    steps = [["launch", "choose"], ["follow", "outcomes", "choose"], ["follow", "outcomes"]]
+    assert device.asked == [what for step in steps for what in step] + ["choose", "outcomes"]
+    assert device.ran == [[("a", 0, 9)], [("a", 9, 1)], [("a", 10, 1)]], "and none in vain"
+
+
+@pytest.mark.parametrize("does_fit", [True, False], ids=["as it is", "never foreseen"])
+@pytest.mark.parametrize("can_choose", [True, False], ids=["", "never chosen at once"])
+def test_launching_ahead_changes_nothing(
+    expected: dict[str, Transcript], *, does_fit: bool, can_choose: bool
+) -> None:
+    """Whatever the device has no memory for."""
+    device = Clockwork(lambda chunks: does_fit or not any(chunk.is_foreseen for chunk in chunks))
+    device.can_choose = can_choose
+    assert run_all(foreseeing(device), seven()) == expected
+
+
+def test_who_ends_within_a_text_takes_nothing_of_the_next_step() -> None:
+    """What is computed in vain is not told, and not in the way of whoever comes next."""
+    device = Clockwork()
+    engine = foreseeing(device)
+    plain, _ = engine_on(lambda _: True)
+    letters = Tokenizer(build_tokenizer(), {}).decode([82, 83])
+    asked = [request("a", [70] * 9, stop=(letters,)), request("b", [70] * 9, max_new_tokens=7)]
+    got = run_all(engine, asked)
+    assert got == run_all(plain, asked)
+    assert got["a"].finish is not None
+    assert got["a"].finish.reason == "stop_sequence"
+    length = 9 + len(got["a"].tokens)
+    assert [("a", length - 1, 1), ("b", length - 1, 1)] in device.ran, "in vain for one of them"
+    assert engine.step() == []
+    again = request("c", [70] * 9 + got["a"].tokens + [75] * 9)
+    assert run_all(engine, [again]) == run_all(plain, [again])
+
+
+def test_a_cancelled_generation_gets_nothing_of_the_step_under_way() -> None:
+    """Nor does its namesake, which comes before that step is over."""
+    device = Clockwork()
+    engine = foreseeing(device)
+    for one in seven():
+        engine.submit(one)
+    got: dict[str, Transcript] = {}
+    collect(got, engine.step())
+    engine.cancel("a")
+    engine.cancel("b")
+    engine.submit(request("b", [75] * 4, max_new_tokens=3))
+    del got["a"], got["b"]
+    while is_busy(engine):
+        collect(got, engine.step())
+    assert "a" not in got
+    plain, _ = engine_on(lambda _: True)
+    other = run_all(plain, [*seven()[2:], request("b", [75] * 4, max_new_tokens=3)])
+    assert got == other
+
+
+def test_who_fails_takes_nothing_of_the_next_step(expected: dict[str, Transcript]) -> None:
+    device = Clockwork()
+    device.bad = "d"
+    got = run_all(foreseeing(device), seven())
+    failed = got.pop("d")
+    assert failed.tokens == expected["d"].tokens[:2]
+    assert failed.finish is not None
+    assert failed.finish.code == "NAN_LOGITS"
+    assert got == {id: one for id, one in expected.items() if id != "d"}
+
+
+def test_who_arrives_waits_for_one_step_more_at_most() -> None:
+    device = Clockwork()
+    engine = foreseeing(device)
+    engine.submit(request("a", [70] * 9, max_new_tokens=50))
+    for _ in range(20):
+        engine.step()
+    engine.submit(request("b", [70] * 3))
+    assert [output.id for output in engine.step()] == ["a"]
+    assert [output.id for output in engine.step()] == ["a", "b"]
+    assert device.asked.count("launch") == 2

@@ -6,8 +6,11 @@ is a fault of the engine.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
 
 from common.clock import monotonic_s
 from common.failures import KINDS
@@ -22,8 +25,7 @@ from workers.engine.sequence import Sequence, TextRules
 log = get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """A chosen token and the natural logarithm of its probability."""
 
     token: int
@@ -53,6 +55,50 @@ class Runner(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A step that the device computes by itself, in stages that are gone through once each."""
+
+    def choose(self) -> None:
+        """Have the next tokens chosen when there are logits. All tokens before these are known by
+        now, but for those of sequences that have ended: these may get any.
+
+        Raises:
+            DeviceMemoryError: there is no memory for that; the step may be tried again in parts.
+        """
+        ...
+
+    def follow(self, chunks: list[Chunk]) -> "Launched":
+        """Launch the next step. Each chunk is foreseen: the token is what is chosen here.
+
+        Raises:
+            DeviceMemoryError: the device has no memory for that; this step is not affected.
+        """
+        ...
+
+    def outcomes(self) -> list[Outcome]:
+        """As :meth:`Runner.run`; waits for the device."""
+        ...
+
+
+class Launcher(Protocol):
+    """What starts a step without waiting for it, on a device that computes in the order asked."""
+
+    def launch(self, chunks: list[Chunk]) -> Launched:
+        """As :meth:`Runner.run`, but for what it returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step that was launched; since then, some of its sequences may have ended."""
+
+    chunks: list[Chunk]
+    sampled: list[Sequence]
+    """Those that get a token, in the order of the outcomes."""
+    launched: Launched
+    launched_s: float
+
+
 @dataclass(slots=True)
 class _Computed:
     """What came out of a step."""
@@ -67,6 +113,11 @@ class BatchingEngine:
     """Implements :class:`workers.engine.port.Engine`.
 
     ``places`` must be those that the cache of ``runner`` has: by default one slot per sequence.
+
+    With a ``launcher``, the device computes a step while the text of the one before it is made and
+    told. Where that text ends a generation, its token of the next step is dropped; keys and values
+    of it lie behind all that is proven, so nobody finds them, and whoever gets their place writes
+    it anew before reading.
     """
 
     def __init__(
@@ -80,6 +131,7 @@ class BatchingEngine:
         vocab_size: int,
         places: Places | None = None,
         adapters: Adapters | None = None,
+        launcher: Launcher | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
         places = places or SlotPlaces(limits.max_sequences, limits.cache_tokens)
@@ -92,7 +144,12 @@ class BatchingEngine:
         self.vocab_size = vocab_size
         self._clock = clock
         self._capacity_tokens = places.capacity_tokens
-        self._scheduler = Scheduler(limits, places)
+        self._scheduler = Scheduler(limits, places, foresees=launcher is not None)
+        self._launcher = launcher
+        self._under_way: _UnderWay | None = None
+        """Launched ahead: what it brings is taken in the next step."""
+        self._completed_s = 0.0
+        """When the last step that was launched was over: the next one takes no time before that."""
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[StepOutput] = []
         """Generations that ended before any step: told with the next one."""
@@ -123,22 +180,21 @@ class BatchingEngine:
     def cancel(self, id: str) -> None:
         sequence = self._sequences.pop(id, None)
         if sequence is not None:
+            sequence.finish = FinishReason.CANCELLED
             self._scheduler.remove(sequence)
         self._ended = [output for output in self._ended if output.id != id]
 
     def step(self) -> list[StepOutput]:
         outputs, self._ended = self._ended, []
-        chunks = self._scheduler.plan()
-        if chunks:
-            began_s = self._clock()
-            computed = _Computed()
-            self._compute(chunks, computed)
-            self._scheduler.complete(chunks, self._clock() - began_s)
-            if computed.was_split:
-                self._note_lack_of_memory(computed.refused)
-            outputs += [self._take(*pair) for pair in computed.outcomes]
-            outputs += [self._fail(sequence, "CUDA_OOM") for sequence in computed.refused]
-        return outputs
+        step, self._under_way = self._under_way, None
+        if step is None or all(sequence.finish for sequence in step.sampled):
+            chunks = self._scheduler.plan()
+            if not chunks:
+                return outputs
+            step = self._launched(self._launcher.launch, chunks) if self._launcher else None
+            if step is None:
+                return outputs + self._run(chunks)
+        return outputs + self._finish(step)
 
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
@@ -148,6 +204,48 @@ class BatchingEngine:
             free_tokens=max(0, self._capacity_tokens - self._scheduler.promised_tokens),
             free_slots=max(0, self._limits.max_sequences - running - waiting),
         )
+
+    def _run(self, chunks: list[Chunk]) -> list[StepOutput]:
+        """Compute ``chunks`` and wait for it."""
+        began_s = self._clock()
+        computed = _Computed()
+        self._compute(chunks, computed)
+        self._scheduler.complete(chunks, self._clock() - began_s)
+        if computed.was_split:
+            self._note_lack_of_memory(computed.refused)
+        outputs = [self._take(*pair) for pair in computed.outcomes]
+        return outputs + [self._fail(sequence, "CUDA_OOM") for sequence in computed.refused]
+
+    def _launched(
+        self, launch: Callable[[list[Chunk]], Launched], chunks: list[Chunk]
+    ) -> _UnderWay | None:
+        """None where the device has no memory for it: that is dealt with when one waits for it."""
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        launched_s = self._clock()
+        try:
+            return _UnderWay(chunks, sampled, launch(chunks), launched_s)
+        except DeviceMemoryError:
+            return None
+
+    def _finish(self, step: _UnderWay) -> list[StepOutput]:
+        """Take what ``step`` brings, while the device computes the next one if that is foreseen."""
+        foreseen = self._scheduler.foresee(step.chunks)
+        try:
+            step.launched.choose()
+        except DeviceMemoryError:
+            left = [chunk for chunk in step.chunks if chunk.sequence.finish is None]
+            return self._run([replace(chunk, is_foreseen=False) for chunk in left])
+        if foreseen:
+            self._under_way = self._launched(step.launched.follow, foreseen)
+        outcomes = step.launched.outcomes()
+        now_s = self._clock()
+        self._scheduler.complete(step.chunks, now_s - max(step.launched_s, self._completed_s))
+        self._completed_s = now_s
+        return [
+            self._take(sequence, outcome)
+            for sequence, outcome in zip(step.sampled, outcomes, strict=True)
+            if sequence.finish is None
+        ]
 
     def _compute(self, chunks: list[Chunk], computed: _Computed) -> None:
         """Run ``chunks``; those that the device has no memory for by halves, down to one token."""
@@ -196,7 +294,9 @@ class BatchingEngine:
             return self._fail(sequence, "GRAMMAR_REJECTED", str(outcome))
         if sequence.sampling.max_new_tokens <= 0:  # only its prompt was asked about
             sequence.finish, outcome = FinishReason.LENGTH, []
+        tokens: list[int] = []
         pieces: list[bytes] = []
+        logprobs: list[float] = []
         for choice in outcome:
             try:
                 pieces.append(escape_piece(sequence.append(choice.token)))
@@ -204,22 +304,22 @@ class BatchingEngine:
                 return self._fail(sequence, "GRAMMAR_REJECTED", str(error), position=position)
             except Exception as error:  # noqa: BLE001 - as in `submit`
                 return self._fail(sequence, "ENGINE_ERROR", error, position=position)
+            tokens.append(choice.token)
+            logprobs.append(choice.logprob)
             if sequence.finish is not None:
                 break
-        taken = outcome[: len(pieces)]
-        self._scheduler.prove(sequence, num_drafted=max(0, len(taken) - 1))
+        self._scheduler.prove(sequence, num_drafted=max(0, len(tokens) - 1))
+        has_tops, scores = sequence.sampling.top_logprobs > 0, sequence.prompt_scores
         output = StepOutput(
             id=sequence.id,
             start=position,
-            tokens=[choice.token for choice in taken],
+            tokens=tokens,
             pieces=pieces,
-            logprobs=[choice.logprob for choice in taken],
+            logprobs=logprobs,
             finish=None if sequence.finish is None else Finish(sequence.finish),
             cached_tokens=sequence.num_cached or 0,
-            tops=[choice.top or [] for choice in taken] if sequence.sampling.top_logprobs else None,
-            prompt=sequence.prompt_scores.told()
-            if position == 0 and sequence.prompt_scores
-            else None,
+            tops=[choice.top or [] for choice in outcome[: len(tokens)]] if has_tops else None,
+            prompt=None if scores is None or position else scores.told(),
         )
         if output.finish is not None:
             self._forget(sequence)
@@ -234,6 +334,7 @@ class BatchingEngine:
         position: int | None = None,
     ) -> StepOutput:
         """End a running sequence with ``code``, at ``position`` of its log or where it stands."""
+        sequence.finish = FinishReason.FAILED
         self._forget(sequence, is_sound=code != "NAN_LOGITS")
         position = sequence.num_generated if position is None else position
         return _ending(sequence.id, position, _failed(code, cause))

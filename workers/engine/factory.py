@@ -93,7 +93,7 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
     """The loaded ``model`` over pages, with as large a cache as fits its device."""
     from workers.model.adapters import StoredAdapters
     from workers.model.paged_model import PAGE_TOKENS, prepare_paged
-    from workers.model.runner import ModelRunner
+    from workers.model.paged_runner import PagedRunner
 
     limits = _limits(settings)
     is_bounded = "max_batch_total_tokens" in settings.model_fields_set
@@ -116,8 +116,9 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
         device=str(model.device),
         dtype=str(model.dtype),
     )
+    runner = PagedRunner(ready.forward)
     return BatchingEngine(
-        ModelRunner(ready.forward),
+        runner,
         _text_rules(Tokenizer.load(stored.path), stored),
         limits,
         model_version=stored.manifest.version,
@@ -133,6 +134,7 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
             dtype=model.dtype,
             device=model.device,
         ),
+        launcher=runner if model.device.type == "cuda" else None,
     )
 
 

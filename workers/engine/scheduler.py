@@ -9,6 +9,8 @@ the order of their arrival, cut into chunks by the step's token budget. Where a 
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from workers.engine.pacing import Pace
 from workers.engine.places import Places
 from workers.engine.sequence import Sequence
@@ -16,6 +18,11 @@ from workers.engine.sequence import Sequence
 SPARE_ROWS = 64
 """Most logits in one step beside one row for each sequence: at a vocabulary of 150,000 they take 40
 MB, where those of a whole chunk of a prompt would take 300."""
+
+
+_FORESEEN_PRICE = 0.5
+"""Where steps can be foreseen, guesses must be this likely, and there must be one per row: then
+they bring half a token per row more, which is about what waiting for the last token costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +39,7 @@ class Limits:
     """Most guessed tokens behind those of one sequence; 0: no speculation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """``count`` pending tokens of one sequence from position ``start``, for one step."""
 
     sequence: Sequence
@@ -46,6 +52,8 @@ class Chunk:
     """(slot, num_tokens): before this step the first positions of that slot are copied here."""
     draft: tuple[int, ...] = ()
     """Guessed tokens behind all pending ones. They count as part of ``count``."""
+    is_foreseen: bool = False
+    """It is the place of the one token that the step before it, still under way, brings."""
 
     @property
     def end(self) -> int:
@@ -54,7 +62,7 @@ class Chunk:
     @property
     def known_end(self) -> int:
         """Where the guessed tokens begin."""
-        return self.end - len(self.draft)
+        return self.start + self.count - len(self.draft)
 
     @property
     def tokens(self) -> list[int]:
@@ -64,7 +72,7 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether this chunk closes the gap, so that the next token can be chosen."""
-        return self.known_end == self.sequence.num_tokens
+        return self.is_foreseen or self.known_end == self.sequence.num_tokens
 
     @property
     def num_scored(self) -> int:
@@ -79,12 +87,15 @@ class Scheduler:
     it. When growing sequences no longer fit, the youngest goes back to the head of the queue and
     loses its place. Since the others only grow, it fits again only after one of them has ended: two
     never push each other out in turn. The oldest is never pushed out, so everything submitted ends.
+
+    ``foresees``: the caller asks for :meth:`foresee`.
     """
 
-    def __init__(self, limits: Limits, places: Places) -> None:
+    def __init__(self, limits: Limits, places: Places, *, foresees: bool = False) -> None:
         self._max_sequences = limits.max_sequences
         self._draft_tokens = limits.draft_tokens
         self._places = places
+        self._foresees = foresees
         self._pace = Pace(limits.step_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}
@@ -152,14 +163,50 @@ class Scheduler:
             chunks = self._with_drafts(decoding)
         return chunks
 
+    def foresee(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The step behind ``chunks`` while these are computed: a token more of everybody.
+
+        It computes the tokens that ``chunks`` bring, and leaves out who ends with them for certain.
+        Empty where the next step is better planned when these are known: somebody might come in or
+        has more of a prompt to compute, or guesses bring more than waiting costs.
+        """
+        chunks = [chunk for chunk in chunks if chunk.sequence.finish is None]
+        if len(chunks) < len(self._running) or not all(c.samples and not c.draft for c in chunks):
+            return []
+        lasting = [chunk for chunk in chunks if not chunk.sequence.is_at_last_token]
+        if self._waiting and len(lasting) < self._max_sequences:
+            return []
+        if len(lasting) > self._pace.max_rows(is_alone=True):
+            return []
+        if self._draft_tokens and any(self._drafts([chunk.sequence for chunk in lasting])):
+            return []
+        self._places.begin_step()
+        if not all(self._places.hold(chunk.sequence) for chunk in chunks):
+            return []
+        following: list[Chunk] = []
+        for chunk in lasting:
+            sequence = chunk.sequence
+            if not self._places.lend(sequence, 1):
+                return []
+            place = self._places.place_of(sequence)
+            following.append(
+                Chunk(sequence, place.slot, chunk.end, 1, place.pages, is_foreseen=True)
+            )
+        return following
+
     def complete(self, chunks: list[Chunk], duration_s: float) -> None:
         """Note that the step ran: its tokens are in the cache now."""
-        counts = [chunk.count - len(chunk.draft) for chunk in chunks]
-        num_drafted = sum(len(chunk.draft) for chunk in chunks)
-        num_decoding = counts.count(1)
-        self._pace.note(num_decoding, sum(counts) - num_decoding, duration_s, num_drafted)
+        num_decoding = num_prefill = num_drafted = 0
         for chunk in chunks:
-            chunk.sequence.num_computed = chunk.known_end
+            end = chunk.known_end
+            count = end - chunk.start
+            if count == 1:
+                num_decoding += 1
+            else:
+                num_prefill += count
+            num_drafted += chunk.count - count
+            chunk.sequence.num_computed = end
+        self._pace.note(num_decoding, num_prefill, duration_s, num_drafted)
 
     def prove(self, sequence: Sequence, *, num_drafted: int = 0) -> None:
         """Finite logits came out behind all that is computed of it.
@@ -195,16 +242,27 @@ class Scheduler:
         Only steps without prompts carry guesses: who waits for a first token comes before who would
         have the next ones sooner.
         """
-        room = min(SPARE_ROWS, self._pace.draft_tokens(len(decoding)))
-        price = self._pace.draft_price(len(decoding))
         chunks: list[Chunk] = []
-        for sequence in decoding:
-            draft = sequence.draft(min(room, self._draft_tokens), price)
+        for sequence, draft in zip(decoding, self._drafts(decoding), strict=True):
             if draft and not self._places.lend(sequence, len(draft)):
-                draft = ()
-            room -= len(draft)
+                draft = ()  # noqa: PLW2901
             chunks.append(self._chunk(sequence, 1 + len(draft), draft))
         return chunks
+
+    def _drafts(self, decoding: list[Sequence]) -> list[tuple[int, ...]]:
+        """What is guessed behind each, empty where that is not worth its time."""
+        price = self._pace.draft_price(len(decoding))
+        room = min(SPARE_ROWS, self._pace.draft_tokens(len(decoding)))
+        if self._foresees:
+            price = max(price, _FORESEEN_PRICE)
+        drafts: list[tuple[int, ...]] = []
+        for sequence in decoding:
+            draft = sequence.draft(min(room, self._draft_tokens), price) if room else ()
+            room -= len(draft)
+            drafts.append(draft)
+        if self._foresees and sum(map(len, drafts)) < len(decoding):
+            return [()] * len(decoding)
+        return drafts
 
     def _chunk(self, sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Chunk:
         place = self._places.place_of(sequence)

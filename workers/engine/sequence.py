@@ -74,6 +74,7 @@ class Sequence:
         self.served_at = 0
         """When the scheduler last let it compute: a count of such turns."""
         self.finish: FinishReason | None = None
+        """Set when it is over, for whatever reason."""
         self.counts: TokenCounts | None = None
         """Of the tokens so far; None when no penalty asks for them."""
         self._eos_token_ids = rules.eos_token_ids
@@ -107,6 +108,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that have no place in the cache yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_at_last_token(self) -> bool:
+        """Whether the next token is the last, whatever it will be."""
+        return self.num_generated + 1 >= self.sampling.max_new_tokens
 
     def num_unscored(self, start: int) -> int:
         """Tokens from ``start`` on whose logits must tell how likely the prompt's next one was."""

@@ -80,8 +80,12 @@ class PagedForward:
         device has none."""
 
     def __call__(
-        self, tokens: list[int], stretches: Sequence[Stretch], rows: list[int]
+        self, tokens: list[int] | torch.Tensor, stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor:
+        """See the protocol. ``tokens`` may lie on the device, ``[tokens]`` of any integers, and
+        need not be computed yet. The logits are good until the next step: they lie in memory that
+        all steps share.
+        """
         num_decodes = sum(stretch.count == 1 for stretch in stretches)
         self._numbers.load(tokens, stretches, num_decodes, rows)
         if any(stretch.adapter for stretch in stretches):
@@ -251,7 +255,11 @@ class _StepNumbers:
         self.table = self._device[self._num_head :].view(num_sequences, num_pages)
 
     def load(
-        self, tokens: list[int], stretches: Sequence[Stretch], num_decodes: int, rows: list[int]
+        self,
+        tokens: list[int] | torch.Tensor,
+        stretches: Sequence[Stretch],
+        num_decodes: int,
+        rows: list[int],
     ) -> None:
         """Send what the step is.
 
@@ -260,7 +268,8 @@ class _StepNumbers:
         """
         if self._sent is not None:
             self._sent.synchronize()  # the last copy has read what is overwritten now
-        self._tokens[: len(tokens)] = tokens
+        if not isinstance(tokens, torch.Tensor):
+            self._tokens[: len(tokens)] = tokens
         self._positions[:num_decodes] = [stretch.start for stretch in stretches[:num_decodes]]
         self._lengths[:num_decodes] = self._positions[:num_decodes] + 1
         self._lengths[num_decodes:] = 0
@@ -275,6 +284,8 @@ class _StepNumbers:
             self._tiles[: len(tiles)] = tiles
             self._tiles[len(tiles) :] = 0
         self._send([stretch.pages for stretch in stretches])
+        if isinstance(tokens, torch.Tensor):
+            self.tokens[: len(tokens)].copy_(tokens)
 
     def _send(self, pages: list[tuple[int, ...]]) -> None:
         head = self._num_head

@@ -78,39 +78,19 @@ class ModelRunner:
             DeviceMemoryError: the step did not fit; it may be tried again in parts.
             DeviceLostError: nothing can be computed on the device any more.
         """
-        # The order in which attention wants them; answers go back in the order of the question.
-        ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.slot))
-        tokens = [token for chunk in ordered for token in chunk.tokens]
-        stretches = [
-            Stretch(c.slot, c.start, c.count, c.pages, c.sequence.adapter) for c in ordered
-        ]
-        sampled = [chunk for chunk in ordered if chunk.samples]
-        scored_rows, chosen_rows = _rows(ordered)
-        with torch.inference_mode(), _device_errors():
+        with torch.inference_mode(), device_errors():
             if self._cache is not None:
                 self._prepare_slots(chunks, self._cache)
-            logits = self._forward(tokens, stretches, scored_rows + chosen_rows)
-            _score_prompts(logits[: len(scored_rows)], ordered)
-            outcomes = self._choose(logits[len(scored_rows) :], sampled)
-        return [outcomes[chunk.slot] for chunk in chunks if chunk.samples]
-
-    def _choose(self, logits: torch.Tensor, sampled: list[Chunk]) -> dict[int, Outcome]:
-        """Of each slot, from ``logits`` of the last known token and the draft of each chunk."""
-        masks = [_masks(chunk) for chunk in sampled]
-        rows = [row for pair in zip(sampled, masks, strict=True) for row in _sampling_rows(*pair)]
-        if not rows:
-            return {}
-        samples = self._sampler(logits, rows)
-        outcomes: dict[int, Outcome] = {}
-        first = 0
-        for chunk, its_masks in zip(sampled, masks, strict=True):
-            end = first + 1 + len(chunk.draft)
-            if all(map(or_, samples.finite[first:end], samples.exhausted[first:end])):
-                self._unproven.pop(chunk.slot, None)
-            failure = its_masks if isinstance(its_masks, GrammarError) else None
-            outcomes[chunk.slot] = failure or _outcome(samples, first, chunk.draft)
-            first = end
-        return outcomes
+            inputs = StepInputs(chunks)
+            logits = self._forward(inputs.tokens, inputs.stretches, inputs.rows)
+            inputs.score_prompts(logits)
+            choosing = Choosing(inputs)
+            if not choosing.rows:
+                return []
+            samples = self._sampler(logits[inputs.num_scored :], choosing.rows)
+        if self._cache is not None:
+            self._note_proven(inputs.sampled, samples)
+        return choosing.outcomes(samples)
 
     def _prepare_slots(self, chunks: list[Chunk], cache: Cache) -> None:
         """Bring prefixes to where they are wanted, and clear what a last owner left behind them.
@@ -128,18 +108,77 @@ class ModelRunner:
                 cache.scrub(chunk.slot, chunk.start, end)
             self._unproven[chunk.slot] = chunk.end
 
+    def _note_proven(self, sampled: list[Chunk], samples: Samples) -> None:
+        first = 0
+        for chunk in sampled:
+            end = first + 1 + len(chunk.draft)
+            if all(map(or_, samples.finite[first:end], samples.exhausted[first:end])):
+                self._unproven.pop(chunk.slot, None)
+            first = end
 
-def _rows(ordered: list[Chunk]) -> tuple[list[int], list[int]]:
-    """Tokens of the step whose logits tell about prompts, and those behind which one is chosen."""
-    scored: list[int] = []
-    chosen: list[int] = []
-    first = 0
-    for chunk in ordered:
-        scored += range(first, first + chunk.num_scored)
-        first += chunk.count
-        if chunk.samples:
-            chosen += range(first - 1 - len(chunk.draft), first)
-    return scored, chosen
+
+class StepInputs:
+    """What a way is asked to compute, in the order in which attention wants it.
+
+    Of chunks that are foreseen, ``tokens`` has none.
+    """
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
+        self._ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.slot))
+        self.sampled = [chunk for chunk in self._ordered if chunk.samples]
+        """Those behind which a token is chosen."""
+        self.tokens: list[int] = []
+        self.stretches: list[Stretch] = []
+        scored: list[int] = []
+        chosen: list[int] = []
+        end = 0
+        for chunk in self._ordered:
+            start, sequence = end, chunk.sequence
+            end += chunk.count
+            self.stretches.append(
+                Stretch(chunk.slot, chunk.start, chunk.count, chunk.pages, sequence.adapter)
+            )
+            if chunk.is_foreseen:
+                chosen.append(start)
+                continue
+            self.tokens += chunk.tokens
+            if sequence.prompt_scores is not None:
+                scored += range(start, start + chunk.num_scored)
+            if chunk.samples:
+                chosen += range(end - 1 - len(chunk.draft), end)
+        self.num_scored = len(scored)
+        """Rows at the start that tell about prompts; behind the others tokens are chosen."""
+        self.rows = scored + chosen
+        """Tokens whose logits are wanted."""
+
+    def score_prompts(self, logits: torch.Tensor) -> None:
+        """Tell sequences how likely the tokens of their prompts were, as the model sees them."""
+        if self.num_scored:
+            _score_prompts(logits[: self.num_scored], self._ordered)
+
+
+class Choosing:
+    """What is to be chosen in a step, and what the choices mean for its sequences."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+        self._masks = [_masks(chunk) for chunk in inputs.sampled]
+        self.rows: list[SamplingRow] = []
+        """One for each token of a chunk's draft and one behind it, chunk by chunk."""
+        for chunk, masks in zip(inputs.sampled, self._masks, strict=True):
+            _add_rows(self.rows, chunk, masks)
+
+    def outcomes(self, samples: Samples) -> list[Outcome]:
+        """In the order in which the chunks were given."""
+        outcomes: dict[int, Outcome] = {}
+        first = 0
+        for chunk, masks in zip(self._inputs.sampled, self._masks, strict=True):
+            failure = masks if isinstance(masks, GrammarError) else None
+            outcomes[chunk.slot] = failure or _outcome(samples, first, chunk.draft)
+            first += 1 + len(chunk.draft)
+        slots = (chunk.slot for chunk in self._inputs.chunks)
+        return [outcomes[slot] for slot in slots if slot in outcomes]
 
 
 def _score_prompts(logits: torch.Tensor, ordered: list[Chunk]) -> None:
@@ -165,7 +204,7 @@ def _score_prompts(logits: torch.Tensor, ordered: list[Chunk]) -> None:
 def _masks(chunk: Chunk) -> list[NDArray[np.int32]] | GrammarError | None:
     """What may come behind the last known token and behind each of the draft; None is anything."""
     matcher = chunk.sequence.matcher
-    if matcher is None:
+    if matcher is None or chunk.sequence.finish is not None:
         return None
     try:
         return matcher.masks(list(chunk.draft)) if chunk.draft else [matcher.mask()]
@@ -173,24 +212,30 @@ def _masks(chunk: Chunk) -> list[NDArray[np.int32]] | GrammarError | None:
         return error
 
 
-def _sampling_rows(
-    chunk: Chunk, masks: list[NDArray[np.int32]] | GrammarError | None
-) -> Generator[SamplingRow]:
-    """One for each token of the draft and one behind it."""
+def _add_rows(
+    rows: list[SamplingRow], chunk: Chunk, masks: list[NDArray[np.int32]] | GrammarError | None
+) -> None:
     sequence, draft = chunk.sequence, chunk.draft
+    sampling, position, last = sequence.sampling, sequence.num_generated, sequence.tokens[-1]
+    if masks is None and not draft:  # nearly always
+        row = SamplingRow(sampling, position, sequence.counts, (), last, None, sequence.banned())
+        rows.append(row)
+        return
     for place in range(len(draft) + 1):
         mask = masks[place] if isinstance(masks, list) else None
         banned = sequence.banned(place)
         if mask is not None and banned and not _allows_others(mask, banned):
             banned = ()  # where a grammar ends, so does the answer, be it too short
-        yield SamplingRow(
-            sequence.sampling,
-            sequence.num_generated + place,
-            sequence.counts,
-            draft[:place],
-            previous=draft[place - 1] if place else sequence.tokens[-1],
-            mask=mask,
-            banned=banned,
+        rows.append(
+            SamplingRow(
+                sampling,
+                position + place,
+                sequence.counts,
+                draft[:place],
+                draft[place - 1] if place else last,
+                mask,
+                banned,
+            )
         )
 
 
@@ -208,6 +253,10 @@ def _outcome(samples: Samples, first: int, draft: Sequence[int]) -> Outcome:
     """
     if samples.exhausted[first]:
         return GrammarError("Of all tokens that are allowed here, none is left to choose.")
+    if not draft:
+        if not samples.finite[first]:
+            return None
+        return [Choice(samples.tokens[first], samples.logprobs[first], samples.tops[first])]
     choices: list[Choice] = []
     for row, guess in enumerate((*draft, None), first):
         if not samples.finite[row]:
@@ -220,7 +269,7 @@ def _outcome(samples: Samples, first: int, draft: Sequence[int]) -> Outcome:
 
 
 @contextmanager
-def _device_errors() -> Generator[None]:
+def device_errors() -> Generator[None]:
     """Tell what the device could not hold from what it did not survive; other errors pass.
 
     After an error inside a kernel every later call of CUDA fails as well ("sticky" errors, CUDA

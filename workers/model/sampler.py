@@ -29,7 +29,7 @@ from workers.model.noise import exponential_noise, noise_key
 from workers.model.processors import SamplingRow, process
 from workers.model.warpers import BLOCK, Band, HeatedRows, Limits, find_bands, weigh
 
-__all__ = ["Sampler", "Samples", "SamplingRow", "sample"]
+__all__ = ["Sampler", "Samples", "SamplesToCome", "SamplingRow", "sample"]
 
 
 _BLOCKS_AT_ONCE = 1024
@@ -76,6 +76,60 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
     Rows without ``do_sample`` take the best token (the first of equals); processors apply to them,
     temperature and the other warpers do not. ``logits`` may be overwritten.
     """
+    return SamplesToCome(logits, rows).samples()
+
+
+class SamplesToCome:
+    """As :func:`sample`, in two parts: what is asked of the device, and what comes of it.
+
+    Between them, a device that computes by itself need not be waited for.
+    """
+
+    def __init__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        self._rows = rows
+        self._chosen = _choose(logits, rows)
+        parts: list[torch.Tensor] = []
+        for group in self._chosen:
+            parts += [group.tokens, group.logprobs, group.rows.best]
+            asking, count = _asking(group, rows)
+            if asking:
+                parts += _likeliest(group, asking, count)
+        # One copy from the device, where each would wait for all that was asked of it before.
+        numbers = torch.cat([part.flatten().double() for part in parts])
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def tokens(self, rows: list[int]) -> torch.Tensor:
+        """What is chosen for some of the rows, by their numbers: ``[len(rows)]``, on the device."""
+        tokens = torch.cat([group.tokens for group in self._chosen])
+        order = [number for group in self._chosen for number in group.numbers]
+        if rows == order:
+            return tokens
+        places = {number: place for place, number in enumerate(order)}
+        index = torch.tensor([places[row] for row in rows], pin_memory=tokens.is_cuda)
+        return tokens[index.to(tokens.device, non_blocking=True)]
+
+    def samples(self) -> Samples:
+        """Waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        num_rows = len(self._rows)
+        numbers = iter(self._numbers.tolist())
+        samples = Samples(
+            tokens=[0] * num_rows,
+            logprobs=[0.0] * num_rows,
+            finite=[False] * num_rows,
+            tops=[None] * num_rows,
+            exhausted=[False] * num_rows,
+        )
+        for group in self._chosen:
+            _read(samples, group, self._rows, numbers)
+        return samples
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[_Chosen]:
     blocks = _blocks(logits)
     process(blocks.view(len(rows), -1), rows, logits.shape[1])
     greedy = [i for i, row in enumerate(rows) if not row.sampling.do_sample]
@@ -85,7 +139,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
         chosen.append(_take_best(blocks, greedy))
     if drawn:
         chosen.append(_draw(blocks, drawn, [rows[i] for i in drawn]))
-    return _samples(chosen, rows)
+    return chosen
 
 
 def _blocks(logits: torch.Tensor) -> torch.Tensor:
@@ -222,27 +276,6 @@ def _first(values: torch.Tensor, count: int) -> torch.Tensor:
     return ((ordered << 32) - places).topk(count).indices
 
 
-def _samples(chosen: Sequence[_Chosen], rows: Sequence[SamplingRow]) -> Samples:
-    """One copy from the device, where each would wait for all that was asked of it before."""
-    parts: list[torch.Tensor] = []
-    for group in chosen:
-        parts += [group.tokens, group.logprobs, group.rows.best]
-        asking, count = _asking(group, rows)
-        if asking:
-            parts += _likeliest(group, asking, count)
-    numbers = iter(torch.cat([part.flatten().double() for part in parts]).tolist())
-    samples = Samples(
-        tokens=[0] * len(rows),
-        logprobs=[0.0] * len(rows),
-        finite=[False] * len(rows),
-        tops=[None] * len(rows),
-        exhausted=[False] * len(rows),
-    )
-    for group in chosen:
-        _read(samples, group, rows, numbers)
-    return samples
-
-
 def _asking(group: _Chosen, rows: Sequence[SamplingRow]) -> tuple[list[int], int]:
     """Who of ``group`` asks for the likeliest tokens, by numbers in it, and the most of them."""
     counts = [rows[i].sampling.top_logprobs for i in group.numbers]
@@ -253,7 +286,7 @@ def _asking(group: _Chosen, rows: Sequence[SamplingRow]) -> tuple[list[int], int
 def _read(
     samples: Samples, group: _Chosen, rows: Sequence[SamplingRow], numbers: Iterator[float]
 ) -> None:
-    """Enter the results of ``group`` as :func:`_samples` lined them up."""
+    """Enter the results of ``group`` as :class:`SamplesToCome` lined them up."""
     size = len(group.numbers)
     tokens, logprobs, best = (list(islice(numbers, size)) for _ in range(3))
     for i, token, logprob, score in zip(group.numbers, tokens, logprobs, best, strict=True):
