@@ -92,6 +92,15 @@ KINDS: dict[str, FailureKind] = {
             "The body is larger than the limit.",
         ),
         _kind(
+            "HEADER_TOO_LARGE",
+            431,
+            _INVALID,
+            "validation",
+            False,
+            Actor.CALLER,
+            "Address and headers of the request are longer, or more, than the limit.",
+        ),
+        _kind(
             "UNSUPPORTED_MEDIA_TYPE",
             415,
             _INVALID,

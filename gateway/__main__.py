@@ -25,6 +25,7 @@ from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings, first_error
 from gateway.app import Brokers, create_app, drain
+from gateway.http_server import BoundedHttp
 from gateway.services import ServedModel, Services
 
 log = logs.get_logger()
@@ -148,7 +149,7 @@ def main() -> int:
 def _uvicorn_config(app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType] - uvicorn names ASGI types of its own
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="on",
         log_config=None,

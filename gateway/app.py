@@ -37,7 +37,7 @@ from gateway.api import (
 )
 from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
-from gateway.middleware import PayloadLimit, RequestContext, arrival_of
+from gateway.middleware import HeadLimit, PayloadLimit, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.services import ServedModel, Services, services_of
@@ -136,6 +136,7 @@ def create_app(
         ],
         middleware=[
             Middleware(RequestContext, model_version=model.version),
+            Middleware(HeadLimit, refuse=_answer_failure),
             *_cors(settings),
             Middleware(Identification, callers=callers, tokens=tokens, refuse=_answer_failure),
             Middleware(PayloadLimit, max_bytes=settings.payload_limit),

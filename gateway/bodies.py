@@ -4,6 +4,7 @@ Unknown fields are ignored. A parameter that is known but not supported yet is r
 unless its value changes nothing: it is never ignored in silence.
 """
 
+import asyncio
 import re
 import secrets
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from common.failures import Failure
 from gateway.errors import MalformedJson
+from gateway.json_limits import MAX_ITEMS, check_json
 
 Body = TypeVar("Body")
 
@@ -30,21 +32,25 @@ MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 64
 
+_INLINE_BYTES = 256 * 1024
+"""A body up to here is checked in 2 ms, which may block the event loop."""
 _ID_DIGITS = 9
 """No vocabulary has ids of more digits."""
 _AT = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
-async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]") -> Body:
+async def read_body(
+    request: Request, decoder: "msgspec.json.Decoder[Body]", max_items: int = MAX_ITEMS
+) -> Body:
     """The decoded body.
 
     Raises: as :func:`read_json` and :func:`decoded`.
     """
-    return decoded(await read_json(request), decoder)
+    return decoded(await read_json(request, max_items), decoder)
 
 
-async def read_json(request: Request) -> bytes:
-    """The body as it came, said to be JSON.
+async def read_json(request: Request, max_items: int = MAX_ITEMS) -> bytes:
+    """The body as it came, said to be JSON and within the limits of :mod:`gateway.json_limits`.
 
     Raises: Failure UNSUPPORTED_MEDIA_TYPE, BODY_TOO_LARGE, BAD_REQUEST.
     """
@@ -53,10 +59,22 @@ async def read_json(request: Request) -> bytes:
         raise Failure(
             "UNSUPPORTED_MEDIA_TYPE", "Expected request with `Content-Type: application/json`"
         )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Failure("UNSUPPORTED_MEDIA_TYPE", "A body must come without `Content-Encoding`")
     try:
-        return await request.body()
+        body = await request.body()
     except ClientDisconnect as error:
         raise Failure("BAD_REQUEST", "The body was not sent completely.") from error
+    if len(body) <= _INLINE_BYTES:
+        check_json(body, max_items)
+    else:
+        await asyncio.to_thread(check_json, body, max_items)
+    return body
+
+
+def max_prompt_items(max_total_tokens: int) -> int:
+    """Limit of a list where it may be a prompt, token by token."""
+    return max(MAX_ITEMS, max_total_tokens)
 
 
 def decoded(body: bytes, decoder: "msgspec.json.Decoder[Body]") -> Body:

@@ -1,10 +1,12 @@
 """What happens to every request and answer, as pure ASGI: ids, headers, limits, last resort."""
 
 import re
+from collections.abc import Awaitable, Callable
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.clock import monotonic_s
@@ -14,6 +16,9 @@ from common.logs import get_logger
 from gateway.errors import failure_response, wire_of
 
 log = get_logger()
+
+MAX_HEAD_BYTES = 16 * 1024
+MAX_HEADERS = 100
 
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,200}")
 """What a client may name its request: visible ASCII, so it fits a header and a log line."""
@@ -68,6 +73,35 @@ class RequestContext:
         headers["referrer-policy"] = "no-referrer"
         if headers.get("content-type", "").startswith("text/html"):
             headers["content-security-policy"] = _PAGE_POLICY
+
+
+class HeadLimit:
+    """Refuses requests whose address and headers are too long or too many, before all else."""
+
+    def __init__(
+        self, app: ASGIApp, *, refuse: Callable[[Request, Exception], Awaitable[Response]]
+    ) -> None:
+        self._app = app
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_long(scope):
+            failure = Failure(
+                "HEADER_TOO_LARGE",
+                f"Address and headers may have at most {MAX_HEAD_BYTES} bytes, and headers may be "
+                f"at most {MAX_HEADERS}.",
+            )
+            response = await self._refuse(Request(scope), failure)
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_long(scope: Scope) -> bool:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    num_bytes = len(scope["path"]) + len(scope["query_string"])
+    num_bytes += sum(len(name) + len(value) for name, value in headers)
+    return len(headers) > MAX_HEADERS or num_bytes > MAX_HEAD_BYTES
 
 
 class PayloadLimit:

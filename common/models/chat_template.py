@@ -12,8 +12,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +22,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from common.failures import Failure
 from common.models.files import NAMED_TOKENS, JsonObject, read_json, token_text
@@ -190,10 +193,10 @@ class _Namespace(Namespace):
 class _Environment(ImmutableSandboxedEnvironment):
     """Burns fuel in every turn of every loop and macro, and bounds what a product can become."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def compile_limited(self, source: str) -> jinja2.Template:
-        tree = self.parse(source)
+        tree = _Bounded().visit(self.parse(source))
         for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             # An attribute of the environment cannot be named, and so not replaced, by a template.
             burn = nodes.Call(nodes.EnvironmentAttribute("burn"), [], [], None, None)
@@ -210,7 +213,57 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError("the exponent is too large")
         if operator == "*" and _repeated(left, right) > _MAX_CHARACTERS:
             raise SecurityError("the product is too long")
-        return super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            _check_widths(left)
+            _check_numbers(*(right if isinstance(right, tuple) else (right,)))
+        return _bounded(super().call_binop(context, operator, left, right))
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(getattr(obj, "__wrapped__", obj), "__self__", None), str):
+            _check_numbers(*args, *kwargs.values())
+        return _bounded(super().call(context, obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(value.__self__)
+        return wrapped
+
+    def joined(self, *values: object) -> str:
+        """What ``~`` makes of them."""
+        return _bounded("".join(map(str, values)))
+
+
+class _Bounded(NodeTransformer):
+    """Sends each ``~`` through the environment: the sandbox itself does not look at it."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - Jinja's name
+        self.generic_visit(node)
+        joined = nodes.EnvironmentAttribute("joined")
+        return nodes.Call(joined, node.nodes, [], None, None, lineno=node.lineno)
+
+
+def _bounded(value: Any) -> Any:
+    """A text that doubles must stop before it fills the memory, which takes less than a second."""
+    if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
+        raise SecurityError("a text is too long")
+    return value
+
+
+def _check_numbers(*values: object) -> None:
+    """What pads or fills a text is told how far."""
+    for value in values:
+        if isinstance(value, int) and value > _MAX_CHARACTERS:
+            raise SecurityError(f"{value} is too large")
+
+
+def _check_widths(pattern: str) -> None:
+    """A format may name how wide a field shall be."""
+    if _WIDE.search(pattern):
+        raise SecurityError("the width of a field is too large")
+
+
+_WIDE = re.compile(r"[0-9]{8}")
 
 
 def _repeated(left: object, right: object) -> int:
@@ -226,11 +279,26 @@ def _environment() -> _Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    for name in ("center", "format", "indent", "join", "replace"):
+        environment.filters[name] = _bounded_filter(environment.filters[name])
     variables = cast("dict[str, object]", environment.globals)
     variables["raise_exception"] = _raise_exception
     variables["strftime_now"] = _strftime_now
     variables["namespace"] = _Namespace
     return environment
+
+
+def _bounded_filter(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that can make much of little, between checks of what goes in and what comes out."""
+
+    @wraps(make)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _check_numbers(*args, *kwargs.values())
+        if make is do_format:
+            _check_widths(str(args[0]))
+        return _bounded(make(*args, **kwargs))
+
+    return bounded
 
 
 def _to_json(

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
-from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, unsupported
+from gateway.bodies import MAX_NEW_TOKENS, check_range, max_prompt_items, read_body, unsupported
 from gateway.order import ECHO, LOGPROBS, Order
 from gateway.services import Services, services_of
 
@@ -32,8 +32,10 @@ decoder = msgspec.json.Decoder(CompletionBody)
 
 
 async def completions(request: Request) -> Response:
-    body = await read_body(request, decoder)
-    return await answer(request, *await orders_of(services_of(request), body))
+    services = services_of(request)
+    max_items = max_prompt_items(services.model.max_total_tokens)
+    body = await read_body(request, decoder, max_items)
+    return await answer(request, *await orders_of(services, body))
 
 
 async def orders_of(services: Services, body: CompletionBody) -> list[Order]:

@@ -30,7 +30,7 @@ def tgi_grammar(field: str, asked: Any) -> Grammar | None:
     if asked is None:
         return None
     kind = asked.get("type") if isinstance(asked, dict) else None
-    if kind not in _TGI_KINDS:
+    if not isinstance(kind, str) or kind not in _TGI_KINDS:
         raise _invalid(field, f"`{field}.type` must be one of {', '.join(_TGI_KINDS)}")
     if "value" not in asked:
         raise _invalid(field, f"`{field}` misses the field `value`")

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from gateway.answer import answer
 from gateway.api import chat, completions, health, tgi
-from gateway.bodies import decoded, read_body, read_json
+from gateway.bodies import decoded, max_prompt_items, read_body, read_json
 from gateway.order import AS_PREDICTIONS, Order
 from gateway.services import Services, services_of
 
@@ -33,7 +33,7 @@ _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 async def invocations(request: Request) -> Response:
     """A body of ``POST /``, of chat completions or of completions: its members tell which."""
     services = services_of(request)
-    body = await read_json(request)
+    body = await read_json(request, max_prompt_items(services.model.max_total_tokens))
     match _variant(body, {"inputs", "messages", "prompt"}, "SagemakerRequest"):
         case "inputs":
             return await tgi.answer_compatibly(request, decoded(body, tgi.decoder))

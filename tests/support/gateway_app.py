@@ -21,6 +21,7 @@ from common.ids import new_process_name
 from common.settings import GatewaySettings
 from gateway.__main__ import listen, load_model
 from gateway.app import Brokers, create_app
+from gateway.http_server import BoundedHttp
 from gateway.services import Services
 from tests.support.models import simulated
 from tests.support.scripted_worker import ScriptedWorker
@@ -98,7 +99,7 @@ class _Server(uvicorn.Server):
 async def _served(app: Callable[..., Any]) -> AsyncGenerator[str]:
     listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(
-        app, http="httptools", ws="none", log_config=None, timeout_graceful_shutdown=2
+        app, http=BoundedHttp, ws="none", log_config=None, timeout_graceful_shutdown=2
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -410,8 +410,8 @@ async def test_completion_refusals_name_the_field(
         (
             b'{"inputs": "hi", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             "application/json",
-            "BAD_REQUEST",
-            400,
+            "BODY_TOO_LARGE",
+            413,
         ),
         (
             b'{"inputs": "hi", "parameters": {"temperature": 1e999}}',

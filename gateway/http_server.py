@@ -1,0 +1,77 @@
+"""uvicorn's HTTP protocol with an end to a request's head: in bytes, and in time.
+
+The parser collects a head until it is whole, however long that takes; nothing of the application
+has seen it by then, so no middleware could refuse it.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from common.failures import Failure
+from gateway.errors import envelope
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Above the application's own limit, whose answer is the better one; a piece from the network may
+be as long again."""
+HEAD_LIMIT_S = 30.0
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Closes a connection whose next head is too long, or not there in time."""
+
+    _head_bytes = 0
+    _is_in_head = False
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        was_in_head = self._is_in_head
+        super().data_received(data)
+        if self._is_in_head and was_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse()
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._head_bytes = 0
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._end_deadline()
+        super().on_headers_complete()
+
+    def _end_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse(self) -> None:
+        """The same words as any other refusal; there is no request yet to be logged."""
+        body = json.dumps(envelope(Failure("HEADER_TOO_LARGE"), "tgi")).encode()
+        head = [
+            STATUS_LINE[431],
+            b"content-type: application/json\r\n",
+            b"content-length: %d\r\n" % len(body),
+            b"connection: close\r\n\r\n",
+        ]
+        self.transport.write(b"".join([*head, body]))
+        self.transport.close()
