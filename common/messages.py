@@ -123,11 +123,15 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """The end of a generation: a reason; for ``failed`` also a code and a message."""
+    """The end of a generation: a reason; for ``failed`` also a code and a message.
+
+    ``cached_tokens`` of its prompt did not have to be computed, by the worker that ended it.
+    """
 
     reason: str
     code: str = ""
     message: str = ""
+    cached_tokens: int = 0
 
 
 TopTokens = list[tuple[int, float]]

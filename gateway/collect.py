@@ -213,8 +213,14 @@ def _version(subject: Subject, whole: Completion) -> str:
 
 def _total_usage(replies: Sequence[Reply]) -> dict[str, Any]:
     """Every prompt once, and the tokens of all choices, of those too that were not the best."""
-    counts = [usage(reply.subject, reply.num_tokens) for reply in replies]
-    return {name: sum(count[name] for count in counts) for name in counts[0]}
+    prompts = sum(reply.subject.presentation.prompt_tokens for reply in replies)
+    num_tokens = sum(reply.num_tokens for reply in replies)
+    return usage(prompts, num_tokens, sum(map(_num_cached, replies)))
+
+
+def _num_cached(reply: Reply) -> int:
+    """Of several choices, the first one computes what the others find: it is what counts."""
+    return min(choice.finish.cached_tokens for choice in reply.choices)
 
 
 # TGI ---------------------------------------------------------------------------------------------

@@ -257,6 +257,7 @@ class _ChunkFrames(Frames):
         super().__init__(subject, cursor)
         self._tokenizer = tokenizer
         self._is_alone = is_alone
+        self._num_cached = 0
         self._tells_logprobs = subject.has(LOGPROBS)
         self._head = _head(subject, self.object)
         self._choice = self._head + b',"choices":[{"index":%d,' % index
@@ -308,6 +309,7 @@ class _ChunkFrames(Frames):
         """``logprobs`` of each token's choice."""
 
     def end(self, finish: Finish, timing: Timing | None) -> list[bytes]:
+        self._num_cached = finish.cached_tokens
         if _is_failed(finish):
             frames = self._final(FINISH, self._broken(finish))
             return [*frames, *self._final(DONE, b"[DONE]")] if self._is_alone else frames
@@ -334,7 +336,8 @@ class _ChunkFrames(Frames):
         done = (DONE, b"[DONE]")
         if not self.subject.has(INCLUDE_USAGE):
             return [done]
-        counts = _json(usage(self.subject, num_tokens))
+        prompt_tokens = self.subject.presentation.prompt_tokens
+        counts = _json(usage(prompt_tokens, num_tokens, self._num_cached))
         return [(USAGE, b'%b,"choices":[],"usage":%b}' % (self._head, counts)), done]
 
     def failure(self, failure: Failure) -> bytes:
@@ -630,12 +633,14 @@ def _add_arguments(calls: list[dict[str, Any]], index: int, text: str) -> None:
         calls.append({"index": index, "function": {"arguments": text}})
 
 
-def usage(subject: Subject, num_tokens: int) -> dict[str, Any]:
-    prompt = subject.presentation.prompt_tokens
+def usage(prompt_tokens: int, num_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """``cached_tokens`` as the worker counted them, who may have taken over part of the answer."""
     return {
-        "prompt_tokens": prompt,
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": num_tokens,
-        "total_tokens": prompt + num_tokens,
+        "total_tokens": prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": min(cached_tokens, prompt_tokens)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -235,9 +235,10 @@ def _error(finish: Finish) -> dict[str, Any]:
 
 def _usage(subject: Subject, whole: Completion) -> dict[str, Any]:
     prompt, answer = subject.presentation.prompt_tokens, len(whole.tokens)
+    cached = min(prompt, whole.finish.cached_tokens)
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": answer,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + answer,

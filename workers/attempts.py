@@ -6,6 +6,8 @@ cut of what lies between, however many engine steps made it. Nothing here does I
 
 from collections.abc import Iterable
 
+import msgspec
+
 from common.broker import Claimed, Publication
 from common.ids import request_of
 from common.messages import (
@@ -102,7 +104,8 @@ class Attempt:
         self._prompt = output.prompt or self._prompt
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish is not None:
-            self.end_with(output.finish, now_s)
+            finish = output.finish
+            self.end_with(msgspec.structs.replace(finish, cached_tokens=self.cached_tokens), now_s)
 
     def end_with(self, finish: Finish, now_s: float) -> None:
         self.finish = finish

@@ -137,10 +137,20 @@ class TgiError(msgspec.Struct):
 OpenAiReason = Literal["stop", "length", "tool_calls"]
 
 
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class AnswerDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: AnswerDetails
 
 
 class NamedToken(msgspec.Struct):
@@ -158,9 +168,21 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None
 
 
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(msgspec.Struct):
     role: Literal["assistant"]
     content: str | None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -186,9 +208,24 @@ class ChatCompletion(_Answer):
     service_tier: str | UnsetType = UNSET
 
 
+class CalledFunctionDelta(msgspec.Struct):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct):
+    """Only the first one of an ``index`` has an id, a type and a name."""
+
+    index: int
+    function: CalledFunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -246,10 +283,17 @@ class TextCompletionChunk(_Answer):
     service_tier: str | UnsetType = UNSET
 
 
+class InputDetails(msgspec.Struct):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
 class ResponseUsage(msgspec.Struct):
     input_tokens: int
     output_tokens: int
     total_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens_details: AnswerDetails
 
 
 class ResponseObject(msgspec.Struct):

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from common.messages import PromptLogprobs, seed_of_choice
+from gateway.frames import usage
 from ops.bench.sse_client import Event, read_events
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.scripted_worker import ScriptedWorker, Turn, saying
@@ -124,7 +125,7 @@ async def test_several_prompts_have_one_answer(stand: Stand) -> None:
     told = answer.json()
     assert [choice["text"] for choice in told["choices"]] == ["4", "4", "8", "8"]
     assert [choice["index"] for choice in told["choices"]] == [0, 1, 2, 3]
-    assert told["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert told["usage"] == usage(3, 4, 0)
     assert len(answer.headers["x-headrace-stream-id"].split(", ")) == 2
 
 
@@ -334,7 +335,7 @@ async def test_an_echo_of_the_prompt_alone(stand: Stand) -> None:
         "top_logprobs": [None, {"j": -0.25, "i": -1.5}],
         "text_offset": [0, 1],
     }
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert answer["usage"] == usage(2, 0, 0)
 
 
 async def test_an_echo_with_an_answer(stand: Stand) -> None:

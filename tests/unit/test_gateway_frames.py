@@ -107,12 +107,19 @@ def test_a_chat_stream_to_the_byte(tokenizer: Tokenizer) -> None:
 
 def test_usage_is_null_until_its_own_chunk(tokenizer: Tokenizer) -> None:
     frames = frames_for(subject("chat", INCLUDE_USAGE), tokenizer)
-    told = events(frames.render(batch("a", "b", finish=Finish("length"))))
+    finish = Finish("length", cached_tokens=4)
+    told = events(frames.render(batch("a", "b", finish=finish)))
     assert [payload["usage"] for _, payload in told[:3]] == [None] * 3
     assert told[2][1]["choices"][0]["finish_reason"] == "length"
     assert told[3][0].endswith(".2")
     assert told[3][1]["choices"] == []
-    assert told[3][1]["usage"] == {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+    assert told[3][1]["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 2,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
     assert told[4] == (told[3][0].replace(".2", ".3"), "[DONE]")
 
 
