@@ -63,20 +63,27 @@ class Comparison:
 def measure(
     engine: Engine, prompt: list[int], concurrency: int, new_tokens: int, *, sampled: bool
 ) -> tuple[float, float]:
-    """(tokens per second, tokens per step of one generation) behind the first token of each."""
+    """(tokens per second, tokens per step of one generation) behind the first token of each.
+
+    Until there are ``new_tokens`` on average, and with all of them running: guesses let some end
+    before others, and a batch that runs empty says nothing about one that clients keep full.
+    """
     unseen = new_nonce()
     for number in range(concurrency):
-        sampling = Sampling(new_tokens, seed=number, do_sample=sampled, temperature=0.8)
+        sampling = Sampling(2 * new_tokens, seed=number, do_sample=sampled, temperature=0.8)
         engine.submit(EngineRequest(f"{number}", prompt, sampling, cache_scope=f"{unseen}{number}"))
     began: set[str] = set()
     while len(began) < concurrency:
         began |= {output.id for output in engine.step()}
     began_s, num_tokens, num_outputs = monotonic_s(), 0, 0
-    while engine.load().running > 0:
+    while num_tokens < concurrency * new_tokens:
         outputs = engine.step()
         num_tokens += sum(len(output.tokens) for output in outputs)
         num_outputs += len(outputs)
-    return num_tokens / (monotonic_s() - began_s), num_tokens / num_outputs
+    took_s = monotonic_s() - began_s
+    for number in range(concurrency):
+        engine.cancel(f"{number}")
+    return num_tokens / took_s, num_tokens / num_outputs
 
 
 def compare(

@@ -139,11 +139,12 @@ def test_rows_leave_some_room_to_prompts() -> None:
 
 
 def learnt(draft_s: float, num_decoding: int, decode_s: float = 0.01) -> Pace:
-    """Of steps of ``num_decoding`` rows with four guesses each, and looks between them."""
+    """Of steps of ``num_decoding`` rows with four guesses, all right, and looks between them."""
     pace = Pace(512)
     for _ in range(20):
         pace.note(num_decoding, 0, decode_s)
         pace.note(num_decoding, 0, decode_s + 4 * draft_s, num_draft_tokens=4)
+        pace.credit(4)
     return pace
 
 
@@ -165,6 +166,31 @@ def test_what_was_dear_is_tried_again() -> None:
     for _ in range(700):
         pace.note(1, 0, 0.01)
     assert pace.draft_price(1) < 0.5
+
+
+def guessed(pace: Pace, num_right: int, num_steps: int) -> float:
+    """The price beside three others, after steps that take a tenth longer with four guesses."""
+    for _ in range(num_steps):
+        pace.note(4, 0, 0.01)
+        pace.note(4, 0, 0.011, num_draft_tokens=4)
+        pace.credit(num_right)
+    return pace.draft_price(4)
+
+
+def test_guesses_that_do_not_pay_must_promise_more() -> None:
+    """Whatever they were thought to cost: what a step brought is held against what it took."""
+    usual = guessed(Pace(512), num_right=1, num_steps=40)
+    dear = Pace(512)
+    assert guessed(dear, num_right=0, num_steps=40) > 3 * usual
+    for _ in range(700):
+        dear.note(4, 0, 0.01)
+    assert dear.draft_price(4) < usual
+
+
+def test_guesses_that_pay_again_are_trusted_again() -> None:
+    pace = Pace(512)
+    distrusted = guessed(pace, num_right=0, num_steps=40)
+    assert guessed(pace, num_right=3, num_steps=40) < distrusted / 3
 
 
 def test_guesses_make_no_step_longer_than_prompts_may() -> None:

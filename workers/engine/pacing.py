@@ -25,8 +25,13 @@ _LOOK_EVERY_STEPS = 16
 """While prompts or guesses keep coming, every so-manieth step carries none of them: what decoding
 takes by itself changes with the rows and their contexts, and cannot be told from mixed steps."""
 _DRAFT_MARGIN = 1.5
+_MAX_DRAFT_MARGIN = 12.0
 """A guess must promise so many times what its time would bring otherwise: estimates are rough, and
-free text should not pay for them."""
+free text should not pay for them. More while steps with guesses bring less than steps without."""
+_DISTRUST = 1.15
+"""How much more it must promise after each step with guesses, while they have not paid of late."""
+_PAYOFF_GAIN = 0.1
+"""Weight of the newest step with guesses in what they have brought of late."""
 _FADING = 0.005
 """How much of what a guess is said to cost is forgotten per step without any: what was dear once,
 beside many others or by a hiccup of the machine, is tried again some hundred steps later."""
@@ -45,6 +50,13 @@ class Pace:
         self._token_s: float | None = None
         self._draft_s: float | None = None
         """What a guessed token adds; before the first one, what a prompt's token does."""
+        self._margin = _DRAFT_MARGIN
+        self._due = 0.0
+        """Steps without guesses that would have fitted in the time of those with them, of late."""
+        self._brought = 0.0
+        """What those brought, in tokens per row: as many steps without guesses."""
+        self._num_weighed = 1
+        """Rows of the last step with guesses."""
         self._steps_since_look = 0
 
     def max_rows(self, *, is_alone: bool) -> int:
@@ -88,7 +100,7 @@ class Pace:
         cost_s = self._draft_s or self._token_s
         if not cost_s or not self._decode_s:
             return 0.0
-        return min(1.0, _DRAFT_MARGIN * cost_s * num_decoding / self._decode_s)
+        return min(1.0, self._margin * cost_s * num_decoding / self._decode_s)
 
     def note(
         self,
@@ -103,9 +115,11 @@ class Pace:
             self._steps_since_look += 1
             added_s = max(duration_s - (self._decode_s or 0.0), 0.0)
             self._draft_s = _moved(self._draft_s, added_s / num_draft_tokens)
+            self._weigh(num_decoding, duration_s)
             return
         if self._draft_s:
             self._draft_s *= 1 - _FADING
+        self._margin = max(_DRAFT_MARGIN, self._margin * (1 - _FADING))
         if num_prefill_tokens == 0:
             self._steps_since_look = 0
             self._decode_s = _moved(self._decode_s, duration_s)
@@ -116,6 +130,25 @@ class Pace:
             alone_s = self._decode_s or 0.0 if num_decoding else 0.0
             added_s = max(duration_s - alone_s, 0.0)
             self._token_s = _moved(self._token_s, added_s / num_prefill_tokens)
+
+    def credit(self, num_right: int) -> None:
+        """So many guesses of one row of the step noted last were right."""
+        self._brought += _PAYOFF_GAIN * num_right / self._num_weighed
+
+    def _weigh(self, num_decoding: int, duration_s: float) -> None:
+        """Whether guesses have paid so far, and what this step must bring.
+
+        What a guess costs and how likely it is are estimates, and both may be wrong for a machine,
+        for a number of rows, or for a text. This compares what really came with what would have.
+        """
+        is_paying = self._brought >= self._due
+        self._margin *= 1 / _DISTRUST if is_paying else _DISTRUST
+        self._margin = min(max(self._margin, _DRAFT_MARGIN), _MAX_DRAFT_MARGIN)
+        # As elsewhere, twice the usual may be the machine's hiccup.
+        due = min(duration_s / self._decode_s, 2.0) if self._decode_s else 1.0
+        self._due += _PAYOFF_GAIN * (due - self._due)
+        self._brought += _PAYOFF_GAIN * (1.0 - self._brought)
+        self._num_weighed = num_decoding
 
     def shrink(self) -> None:
         """The device had no memory for the last step: half as much, then a token more per step."""

@@ -213,7 +213,9 @@ class Scheduler:
 
         ``num_drafted`` of the tokens appended since were guessed right, so they are computed, too.
         """
-        sequence.num_computed += num_drafted
+        if num_drafted:
+            sequence.num_computed += num_drafted
+            self._pace.credit(num_drafted)
         self._places.prove(sequence)
 
     def shrink(self) -> None:
