@@ -145,6 +145,10 @@ class WorkerSettings(Settings):
     does not go on with what one without it began."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Devices that one copy of the model is spread over, each with a process of its own: for models
+    that do not fit one. GPUs of this machine, or, to try it, its processor. Such a worker does not
+    go on with what one of another number began."""
     engine_way: EngineWay = "auto"
     """How a step is computed on a processor (on CUDA ``auto`` is paged attention in recorded steps,
     and ``plain`` torch as it is): ``step``, the whole of it in own kernels;

@@ -43,6 +43,8 @@ class UpSettings(Settings):
     """Precision of the model; in ``float32`` no answer depends on what else runs in its batch."""
     quantize: Quantize = "none"
     """``int8``: weights in half of the memory, and up to twice the speed for few at once."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Devices that each worker's copy of the model is spread over."""
 
     model_id: str = ""
     """Where the model comes from on the first start: a hub id (org/name), a directory or a GGUF
@@ -110,16 +112,33 @@ class Processes:
 
     def _workers(self) -> list[ProcessSpec]:
         settings = self.settings
-        env = self._env(ENGINE=settings.engine, DTYPE=settings.dtype, QUANTIZE=settings.quantize)
+        env = self._env(
+            ENGINE=settings.engine,
+            DTYPE=settings.dtype,
+            QUANTIZE=settings.quantize,
+            TENSOR_PARALLEL=settings.tensor_parallel,
+        )
         # Each would take every core, and together they would be slower than one.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if settings.workers > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // settings.workers)))
         stop_timeout_s = WorkerSettings().drain_s + _BEYOND_DRAIN_S
         return [
-            ProcessSpec("worker", f"worker {n}", _python("workers"), env, stop_timeout_s)
-            for n in range(1, settings.workers + 1)
+            ProcessSpec(
+                "worker", f"worker {n + 1}", _python("workers"), env | self._gpus(n), stop_timeout_s
+            )
+            for n in range(settings.workers)
         ]
+
+    def _gpus(self, worker: int) -> dict[str, str]:
+        """Workers that spread their models over several take different ones: the next so many."""
+        count = self.settings.tensor_parallel
+        if count == 1 or self.settings.workers == 1:
+            return {}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        total = count * self.settings.workers
+        gpus = [str(n) for n in range(total)] if given is None else given.split(",")
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[worker * count : (worker + 1) * count])}
 
     def _background(self) -> ProcessSpec:
         argv = _python("workers.background")

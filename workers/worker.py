@@ -28,7 +28,7 @@ from workers import exit_codes
 from workers.adapters import HeldAdapters
 from workers.attempts import Ledger
 from workers.engine.factory import build_engine
-from workers.engine.loop import EngineLoop, StepReport
+from workers.engine.loop import EngineLoop, StepReport, set_result
 from workers.engine.port import DeviceLostError, Engine
 from workers.grammars import Grammars, build_grammars
 from workers.heartbeat import EngineStalledError, Heartbeat
@@ -54,9 +54,16 @@ class Worker:
     """One engine behind one pool. Use :func:`run` to run one as a process."""
 
     def __init__(
-        self, name: str, settings: WorkerSettings, engine: Engine, grammars: Grammars
+        self,
+        name: str,
+        settings: WorkerSettings,
+        engine: Engine,
+        grammars: Grammars,
+        lost: asyncio.Future[Exception],
     ) -> None:
+        """``lost`` is done once the engine can compute no more, be it idle or in a step."""
         self.name = name
+        self._lost = lost
         self._settings = settings
         self._engine = engine
         self._ordered = Broker(connect(settings.redis_url, single=True), settings.model)
@@ -214,7 +221,9 @@ class Worker:
 
     async def _watch_engine(self) -> None:
         """Raises EngineFailedError, or DeviceLostError, once the engine has raised."""
-        error = await self._loop.failed
+        ends = (self._loop.failed, self._lost)
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        error = done.pop().result()
         log.error("engine.failed", exc_info=error)
         raise error if isinstance(error, DeviceLostError) else EngineFailedError from error
 
@@ -242,11 +251,12 @@ async def _run(name: str, settings: WorkerSettings) -> int:
     log.info("worker.started", engine=settings.engine, model=settings.model)
     try:
         await _check_redis(settings)
-        engine = await asyncio.to_thread(build_engine, settings)
+        lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        engine = await _build_engine(settings, lost)
         grammars = await asyncio.to_thread(build_grammars, settings, vocab_size=engine.vocab_size)
         logs.adopt("transformers")
         gc.freeze()  # what was loaded stays: collections need not walk through it
-        worker = Worker(name, settings, engine, grammars)
+        worker = Worker(name, settings, engine, grammars, lost)
         stop.drain = worker.drain
         try:
             await worker.run()
@@ -265,6 +275,22 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         code = exit_codes.FAILED
     log.info("worker.stopped", exit_code=code)
     return code
+
+
+async def _build_engine(settings: WorkerSettings, lost: asyncio.Future[Exception]) -> Engine:
+    """Build it in a thread, which is left behind if a device that it waits for is ``lost``."""
+    event_loop = asyncio.get_running_loop()
+
+    def on_lost(error: Exception) -> None:
+        with suppress(RuntimeError):  # the event loop has ended before
+            event_loop.call_soon_threadsafe(set_result, lost, error)
+
+    building = asyncio.create_task(asyncio.to_thread(build_engine, settings, on_lost))
+    await asyncio.wait((building, lost), return_when=asyncio.FIRST_COMPLETED)
+    if lost.done():
+        log.error("engine.failed", exc_info=lost.result())
+        raise lost.result()
+    return await building
 
 
 async def _check_redis(settings: WorkerSettings) -> None:

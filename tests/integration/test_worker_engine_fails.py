@@ -2,7 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ async def test_an_engine_that_raises_ends_the_worker(
         redis_url=redis_url, data_dir=tmp_path, model=POOL, engine="simulated", lease_ms=1000
     )
 
-    def build_broken(settings: WorkerSettings) -> BrokenEngine:
+    def build_broken(settings: WorkerSettings, _: object) -> BrokenEngine:
         build_engine(settings)  # so that its model is there
         return BrokenEngine(error)
 
@@ -89,3 +90,33 @@ async def test_an_engine_that_raises_ends_the_worker(
     assert page is not None
     assert page.state == "R"
     await broker.close()
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+async def test_a_device_that_is_lost_beside_any_step_ends_the_worker(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_built: bool
+) -> None:
+    """While a model loads and when nothing runs: the thread that waits for it is left behind."""
+    settings = WorkerSettings(
+        redis_url=redis_url, data_dir=tmp_path, model=POOL, engine="simulated", lease_ms=1000
+    )
+    error, ended = DeviceLostError("Rank 1 has ended."), threading.Event()
+
+    def build_and_lose(
+        settings: WorkerSettings, on_lost: Callable[[Exception], None]
+    ) -> BrokenEngine:
+        build_engine(settings)
+        if is_built:
+            threading.Timer(0.2, on_lost, [error]).start()
+        else:
+            on_lost(error)
+            assert ended.wait(10)
+        return BrokenEngine(error)
+
+    monkeypatch.setattr(worker, "build_engine", build_and_lose)
+    with capture_logs() as lines:
+        assert await worker._run("w1", settings) == exit_codes.DEVICE_LOST
+    ended.set()
+    events = [line["event"] for line in lines]
+    assert events[-2:] == ["engine.failed", "worker.stopped"]
+    assert ("worker.ready" in events) == is_built

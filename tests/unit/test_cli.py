@@ -225,6 +225,32 @@ def test_several_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert threads(500 // 10)[0] == "1"
 
 
+def test_several_groups_of_ranks_take_different_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the order of those that they may use at all."""
+
+    def gpus(workers: int, **settings: Any) -> list[str | None]:
+        processes = Processes(
+            settings=UpSettings(workers=workers, **settings),
+            redis_url="unix:///s",
+            data_dir=tmp_path,
+            log_dir=tmp_path,
+            ports=[8080],
+        )
+        specs = [spec for spec in processes.specs() if spec.role == "worker"]
+        numbers = {spec.env["HEADRACE_TENSOR_PARALLEL"] for spec in specs}
+        assert numbers == {str(settings.get("tensor_parallel", 1))}
+        return [spec.env.get("CUDA_VISIBLE_DEVICES") for spec in specs]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus(2) == [None, None]
+    assert gpus(1, tensor_parallel=2) == [None]
+    assert gpus(2, tensor_parallel=2) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert gpus(2, tensor_parallel=2) == ["4,5", "6,7"]
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [

@@ -6,8 +6,9 @@ torch is imported only for the engine that needs it, so that a simulated worker 
 import gc
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.failures import Failure
 from common.logs import get_logger
@@ -23,11 +24,20 @@ from workers.engine.scheduler import Limits
 from workers.engine.sequence import TextRules
 from workers.engine.simulated import SCRIPT, SimulatedRunner
 
+if TYPE_CHECKING:
+    from workers.tensor_parallel.followers import Followers
+    from workers.tensor_parallel.messages import RankPlan
+
 log = get_logger()
 
 
-def build_engine(settings: WorkerSettings) -> Engine:
+def build_engine(
+    settings: WorkerSettings, on_lost: Callable[[Exception], None] = lambda _: None
+) -> Engine:
     """Load the model from the store and put an engine around it; blocks for seconds.
+
+    ``on_lost`` is called, from any thread, should the engine become unable to compute, be it while
+    it is built, in the middle of a step that will never end, or when idle.
 
     Raises:
         Failure: MODEL_NOT_FOUND, MODEL_LOAD_FAILED or WEIGHTS_MISMATCH.
@@ -38,6 +48,8 @@ def build_engine(settings: WorkerSettings) -> Engine:
     stored = store.get(settings.model)
     if settings.engine == "simulated":
         return build_simulated(settings, stored)
+    if settings.tensor_parallel > 1:
+        return build_group(settings, stored, on_lost)
     return build_torch(settings, stored)
 
 
@@ -183,7 +195,7 @@ def _build_slots(
         ModelRunner(forward, cache, ready.sampler),
         _text_rules(Tokenizer.load(stored.path), stored),
         _limits(settings),
-        model_version=_model_version(stored, settings.quantize),
+        model_version=_model_version(stored, settings),
         max_cost=max_cost,
         vocab_size=ready.vocab_size,
         adapters=StoredAdapters(
@@ -193,6 +205,102 @@ def _build_slots(
             dtype=dtype,
             device=device,
         ),
+    )
+
+
+def build_group(
+    settings: WorkerSettings, stored: StoredModel, on_lost: Callable[[Exception], None]
+) -> BatchingEngine:
+    """A model spread over as many devices as ``settings`` say, each with a process of its own.
+
+    All of them compute each step; this one plans it and chooses the tokens.
+    """
+    _limit_busy_waiting()
+    from workers.tensor_parallel.followers import Followers
+
+    stored.verify()
+    log.info("model.verified", model_version=stored.manifest.version)
+    # Before torch is imported here: they need as long for that.
+    followers = Followers(settings.tensor_parallel, on_lost)
+    try:
+        return _build_leader(settings, stored, followers)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _build_leader(
+    settings: WorkerSettings, stored: StoredModel, followers: "Followers"
+) -> BatchingEngine:
+    from workers.model.paged_model import PAGE_TOKENS
+    from workers.model.runner import ModelRunner
+    from workers.model.sharding import check_shardable
+    from workers.tensor_parallel.leading import LeadingAdapters, LeadingForward
+    from workers.tensor_parallel.rank import prepare_rank
+
+    plan = _rank_plan(settings, stored, followers)
+    check_shardable(stored.path, plan.num_ranks)
+    log.info("model.load_started", model_version=stored.manifest.version)
+    followers.join(plan)
+    rank = prepare_rank(plan, 0)
+    followers.answers()
+    log.info("model.loaded", model_version=stored.manifest.version)
+    log.info(
+        "engine.selected",
+        engine="torch",
+        way=rank.way,
+        device=plan.device,
+        dtype=plan.dtype,
+        num_ranks=plan.num_ranks,
+        num_threads=plan.num_threads,
+    )
+    forward = LeadingForward(rank.forward, rank.cache, followers)
+    limits = _limits(settings)
+    places = None
+    if rank.cache is None:
+        places = PagePlaces(
+            rank.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
+        )
+    return BatchingEngine(
+        ModelRunner(forward, None if rank.cache is None else forward, rank.sampler),
+        _text_rules(Tokenizer.load(stored.path), stored),
+        limits,
+        model_version=_model_version(stored, settings),
+        max_cost=rank.max_tokens,
+        vocab_size=rank.vocab_size,
+        places=places,
+        adapters=LeadingAdapters(rank.adapters, followers),
+    )
+
+
+def _rank_plan(settings: WorkerSettings, stored: StoredModel, followers: "Followers") -> "RankPlan":
+    """What each rank is to load and how. Raises: Failure, for what a group cannot do."""
+    from workers.tensor_parallel.messages import RankPlan
+    from workers.tensor_parallel.rank import select_devices, select_way, share_of_threads
+
+    num_ranks = settings.tensor_parallel
+    if settings.quantize != "none":
+        message = f"quantize={settings.quantize} is for models that are not spread over devices."
+        raise Failure("MODEL_LOAD_FAILED", message)
+    device, dtype = select_devices(settings.device, settings.dtype, num_ranks)
+    limits = _limits(settings)
+    is_bounded = "max_batch_total_tokens" in settings.model_fields_set
+    return RankPlan(
+        path=str(stored.path),
+        data_dir=str(settings.data_dir),
+        model=stored.manifest.name,
+        log_dir=None if settings.log_dir is None else str(settings.log_dir),
+        store=str(followers.store),
+        num_ranks=num_ranks,
+        device=device,
+        dtype=dtype,
+        way=select_way(settings.engine_way, device),
+        num_threads=settings.num_threads or share_of_threads(num_ranks),
+        max_sequences=limits.max_sequences,
+        max_tokens=settings.max_total_tokens,
+        step_tokens=limits.step_tokens,
+        cache_tokens=limits.cache_tokens if is_bounded else None,
+        memory_share=settings.cuda_memory_share,
     )
 
 
@@ -223,9 +331,13 @@ def _limits(settings: WorkerSettings) -> Limits:
     )
 
 
-def _model_version(stored: StoredModel, quantize: str) -> str:
-    """Other weights give other answers: what they began, only they can go on with."""
-    return stored.manifest.version + ("" if quantize == "none" else f"+{quantize}")
+def _model_version(stored: StoredModel, settings: WorkerSettings) -> str:
+    """Other weights, and other orders of summation, give other answers: what such workers began,
+    only such can go on with.
+    """
+    quantize, num_ranks = settings.quantize, settings.tensor_parallel
+    quantized = "" if quantize == "none" else f"+{quantize}"
+    return stored.manifest.version + quantized + (f"+tp{num_ranks}" if num_ranks > 1 else "")
 
 
 def _simulated_version(stored: StoredModel) -> str:

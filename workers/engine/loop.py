@@ -99,7 +99,7 @@ class EngineLoop:
                     has_work = self._step()
         except Exception as error:  # noqa: BLE001 - the outer border of this thread
             self._step_began_s = None
-            self._tell(_set_result, self.failed, error)
+            self._tell(set_result, self.failed, error)
 
     def _step(self) -> bool:
         """Run one step and hand it over; returns whether another one is needed."""
@@ -133,6 +133,7 @@ class EngineLoop:
         self._stopping = True
 
 
-def _set_result(future: "asyncio.Future[Exception]", error: Exception) -> None:
+def set_result(future: "asyncio.Future[Exception]", error: Exception) -> None:
+    """Unless it has one."""
     if not future.done():
         future.set_result(error)

@@ -7,7 +7,7 @@ without an error and wrongly.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -70,13 +70,23 @@ def select_dtype(wish: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_hardware else torch.float32
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype, device: torch.device, num_ranks: int = 1
+) -> PreTrainedModel:
     """The model in ``path``, from safetensors only and without any code of its own.
+
+    With ``num_ranks`` above 1, of each tensor the part of this process, as transformers cuts them
+    (:mod:`workers.model.sharding`).
 
     Raises:
         Failure: MODEL_LOAD_FAILED, if transformers cannot build it or weights are missing.
     """
     transformers_logging.disable_progress_bar()
+    shared: dict[str, Any] = {}
+    if num_ranks > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        shared["distributed_config"] = DistributedConfig(tp_size=num_ranks)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
@@ -86,6 +96,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **shared,
         )
     except Exception as error:
         raise Failure("MODEL_LOAD_FAILED", f"{path.name}: {error}") from error
@@ -113,10 +124,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     Raises:
         Failure: MODEL_LOAD_FAILED, if its input is no plain embedding.
     """
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, torch.nn.Embedding):
+    # Not every one is torch's own class: of some only a part may be here.
+    number = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if not isinstance(number, int):
         raise _unfit(model, "its input is no embedding of tokens")
-    return embedding.num_embeddings
+    return number
 
 
 def inspect_layers(model: PreTrainedModel) -> dict[int, LayerShape]:

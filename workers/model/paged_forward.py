@@ -40,6 +40,7 @@ class PagedForward:
         max_tokens: longest sequence.
         step_tokens: most tokens in one step.
         compiler: the backend of ``torch.compile``; None runs the modules as they are.
+        records: whether steps become CUDA graphs, where the device has them.
 
     The first start on a machine waits for the compiler; after that torch finds most of its work in
     its cache on disk (``TORCHINDUCTOR_CACHE_DIR``). ``TORCH_COMPILE_DISABLE=1`` does without.
@@ -56,6 +57,7 @@ class PagedForward:
         max_tokens: int,
         step_tokens: int,
         compiler: str | None = "inductor",
+        records: bool = True,
     ) -> None:
         model.set_attn_implementation(PAGED_ATTENTION)
         self._model = model
@@ -75,7 +77,7 @@ class PagedForward:
         """Why the modules do not run compiled; None where they do."""
         self._decodes: dict[int, Callable[[], torch.Tensor]] = {}
         self._mixed: dict[int, Callable[[], torch.Tensor]] = {}
-        self.is_recorded = self._record()
+        self.is_recorded = self._record(records=records)
         """Whether steps are graphs; False where something in the model cannot be recorded, or the
         device has none."""
 
@@ -130,9 +132,10 @@ class PagedForward:
         self._compute = compiled
         return None
 
-    def _record(self) -> bool:
+    def _record(self, *, records: bool) -> bool:
         """Prepare each step, the largest first: the others then find room in its memory."""
-        pool = torch.cuda.graph_pool_handle() if self._cache.device.type == "cuda" else None
+        has_graphs = records and self._cache.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if has_graphs else None
         is_recorded = pool is not None
         for size in reversed(self._lengths):
             step, done = _recorded(self._mixed_step(size), pool)

@@ -19,6 +19,7 @@ from workers.model.loader import (
 )
 from workers.model.paged_cache import PagedCache, page_bytes
 from workers.model.paged_forward import PagedForward
+from workers.model.sharding import least_of_all
 
 PAGE_TOKENS = 16
 """Positions in a page, which is also the grain in which prefixes are shared."""
@@ -46,6 +47,7 @@ def prepare_paged(
     cache_tokens: int | None,
     memory_share: float,
     compiler: str | None = "inductor",
+    records: bool = True,
 ) -> PagedModel:
     """Take over ``model``, which has been loaded with our attention to the device it stays on.
 
@@ -58,6 +60,7 @@ def prepare_paged(
             many as the memory holds.
         memory_share: share of the memory that is free now that pages may take.
         compiler: see :class:`workers.model.paged_forward.PagedForward`.
+        records: the same.
 
     Raises:
         Failure: MODEL_LOAD_FAILED, if it cannot run, would run wrongly, or has no room to.
@@ -69,8 +72,9 @@ def prepare_paged(
     dtype, device = model.dtype, expected.device
     linears = adaptable_linears(model)
     fuse_linears(model)
-    num_pages = _num_pages(
-        page_bytes(layers, PAGE_TOKENS, dtype), max_tokens, cache_tokens, memory_share, device
+    num_bytes = page_bytes(layers, PAGE_TOKENS, dtype)
+    num_pages = least_of_all(
+        _num_pages(num_bytes, max_tokens, cache_tokens, memory_share, device), device
     )
     cache = PagedCache(
         layers, num_pages=num_pages, page_size=PAGE_TOKENS, dtype=dtype, device=device
@@ -82,6 +86,7 @@ def prepare_paged(
         max_tokens=max_tokens,
         step_tokens=step_tokens,
         compiler=compiler,
+        records=records,
     )
     off_by = difference(lambda _: forward, expected, layers, dtype)
     if not off_by <= TOLERANCE[dtype]:
