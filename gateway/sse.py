@@ -51,6 +51,7 @@ class EventStream(Response):
         self._account = account
         self._on_close = on_close
         self._is_reconnecting = is_reconnecting
+        self._sending_since_s: float | None = None
         self.init_headers(
             {
                 "content-type": "text/event-stream",
@@ -75,7 +76,7 @@ class EventStream(Response):
                 }
             )
             with abandoned_on_disconnect([self._stream], receive):
-                await self._write(send)
+                await self._write_in_time(send)
         except ReaderGone:
             self._account.note_disconnect()
         finally:
@@ -83,16 +84,41 @@ class EventStream(Response):
             self._account.note_stream(self._stream)
             self._account.close(self.status_code)
 
+    async def _write_in_time(self, send: Send) -> None:
+        """Raises: ReaderGone when a send takes longer than ``SEND_LIMIT_S``.
+
+        One timer looks after all sends: one for each would cost about as much as a send.
+        """
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            nonlocal timer
+            now_s = loop.time()
+            late_s = SEND_LIMIT_S + (self._sending_since_s or now_s)
+            if late_s <= now_s:
+                limit.reschedule(now_s)
+            else:
+                timer = loop.call_at(late_s, look)
+
+        timer = loop.call_later(SEND_LIMIT_S, look)
+        try:
+            async with asyncio.timeout(None) as limit:
+                await self._write(send)
+        except TimeoutError as error:
+            raise ReaderGone from error
+        finally:
+            timer.cancel()
+
     async def _write(self, send: Send) -> None:
         is_first = self._is_reconnecting
         try:
             opening = self._frames.opening()
             if opening:
-                await _send(send, opening)
+                await self._send(send, opening)
             while not self._frames.is_complete:
                 batch = await self._stream.next()
                 if batch is None:
-                    await _send(send, PING)
+                    await self._send(send, PING)
                     continue
                 if batch.place is not None:
                     data = queue_event(batch.place)
@@ -101,7 +127,7 @@ class EventStream(Response):
                     data = self._frames.render(batch)
                 if is_first and data:
                     data, is_first = b"retry: %d\n%b" % (RETRY_MS, data), False
-                await _send(send, data)
+                await self._send(send, data)
         except Failure as failure:
             await self._say(failure, send)
         except ReaderGone:
@@ -114,7 +140,12 @@ class EventStream(Response):
     async def _say(self, failure: Failure, send: Send) -> None:
         self._account.note_failure(failure)
         if not (self._is_reconnecting and failure.code == "DRAINING"):
-            await _send(send, self._frames.failure(failure))
+            await self._send(send, self._frames.failure(failure))
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        self._sending_since_s = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending_since_s = None
 
 
 def wants_queue_events(request: Request, *, or_in_query: bool = False) -> bool:
@@ -131,14 +162,6 @@ def wants_queue_events(request: Request, *, or_in_query: bool = False) -> bool:
     if text not in ("", "0", "1"):
         raise Failure("BAD_REQUEST", f"{name} must be 0 or 1", field=name)
     return text == "1"
-
-
-async def _send(send: Send, data: bytes) -> None:
-    try:
-        async with asyncio.timeout(SEND_LIMIT_S):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-    except TimeoutError as error:
-        raise ReaderGone from error
 
 
 @contextmanager

@@ -334,7 +334,9 @@ class Broker:
         """
         inbox = keys.inbox(self._prefix, gateway)
         with mapped_errors():
-            answer: Any = await self._redis.xread({inbox: after}, count=64, block=block_ms)
+            answer: Any = await self._redis.execute_command(
+                "XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", inbox, after
+            )
         items: list[tuple[str, LogEntry]] = []
         for record_id, record_fields in answer[0][1] if answer else ():
             after = _text(record_id)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from common.broker import connection as connection_module
 from common.broker import keys
 from gateway import relay as relay_module
 from gateway.stream import Stream
@@ -152,7 +153,7 @@ async def test_a_connection_that_hangs_is_given_up(
     stand: Stand, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is closed and nothing comes: as when a machine in between has gone."""
-    monkeypatch.setattr(relay_module, "READ_LIMIT_S", 1.2)
+    monkeypatch.setattr(connection_module, "_COMMAND_TIMEOUT_S", 1.2)
     async with fault_proxy(redis_url) as proxy:
         gateway = await stand.gateway(redis_url=proxy.url)
         async with streaming(stand, gateway) as scene:

@@ -173,6 +173,8 @@ async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
         os.kill(instance.process("worker 1").pid, signal.SIGKILL)
     response = await answer
     assert response.status_code == 200, response.text
+    # The client may know of the end before the worker hears that it was published.
+    await wait_until(lambda: '"generation.finished"' in worker_log.read_text())
     lines = map(json.loads, worker_log.read_text().splitlines())
     [end] = [line for line in lines if line["event"] == "generation.finished"]
     assert (end["attempt"], end["deaths"]) == (5, 0)
