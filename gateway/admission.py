@@ -139,7 +139,7 @@ class Admissions:
         except BaseException:
             self._recent.forget(request_id)
             for stream in streams:
-                self._relay.close(stream, was_subscribed=False)
+                self._relay.close(stream, was_subscribed=idempotency is not None)
             raise
         if admitted.request_id == request_id:
             admitted = replace(admitted, existing=False)  # an answer of Redis was lost, at most
@@ -198,11 +198,19 @@ class Admissions:
                 if failure.code != "BROKER_UNAVAILABLE":
                     raise
                 if monotonic_s() > give_up_at:
-                    for choice in range(admission.num_choices):
-                        given_up = generation_id(admission.request_id, choice)
-                        self._relay.cancel_soon(given_up, admission.tenant)
+                    self._give_up(admission)
                     raise
             await asyncio.sleep(random.uniform(0.05, 0.3))
+
+    def _give_up(self, admission: Admission) -> None:
+        """Nobody will read what Redis made of it, but for a client that may ask again by its key:
+        then its grace time decides.
+        """
+        if admission.idempotency_key:
+            return
+        for choice in range(admission.num_choices):
+            given_up = generation_id(admission.request_id, choice)
+            self._relay.cancel_soon(given_up, admission.tenant)
 
     def _admission(
         self,

@@ -9,6 +9,7 @@ import pytest
 
 from ops.bench.sse_client import Event, read_events
 from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.scripted_worker import Turn
 from tests.support.waiting import wait_until
@@ -242,6 +243,37 @@ async def test_a_whole_answer_with_a_key_may_be_taken_up_again(stand: Stand) -> 
     await wait_until(lambda: second.services.relay.num_streams == 1)
     await turn.say("b", finish="length")
     assert (await again).json()["generated_text"] == "ab"
+
+
+async def test_a_request_that_was_given_up_is_taken_up_again(
+    stand: Stand, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis had queued it, its gateway never heard so and said 503: the next one follows it."""
+    monkeypatch.setattr("gateway.admission.PATIENCE_S", 0.0)
+    worker = await stand.worker()
+    async with fault_proxy(redis_url) as proxy:
+        first, second = await stand.gateway(redis_url=proxy.url), await stand.gateway()
+        proxy.lose_answer(b"_admit")
+        refused = await post(first, "/generate", {"inputs": "hi"})
+        assert refused.status_code == 503
+        turn = await worker.take()
+        again = post(second, "/generate", {"inputs": "hi"})
+        await wait_until(lambda: second.services.relay.num_streams == 1)
+        await wait_until(lambda: not first.services.relay._leaving)
+        await turn.say("a", finish="length")
+        assert (await again).headers["idempotent-replayed"] == "true"
+
+
+async def test_a_request_that_was_given_up_and_is_not_asked_for_again_is_cancelled(
+    stand: Stand, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.admission.PATIENCE_S", 0.0)
+    await stand.worker()
+    async with fault_proxy(redis_url) as proxy:
+        gateway = await stand.gateway(redis_url=proxy.url, disconnect_grace_s=0)
+        proxy.lose_answer(b"_admit")
+        assert (await post(gateway, "/generate", {"inputs": "hi"})).status_code == 503
+        await wait_until(lambda: is_idle(stand))
 
 
 async def test_what_was_cancelled_is_made_anew(stand: Stand) -> None:

@@ -44,7 +44,7 @@ async def next_place(told: AsyncIterator[dict[str, str]]) -> dict[str, Any]:
     return json.loads(frame["data"])
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", list(BODIES)[:2])
 async def test_a_client_that_asked_is_told_its_place_until_it_is_served(
     stand: Stand, path: str
 ) -> None:
