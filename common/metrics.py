@@ -103,6 +103,13 @@ class GatewayMetrics:
             buckets=_LAG_BUCKETS_S,
             registry=registry,
         )
+        self.loop_lag_s = Histogram(
+            "headrace_event_loop_lag_seconds",
+            "How late the event loop comes back to a task that sleeps 50 ms: what holds up all"
+            " streams of this gateway at once.",
+            buckets=_LAG_BUCKETS_S,
+            registry=registry,
+        )
         self.queue_depth = Gauge(
             "headrace_queue_depth",
             "Generations that wait for a worker, by lane. Of the whole pool.",

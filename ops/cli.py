@@ -289,6 +289,7 @@ _BENCHMARKS = {
     "engine": "ops.bench.engine:main",
     "features": "ops.bench.features:main",
     "latency": "ops.bench.latency:latency",
+    "malformed": "ops.bench.malformed:main",
     "peers": "ops.bench.peers:peers",
     "speculation": "ops.bench.speculation:main",
 }

@@ -110,6 +110,7 @@ UNDERSTOOD: list[tuple[list[str], str, Any]] = [
     (["--speculate", "3"], "worker.speculation", "auto"),
     (["--speculate", "0"], "worker.speculation", "off"),
     (["--quantize", "eetq"], "worker.quantize", "int8"),
+    (["--num-shard", "2"], "worker.tensor_parallel", 2),
     (["--dtype", "float16"], "worker.dtype", "float16"),
     (["--model-id", "org/name@rev"], "worker.model", "name"),
     (["--cors-allow-origin", "https://a", "--cors-allow-origin", "https://b"],
