@@ -1,7 +1,8 @@
 """What parameters cost: a batch in which every row asks for something else, against plain greedy.
 
 Both batches have the same prompts and run on the same engine, in turn. Grammars are ready masks, so
-that it is the choice of tokens that is measured and no matcher.
+that it is the choice of tokens that is measured and no matcher; and nothing is guessed, since the
+steps of text that repeats itself would carry more tokens.
 """
 
 import json
@@ -159,7 +160,7 @@ def main(
 ) -> None:
     """Measure what parameters of a generation cost in a batch where all differ."""
     settings = WorkerSettings.model_validate(
-        {"data_dir": data_dir, "model": model, "max_batch_size": rows}
+        {"data_dir": data_dir, "model": model, "max_batch_size": rows, "speculation": "off"}
     )
     stored = ModelStore(data_dir).get(model)
     # Without end-of-sequence tokens each generation has its full length.
