@@ -393,8 +393,10 @@ async function tokenUrl(gateways, id, options) {
  */
 async function listen(url, progress, options) {
   const source = new EventSource(url);
+  let stop = () => {};
   try {
     const hasEnded = await new Promise((resolve, reject) => {
+      stop = () => reject(options.signal?.reason);
       const onEvent = (/** @type {MessageEvent<string>} */ { type, data, lastEventId }) => {
         try {
           if (take({ id: lastEventId, type, data }, progress, options)) resolve(true);
@@ -411,11 +413,12 @@ async function listen(url, progress, options) {
         if (source.readyState === EventSource.CLOSED) resolve(false);
         else options.onState?.("reconnecting", progress);
       });
-      options.signal?.addEventListener("abort", () => reject(options.signal?.reason));
-      if (options.signal?.aborted) reject(options.signal.reason);
+      options.signal?.addEventListener("abort", stop);
+      if (options.signal?.aborted) stop();
     });
     return hasEnded || (await isOver(url, progress, options));
   } finally {
+    options.signal?.removeEventListener("abort", stop);
     source.close();
   }
 }

@@ -248,6 +248,31 @@ async def test_watch_goes_on_where_the_browser_has_given_up(
     assert (await visitor.page.evaluate("() => window.states"))[0] == "connecting"
 
 
+async def test_watch_stops_when_its_reader_says_so(site: Site, visitor: Visitor) -> None:
+    """With the reason that the reader gave; the generation goes on."""
+    outcome = await visitor.page.evaluate("""async () => {
+        const { cancel, streamChat, watch } = await import("/ui/headrace.js");
+        const [asking, watching] = [new AbortController(), new AbortController()];
+        let id = "";
+        await streamChat({
+            headers: { "x-headrace-disconnect": "60" },
+            body: { messages: [{ role: "user", content: "hello" }], max_tokens: 2000 },
+            signal: asking.signal,
+            onState: (_state, progress) => { if ((id = progress.id)) asking.abort(); },
+        }).catch(() => {});
+        const reason = await watch({
+            id,
+            signal: watching.signal,
+            onText: () => watching.abort("enough"),
+        }).catch((error) => error);
+        const late = await watch({ id, signal: watching.signal }).catch((error) => error);
+        await cancel({ id });
+        const { finishReason } = await watch({ id });
+        return { reason, late, finishReason };
+    }""")
+    assert outcome == {"reason": "enough", "late": "enough", "finishReason": "cancelled"}
+
+
 @asynccontextmanager
 async def refusing() -> AsyncGenerator[str]:
     """What a load balancer answers that has no gateway left; yields its address."""
