@@ -1,0 +1,64 @@
+"""Unmodified clients in Python that need an environment of their own, because of what they pin."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.conftest import SILENCE_S, System
+
+HERE = Path(__file__).parent / "python"
+INSTALL_S = 200
+LIMIT_S = 60 + 6 * SILENCE_S
+
+
+async def run(limit_s: float, *command: str | Path) -> str:
+    """Standard output of a program that must succeed."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(limit_s):
+            out, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        raise
+    assert process.returncode == 0, (out + errors).decode()
+    return out.decode()
+
+
+async def answers(folder: Path, requirements: str, client: str, url: str) -> Any:
+    """What ``client`` prints, in an environment with ``requirements`` alone."""
+    await run(INSTALL_S, sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    wanted = ("-m", "pip", "install", "-q", "--no-deps", "-r", HERE / requirements)
+    await run(INSTALL_S, python, *wanted)
+    return json.loads(await run(LIMIT_S, python, HERE / client, url))
+
+
+@pytest.mark.timeout(INSTALL_S + 2 * LIMIT_S)
+async def test_tgi_s_own_client(system: System, tmp_path: Path) -> None:
+    """Whole, streamed, in a chat, synchronous or not: the same words; and an error of its kind."""
+    sync, other = await answers(
+        tmp_path / "env", "text_generation.txt", "text_generation_client.py", system.url
+    )
+    assert sync["tokens"] == 8
+    assert sync["reason"] == "length"
+    assert sync["tops"] == 8
+    assert len({sync["text"], sync["streamed"], sync["pieces"], other["text"]}) == 1
+    assert other["streamed"] == sync["text"]
+    assert "temperature" in sync["refusal"]
+    assert other["chat"] == sync["chat"] != ""
+
+
+@pytest.mark.timeout(INSTALL_S + 2 * LIMIT_S)
+async def test_langchain(system: System, tmp_path: Path) -> None:
+    told = await answers(tmp_path / "env", "langchain.txt", "langchain_client.py", system.url)
+    assert told["text"]
+    assert told["text"] == told["streamed"]
