@@ -26,7 +26,7 @@ from tests.support.engines import (
     tiny_paged,
 )
 from tests.support.logits import divergence
-from tests.support.native_kernels import are_runnable
+from tests.support.native_kernels import are_runnable, quantized
 from tests.support.tiny_model import build_tiny_model
 from workers.engine.batching import BatchingEngine
 from workers.engine.places import PagePlaces
@@ -237,24 +237,51 @@ def test_what_was_dropped_comes_again_and_leaves_nothing_behind(llama: Case, way
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("way", NATIVE)
+def test_adapters_are_added_to_what_8_bits_left_of_a_model(llama: Case, way: str) -> None:
+    """Their own numbers are not quantized: peft says the same of a model that was."""
+    ready = ready_model(llama.path, way, torch.bfloat16, quantize=True)
+    forward = ready.bind(cache_for(ready, 4, torch.bfloat16))
+    place: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU}
+    adapters = StoredAdapters(llama.store, forward.adapters, ready.linears, **place)
+    hold(adapters, llama.versions[:3])
+    inputs, names = prompts(4), [*llama.versions[:3], ""]
+    found = compute(forward, list(zip(inputs, names, strict=True)))
+    for number, (prompt, logits) in enumerate(zip(inputs, found, strict=True)):
+        model = _in_8_bits(llama.path)
+        if number < 3:
+            model = PeftModel.from_pretrained(model, llama.folders[number])
+        with torch.inference_mode():
+            expected = model.eval()(input_ids=torch.tensor([prompt])).logits[0]
+        assert divergence(expected, logits) < 0.005
+        assert divergence(llama.expected(prompt, None), logits) > 0.005 or number == 3
+
+
+def _in_8_bits(path: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed_tokens" not in name:
+            parameter.data = quantized(parameter.data.bfloat16())
+    return model
+
+
 @pytest.mark.parametrize("way", ["modules", "paged"])
 def test_an_answer_is_the_same_from_any_position_in_any_crowd(llama: Case, way: str) -> None:
     """A worker that dies hands its generation to another, whose batch is of other adapters."""
 
-    def answer(logged: list[int], crowd: Sequence[str]) -> list[int]:
-        engine = _engine(llama, way)
-        others = [
-            replace(request(f"other-{n}", prompts(9)[n + 1]), adapter=version)
-            for n, version in enumerate(crowd)
-        ]
-        sampled = request("it", prompts(1)[0], logged=logged, do_sample=True, seed=5, top_k=20)
-        it = replace(sampled, adapter=llama.versions[2])
-        return logged + run_all(engine, [*others[:1], it, *others[1:]])["it"].tokens
-
-    whole = answer([], [])
+    engine = _engine(llama, way)
+    sampled = request("it", prompts(1)[0], do_sample=True, seed=5, top_k=20)
+    it = replace(sampled, adapter=llama.versions[2])
+    whole = run_all(engine, [it])["it"].tokens
     assert len(whole) == 16
-    for position in (0, 1, 5, 15):
-        assert answer(whole[:position], ["", *llama.versions[:4]]) == whole
+    cuts = [replace(it, id=f"{cut}", logged=whole[:cut], cache_scope=f"{cut}") for cut in range(16)]
+    crowd = [
+        replace(request(f"other-{n}", prompts(9)[n + 1]), adapter=version)
+        for n, version in enumerate(["", *llama.versions[:4]])
+    ]
+    got = run_all(engine, [*crowd[:1], *cuts[::2], *crowd[1:], *cuts[1::2]])
+    for cut in range(16):
+        assert got[f"{cut}"].tokens == whole[cut:]
 
 
 def _engine(case: Case, way: str) -> BatchingEngine:
