@@ -45,7 +45,7 @@ def _kept(prefix: str, kind: str, **fields: Any) -> dict[str, Any]:
 
 def _message(field: str, item: dict[str, Any]) -> dict[str, Any]:
     role = item.get("role")
-    if role not in ROLES or role == "tool":
+    if not isinstance(role, str) or role not in ROLES or role == "tool":
         allowed = ", ".join(name for name in ROLES if name != "tool")
         raise _invalid(f"{field}.role", f"must be one of {allowed}")
     parts = _text_parts(f"{field}.content", item.get("content"), "input_text")
@@ -71,7 +71,7 @@ def _text_parts(field: str, content: Any, kind: str) -> list[dict[str, Any]]:
 
 def _text_part(field: str, part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise unsupported(f"{field}.type", f"is {str(kind)[:80]!r}; only text is supported")
     if not isinstance(part.get("text"), str):
         raise _invalid(f"{field}.text", "must be a text")

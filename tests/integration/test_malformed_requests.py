@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from ops.bench.malformed import BODIES, Breaker, send_all
+from tests.support.gateway_app import Stand
 from tests.support.processes import Processes
 
 COUNT = 2000
@@ -48,3 +49,20 @@ async def test_malformed_requests_do_no_harm(started: Processes, simulated_data_
     async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as client:
         answer = await client.post("/generate", json={"inputs": "still there?"})
     assert answer.status_code == 200
+
+
+async def test_what_once_broke_is_refused(stand: Stand) -> None:
+    """Found by the generator: each of these was a 500."""
+    await stand.worker()
+    gateway = await stand.gateway()
+    json = {"content-type": "application/json"}
+    key = {"idempotency-key": "k1"}
+    for path, body, headers in (
+        ("/generate", b'{"inputs":"hi","parameters":{"grammar":{"type":[],"value":1}}}', {}),
+        ("/v1/responses", b'{"input":[{"role":["user"],"content":"hi"}]}', {}),
+        ("/v1/responses", b'{"input":[{"role":"user","content":[{"type":{}}]}]}', {}),
+        ("/v1/completions", b'{"prompt":"","x\xf4":1}', key),
+        ("/v1/completions", b'{"prompt":"","x":"\\ud800"}', key),
+    ):
+        answer = await gateway.client.post(path, content=body, headers=json | headers)
+        assert answer.status_code in (400, 422), (path, body, answer.text)
