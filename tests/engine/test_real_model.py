@@ -2,10 +2,13 @@
 bfloat16 no way to compute it is further from float32 than transformers is.
 """
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM
 
 from common.models.chat_template import ChatTemplate
@@ -14,10 +17,12 @@ from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from tests.support.engines import cache_for, ready_model, request, run_all, run_one
 from tests.support.logits import NUM_SEQUENCES, compute_in_pieces, divergence
+from tests.support.matching import matcher_of, schema_of
 from tests.support.models import smollm2, smollm2_data_dir
 from tests.support.native_kernels import are_runnable
 from workers.engine.factory import build_engine
-from workers.engine.port import Engine
+from workers.engine.port import Engine, EngineRequest
+from workers.guided import Vocabulary
 
 NUM_TOKENS = 24
 
@@ -112,6 +117,51 @@ def test_a_sampled_answer_survives_a_handover(engine: Engine, prompts: list[list
                 **sampling,
             ),
         )
+        assert (rest.tokens, rest.pieces) == (whole.tokens[cut:], whole.pieces[cut:])
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "animal": {"type": "string", "maxLength": 20},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 1000},
+        "food": {"type": "array", "items": {"enum": ["grass", "meat", "Grütze"]}, "maxItems": 3},
+    },
+    "required": ["animal", "legs", "food"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.timeout(600)
+def test_a_constrained_answer_survives_handovers_all_along(
+    engine: Engine, stored: StoredModel, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    """Sampled; its log is cut behind every fifth token, and all go on in one crowded batch."""
+    grammar = schema_of(SCHEMA)
+    vocabulary = Vocabulary(tokenizer, engine.vocab_size, stored.manifest.eos_token_ids)
+
+    def spec(logged: list[int]) -> EngineRequest:
+        made = request(
+            str(len(logged)),
+            prompts[3],
+            logged=logged,
+            max_new_tokens=100,
+            grammar=grammar,
+            do_sample=True,
+            temperature=1.2,
+            seed=3,
+        )
+        matcher = matcher_of(grammar, vocabulary)
+        return replace(made, matcher=matcher, cache_scope=f"behind {len(logged)}")
+
+    whole = run_one(engine, spec([]))
+    Draft202012Validator(SCHEMA).validate(json.loads(whole.text))
+    cuts = range(0, len(whole.tokens), 5)
+    assert len(cuts) >= 4
+    free = request("free", prompts[1], max_new_tokens=NUM_TOKENS, do_sample=True)
+    got = run_all(engine, [free, *(spec(whole.tokens[:cut]) for cut in cuts)])
+    for cut in cuts:
+        rest = got[str(cut)]
         assert (rest.tokens, rest.pieces) == (whole.tokens[cut:], whole.pieces[cut:])
 
 
