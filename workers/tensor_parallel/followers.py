@@ -44,6 +44,7 @@ class Followers:
     ) -> None:
         self._on_lost = on_lost
         self._lost: DeviceLostError | None = None
+        self._losing = threading.Lock()
         self._is_closing = False
         self._answers: queue.SimpleQueue[Done | DeviceLostError] = queue.SimpleQueue()
         self._folder = tempfile.mkdtemp(prefix="headrace-ranks-")  # of this user alone: mode 700
@@ -111,10 +112,11 @@ class Followers:
             while True:
                 self._answers.put(channel.receive())
         except (EOFError, OSError, msgspec.MsgspecError):
-            if self._is_closing:
-                return
-        if self._lost is not None:
-            return
+            with self._losing:
+                if self._lost is None and not self._is_closing:
+                    self._lose(rank, process)
+
+    def _lose(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = _exit_code(process)
         self._lost = DeviceLostError(f"Rank {rank} has ended with exit code {code}.")
         log.error("follower.lost", rank=rank, child_pid=process.pid, exit_code=code)
