@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from common.broker import keys, library
 from common.broker.connection import Client, mapped_errors
@@ -70,13 +70,36 @@ class Broker:
         return KeyStore(self._redis)
 
     async def load(self) -> None:
-        """Load the function library unless it is there."""
+        """Load the function library unless it is there.
+
+        Raises: Failure ACCESS_MISCONFIGURED when it is not, and this user may not load it.
+        """
         with mapped_errors():
             try:
                 await self._redis.execute_command("FUNCTION", "LOAD", library.source())
+            except NoPermissionError as error:
+                if not await self.is_loaded():
+                    raise Failure(
+                        "ACCESS_MISCONFIGURED",
+                        "This version's functions are not in Redis, and this user may not load "
+                        "them: headrace doctor --load, with the admin's --redis-url",
+                    ) from error
             except ResponseError as error:
                 if "already exists" not in str(error):
                     raise
+
+    async def is_loaded(self) -> bool:
+        """Whether the server has this version's functions."""
+        with mapped_errors():
+            try:
+                await self._redis.execute_command(
+                    "FCALL_RO", f"{library.name()}_state", 1, self._clock
+                )
+            except ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+                return False
+        return True
 
     async def close(self) -> None:
         await self._redis.aclose()
