@@ -25,7 +25,7 @@ from common.settings import (
 )
 from ops.launcher import launcher_options
 from ops.options import build, options_of
-from ops.processes import UpSettings
+from ops.processes import DoctorSettings, UpSettings
 
 if TYPE_CHECKING:
     from ops.bench.dialects import ApiName
@@ -155,6 +155,28 @@ def status_command(*, as_json: bool, expect_worker: bool, **given: Any) -> None:
     from ops.status import status
 
     status(build(Settings, given), as_json=as_json, expect_worker=expect_worker)
+
+
+@cli.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
+@click.option(
+    "--load",
+    "loads",
+    is_flag=True,
+    help="First load this version's functions into Redis, as only its admin may.",
+)
+@options_of(DoctorSettings)
+def doctor_command(*, as_json: bool, loads: bool, **given: Any) -> int:
+    """Look for what would keep Headrace from working well here, and say what mends it.
+
+    Exits with 0 if there is nothing, else with the code of the first finding: 10 Redis does not
+    answer, 11 it is too old, 12 it lacks our functions, 13 it may evict prompts, 14 it keeps
+    nothing, 15 clocks differ, 16 keys cannot be checked, 17 no model, 18 little disk, 19 the port
+    is taken.
+    """
+    from ops.doctor import doctor
+
+    return doctor(build(DoctorSettings, given), as_json=as_json, loads=loads)
 
 
 @cli.command("probe")

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from common.models.simulated import SIMULATED_MODEL
 from common.models.sources import find_source
-from common.settings import Dtype, GatewaySettings, Quantize, Settings, WorkerSettings
+from common.settings import Dtype, GatewaySettings, KeySettings, Quantize, Settings, WorkerSettings
 from ops.supervisor import ProcessSpec
 
 _BEYOND_DRAIN_S = 10.0
@@ -69,6 +69,15 @@ class UpSettings(Settings):
         if given.get("engine") == "simulated":
             given.setdefault("model", SIMULATED_MODEL)
         return given
+
+
+class DoctorSettings(KeySettings):
+    """What `headrace doctor` looks at."""
+
+    host: str = "127.0.0.1"
+    """Address that gateways are to listen on."""
+    port: int = Field(default=8080, ge=1, le=65535)
+    """Port that the first gateway is to listen on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from common.broker.steps import (
     Quota,
     QuotaState,
     Refusal,
+    ServerFacts,
     WorkerPresence,
     WorkerState,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Quota",
     "QuotaState",
     "Refusal",
+    "ServerFacts",
     "WorkerPresence",
     "WorkerState",
     "connect",

@@ -33,9 +33,11 @@ from common.broker.steps import (
     Quota,
     QuotaState,
     Refusal,
+    ServerFacts,
     WorkerPresence,
     WorkerState,
 )
+from common.clock import wall_ms
 from common.failures import Failure
 from common.messages import LANES, GenerationSpec, LogEntry, Timing, TokenRecord
 
@@ -100,6 +102,23 @@ class Broker:
                     raise
                 return False
         return True
+
+    async def facts(self) -> ServerFacts:
+        """What the server says of itself, for who sets it up."""
+        redis: Any = self._redis
+        with mapped_errors():
+            info = await redis.info()
+            before_s = wall_ms() / 1000
+            seconds, microseconds = await redis.time()
+            after_s = wall_ms() / 1000
+        valkey = info.get("valkey_version")
+        return ServerFacts(
+            name="Valkey" if valkey else "Redis",
+            version=str(valkey or info["redis_version"]),
+            eviction=info["maxmemory_policy"],
+            has_append_only_file=bool(info["aof_enabled"]),
+            clock_offset_s=seconds + microseconds / 1e6 - (before_s + after_s) / 2,
+        )
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -246,6 +246,28 @@ class GatewayState:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the server says of itself."""
+
+    name: str
+    """``Redis`` or ``Valkey``."""
+    version: str
+    eviction: str
+    """``maxmemory-policy``."""
+    has_append_only_file: bool
+    clock_offset_s: float
+    """Its clock less this machine's."""
+
+    @property
+    def is_valkey(self) -> bool:
+        return self.name == "Valkey"
+
+    @property
+    def version_numbers(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in self.version.split(".") if part.isdigit())
+
+
+@dataclass(frozen=True, slots=True)
 class PoolState:
     """One look at a pool, for ``/ready``, ``headrace status`` and metrics."""
 

@@ -1,0 +1,198 @@
+"""`headrace doctor`: what would keep Headrace from working well here, and what mends it.
+
+Each finding has an exit code of its own; with several it is that of the first, which is the one to
+mend first.
+"""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import msgspec
+
+from common import keys
+from common.broker import Broker, ServerFacts, connect
+from common.failures import Failure
+from common.models.store import ModelStore
+from ops import runfile
+from ops.probe import Unreachable, free_ports, without_password
+from ops.processes import DoctorSettings
+
+OLDEST_SERVER = (7, 0)
+"""Function libraries came with Redis 7.0; every Valkey has them."""
+MAX_CLOCK_OFFSET_S = 1.0
+"""Keys expire by a gateway's clock, and its figures compare both."""
+MIN_FREE_BYTES = 2 * 1024**3
+_ANSWER_LIMIT_S = 5.0
+
+EXIT_CODES = {
+    "redis": 10,
+    "version": 11,
+    "functions": 12,
+    "eviction": 13,
+    "persistence": 14,
+    "clock": 15,
+    "keys": 16,
+    "model": 17,
+    "disk": 18,
+    "port": 19,
+}
+"""By check, in the order in which they are worth mending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check saw; ``mend`` is what helps, empty where all is well."""
+
+    check: str
+    words: str
+    mend: str = ""
+
+
+def doctor(settings: DoctorSettings, *, as_json: bool, loads: bool) -> int:
+    """Print all findings; returns the exit code of the first one that needs mending, else 0."""
+    findings = asyncio.run(examine(settings, loads=loads))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.check:12} {finding.words}")
+            if finding.mend:
+                click.echo(f"{'':12} mend it: {finding.mend}")
+    return next((EXIT_CODES[finding.check] for finding in findings if finding.mend), 0)
+
+
+async def examine(settings: DoctorSettings, *, loads: bool = False) -> list[Finding]:
+    """Every check's finding, in their order; those of Redis end where it does not answer."""
+    findings = [finding async for finding in _of_redis(settings, loads=loads)]
+    return [*findings, _of_model(settings), _of_disk(settings.data_dir), _of_port(settings)]
+
+
+async def _of_redis(settings: DoctorSettings, *, loads: bool) -> AsyncIterator[Finding]:
+    redis_url = runfile.redis_url_of(settings)
+    broker = Broker(connect(redis_url), settings.model)
+    try:
+        async with asyncio.timeout(_ANSWER_LIMIT_S):
+            facts = await broker.facts()
+            yield Finding("redis", f"{facts.name} {facts.version} at {without_password(redis_url)}")
+            version = _version(facts)
+            yield version
+            if version.mend:
+                return
+            yield await _functions(broker, loads=loads)
+            yield _eviction(facts)
+            yield _persistence(facts)
+            yield _clock(facts)
+            yield await _keys(broker, settings)
+    except (Failure, TimeoutError) as error:
+        said = error.message if isinstance(error, Failure) else "no answer"
+        yield Finding(
+            "redis",
+            f"{without_password(redis_url)}: {said}",
+            "headrace up, which brings a server along, or the right --redis-url",
+        )
+    finally:
+        await broker.close()
+
+
+def _version(facts: ServerFacts) -> Finding:
+    if facts.is_valkey or facts.version_numbers >= OLDEST_SERVER:
+        return Finding("version", "new enough")
+    return Finding(
+        "version",
+        f"Redis {facts.version} has no functions",
+        "install Redis 7.0 or newer, or Valkey",
+    )
+
+
+async def _functions(broker: Broker, *, loads: bool) -> Finding:
+    if loads:
+        await broker.load()
+    if await broker.is_loaded():
+        return Finding("functions", "this version's are loaded")
+    return Finding(
+        "functions", "this version's are not loaded", "headrace doctor --load --redis-url URL"
+    )
+
+
+def _eviction(facts: ServerFacts) -> Finding:
+    if facts.eviction == "noeviction":
+        return Finding("eviction", "nothing is evicted")
+    return Finding(
+        "eviction",
+        f"maxmemory-policy is {facts.eviction}: a full Redis would lose prompts in silence",
+        "redis-cli config set maxmemory-policy noeviction (and in redis.conf)",
+    )
+
+
+def _persistence(facts: ServerFacts) -> Finding:
+    if facts.has_append_only_file:
+        return Finding("persistence", "an append-only file is kept")
+    return Finding(
+        "persistence",
+        "no append-only file: a restart of Redis loses queue, streams and API keys",
+        "redis-cli config set appendonly yes (and in redis.conf)",
+    )
+
+
+def _clock(facts: ServerFacts) -> Finding:
+    if abs(facts.clock_offset_s) <= MAX_CLOCK_OFFSET_S:
+        return Finding("clock", f"{facts.clock_offset_s:+.3f} s from this machine's")
+    return Finding(
+        "clock",
+        f"Redis' clock is {facts.clock_offset_s:+.1f} s from this machine's",
+        "timedatectl set-ntp true, on both",
+    )
+
+
+async def _keys(broker: Broker, settings: DoctorSettings) -> Finding:
+    """Whether this machine could check API keys, if there are any."""
+    if not await broker.key_store.has_any():
+        return Finding("keys", "there are none; gateways on loopback ask for none")
+    try:
+        pepper = keys.read_pepper(settings.key_pepper.get_secret_value(), settings.data_dir)
+        if pepper is None:
+            raise keys.no_pepper(settings.data_dir)
+        await broker.key_store.check_pepper(keys.fingerprint(pepper))
+    except Failure as failure:
+        if failure.code != "ACCESS_MISCONFIGURED":
+            raise
+        return Finding("keys", failure.message, "set HEADRACE_KEY_PEPPER, or copy keys.pepper")
+    return Finding("keys", "there are some, and their pepper is here")
+
+
+def _of_model(settings: DoctorSettings) -> Finding:
+    try:
+        manifest = ModelStore(settings.data_dir).get(settings.model).manifest
+    except Failure as failure:
+        return Finding(
+            "model", failure.message, f"headrace model add SOURCE --data-dir {settings.data_dir}"
+        )
+    return Finding("model", manifest.version)
+
+
+def _of_disk(data_dir: Path) -> Finding:
+    place = data_dir.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    words = f"{free / 1024**3:.1f} GiB are free at {place}"
+    if free >= MIN_FREE_BYTES:
+        return Finding("disk", words)
+    return Finding("disk", words, f"make room, or name another --data-dir (du -sh {place}/*)")
+
+
+def _of_port(settings: DoctorSettings) -> Finding:
+    run = runfile.read_state(settings.data_dir)
+    if run is not None:
+        return Finding("port", f"`headrace up` runs here (pid {run.pid})")
+    try:
+        free_ports(settings.host, settings.port, 1)
+    except Unreachable as taken:
+        return Finding(
+            "port", taken.message, f"--port, or see who it is: ss -ltnp sport = :{settings.port}"
+        )
+    return Finding("port", f"{settings.host}:{settings.port} is free")

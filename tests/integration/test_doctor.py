@@ -1,0 +1,179 @@
+"""`headrace doctor`: a finding for whatever is wrong, with the command that mends it."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from redis import Redis
+
+from common.broker import Broker, ServerFacts, connect
+from common.models.simulated import SIMULATED_MODEL
+from ops import cli as command
+from ops import doctor
+from tests.support.api_keys import PEPPER, make_key
+from tests.support.redis_server import RedisServer, free_port
+
+
+class Said(NamedTuple):
+    code: int
+    findings: dict[str, tuple[str, str]]
+    """Words and what mends it, by check."""
+
+
+Examine = Callable[..., Said]
+
+
+@pytest.fixture
+def examine(
+    any_redis_server: RedisServer,
+    simulated_data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Examine:
+    """Runs the command where all is well, unless the options say otherwise."""
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 1)
+
+    def run(*flags: str, **options: object) -> Said:
+        chosen: dict[str, object] = {
+            "redis-url": any_redis_server.url,
+            "data-dir": simulated_data_dir,
+            "model": SIMULATED_MODEL,
+            "port": free_port(),
+        } | {name.replace("_", "-"): value for name, value in options.items()}
+        given = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["headrace", "doctor", "--json", *flags, *given])
+        with pytest.raises(SystemExit) as ending:
+            command.main()
+        found = json.loads(capsys.readouterr().out)
+        assert {finding["check"] for finding in found} <= doctor.EXIT_CODES.keys()
+        return Said(
+            int(str(ending.value.code)),
+            {finding["check"]: (finding["words"], finding["mend"]) for finding in found},
+        )
+
+    return run
+
+
+@pytest.fixture
+def settings_of(any_redis_server: RedisServer) -> Iterator[Any]:
+    """The server, whose settings are as they were again afterwards."""
+    with Redis(port=any_redis_server.port) as client:
+        yield client
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("appendonly", "yes")
+
+
+def test_where_all_is_well_it_says_so(examine: Examine) -> None:
+    said = examine("--load")
+    assert said.code == 0, said.findings
+    assert list(said.findings) == list(doctor.EXIT_CODES)
+    assert not any(mend for _, mend in said.findings.values())
+
+
+def test_what_redis_lacks_is_found(
+    examine: Examine, settings_of: Any, any_redis_server: RedisServer
+) -> None:
+    settings_of.function_flush()
+    said = examine()
+    assert said.code == 12
+    assert "doctor --load" in said.findings["functions"][1]
+    settings_of.config_set("maxmemory-policy", "allkeys-lru")
+    settings_of.config_set("appendonly", "no")
+    said = examine("--load")
+    assert said.code == 13
+    assert "lose prompts in silence" in said.findings["eviction"][0]
+    assert "appendonly yes" in said.findings["persistence"][1]
+    settings_of.config_set("maxmemory-policy", "noeviction")
+    assert examine().code == 14
+
+
+def test_a_redis_that_does_not_answer_is_found(examine: Examine) -> None:
+    said = examine(redis_url=f"redis://user:secret@127.0.0.1:{free_port()}")
+    assert said.code == 10
+    words, mend = said.findings["redis"]
+    assert "user:***@" in words
+    assert "headrace up" in mend
+    assert "model" in said.findings, "what is not in Redis is looked at all the same"
+
+
+def test_keys_that_cannot_be_checked_here_are_found(
+    examine: Examine, any_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async def make() -> None:
+        broker = Broker(connect(any_redis_server.url), SIMULATED_MODEL)
+        await make_key(broker, "a")
+        await broker.close()
+
+    asyncio.run(make())
+    said = examine("--load")
+    assert said.code == 16
+    assert "no pepper" in said.findings["keys"][0]
+    assert examine("--load", key_pepper=PEPPER).code == 0
+    assert "another pepper" in examine(key_pepper="q" * 32).findings["keys"][0]
+
+
+def test_what_this_machine_lacks_is_found(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = examine("--load", data_dir=tmp_path / "nothing" / "here")
+    assert said.code == 17
+    assert "headrace model add" in said.findings["model"][1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        said = examine(port=listener.getsockname()[1])
+        assert said.code == 19
+        assert "ss -ltnp" in said.findings["port"][1]
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2 * free)
+    said = examine()
+    assert said.code == 18
+    assert "make room" in said.findings["disk"][1]
+
+
+FACTS = ServerFacts("Redis", "7.0.15", "noeviction", True, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (FACTS, ""),
+        (replace(FACTS, version="6.2.20"), "has no functions"),
+        (replace(FACTS, version="10.0.0"), ""),
+        (replace(FACTS, name="Valkey", version="7.2.5"), ""),
+    ],
+)
+def test_a_server_without_functions_is_too_old(facts: ServerFacts, words: str) -> None:
+    finding = doctor._version(facts)
+    assert bool(finding.mend) == bool(words)
+    assert words in finding.words
+
+
+def test_clocks_may_differ_by_a_second_and_no_more() -> None:
+    assert not doctor._clock(replace(FACTS, clock_offset_s=-0.9)).mend
+    finding = doctor._clock(replace(FACTS, clock_offset_s=-75.0))
+    assert "-75.0 s" in finding.words
+    assert "set-ntp" in finding.mend
+
+
+def test_the_words_are_for_people(
+    examine: Examine,
+    simulated_data_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert examine("--load").code == 0
+    url = f"redis://127.0.0.1:{free_port()}"
+    argv = ["headrace", "doctor", "--redis-url", url, "--data-dir", os.fspath(simulated_data_dir)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        command.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("redis        redis://127.0.0.1:")
+    assert lines[1].startswith("             mend it: headrace up, which brings a server along")
