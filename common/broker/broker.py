@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import ResponseError
 
 from common.broker import keys, library
 from common.broker.connection import Client, mapped_errors
@@ -79,16 +79,19 @@ class Broker:
         with mapped_errors():
             try:
                 await self._redis.execute_command("FUNCTION", "LOAD", library.source())
-            except NoPermissionError as error:
-                if not await self.is_loaded():
-                    raise Failure(
-                        "ACCESS_MISCONFIGURED",
-                        "This version's functions are not in Redis, and this user may not load "
-                        "them: headrace doctor --load, with the admin's --redis-url",
-                    ) from error
             except ResponseError as error:
-                if "already exists" not in str(error):
+                if "no permissions" in str(error):
+                    await self._check_loaded()
+                elif "already exists" not in str(error):
                     raise
+
+    async def _check_loaded(self) -> None:
+        if not await self.is_loaded():
+            raise Failure(
+                "ACCESS_MISCONFIGURED",
+                "This version's functions are not in Redis, and this user may not load them: "
+                "headrace doctor --load, with the admin's --redis-url",
+            )
 
     async def is_loaded(self) -> bool:
         """Whether the server has this version's functions."""

@@ -47,8 +47,8 @@ class GuardedServer:
 
 
 @asynccontextmanager
-async def talking(url: str) -> AsyncGenerator[Broker]:
-    broker = Broker(connect(url), SIMULATED_MODEL)
+async def talking(url: str, *, single: bool = False) -> AsyncGenerator[Broker]:
+    broker = Broker(connect(url, single=single), SIMULATED_MODEL)
     try:
         yield broker
     finally:
@@ -175,8 +175,11 @@ async def test_no_role_does_more(server: GuardedServer) -> None:
         nobody.ping()
 
 
-async def test_who_may_not_load_the_functions_says_who_must(server: GuardedServer) -> None:
-    async with talking(server.url("gateway")) as gateway:
+@pytest.mark.parametrize("single", [False, True])
+async def test_who_may_not_load_the_functions_says_who_must(
+    server: GuardedServer, *, single: bool
+) -> None:
+    async with talking(server.url("gateway"), single=single) as gateway:
         with pytest.raises(Failure, match="headrace doctor --load") as refused:
             await gateway.load()
         assert refused.value.code == "ACCESS_MISCONFIGURED"
@@ -217,8 +220,9 @@ async def test_with_tls_only_those_who_know_the_authority_talk(tmp_path: Path) -
     (tmp_path / "redis.conf").write_text(conf)
     with running("redis", tmp_path, server, str(tmp_path / "redis.conf")):
         await load(server)
-        async with talking(server.url("gateway")) as broker:
-            assert (await broker.state()).gateways == []
+        for single in (False, True):
+            async with talking(server.url("gateway"), single=single) as broker:
+                assert (await broker.state()).gateways == []
         for url in (
             server.url("gateway", query=f"?ssl_ca_certs={tmp_path / 'other.crt'}"),
             GuardedServer(server.port).url("gateway"),
