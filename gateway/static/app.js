@@ -58,7 +58,7 @@ function answer() {
   follow(turn, show(turn), async (options) => {
     const { temperature, maxTokens } = settings();
     const body = { model: await loadModel(), messages, temperature, max_tokens: maxTokens };
-    const headers = { "x-headrace-disconnect": String(DISCONNECT_GRACE_S) };
+    const headers = { "x-headrace-disconnect": String(DISCONNECT_GRACE_S), ...authorization() };
     return streamChat({ ...options, body, headers });
   });
 }
@@ -70,7 +70,7 @@ function goOn(turn, view) {
   view.isReturning = true;
   follow(turn, view, async (options) => {
     if (!turn.progress?.id) throw new HeadraceError("NOT_SENT", "");
-    return resume({ ...options, progress: turn.progress });
+    return resume({ ...options, progress: turn.progress, headers: authorization() });
   });
 }
 
@@ -109,6 +109,7 @@ async function follow(turn, view, call) {
   store.saveTurns(turns);
   view.showEnd();
   showConversation();
+  if (turn.failure?.code === "INVALID_API_KEY") askForKey();
 }
 
 function showState(turn, view, state) {
@@ -143,7 +144,7 @@ function endSoon({ turn, view, abort }) {
 
 async function tellGatewayToStop(turn, view) {
   try {
-    await cancel({ baseUrl: BASE_URL, id: turn.progress.id });
+    await cancel({ baseUrl: BASE_URL, id: turn.progress.id, headers: authorization() });
   } catch {
     turn.failure = { code: "STOP_NOT_SENT", message: "" };
     store.saveTurns(turns);
@@ -192,7 +193,8 @@ function messagesForModel() {
 async function loadModel() {
   if (model) return model;
   try {
-    const response = await fetch(`${BASE_URL}/v1/models`, { cache: "no-store" });
+    const headers = authorization();
+    const response = await fetch(`${BASE_URL}/v1/models`, { cache: "no-store", headers });
     const [first] = (await response.json()).data;
     model = first.id;
     if (first.max_model_len) $("max-tokens").max = first.max_model_len;
@@ -310,6 +312,7 @@ function connectSettings() {
   $("temperature").value = chosen.temperature;
   $("max-tokens").value = chosen.maxTokens;
   $("system-prompt").value = chosen.systemPrompt;
+  $("api-key").value = store.loadApiKey();
   const showTemperature = () => {
     $("temperature-shown").textContent = settings().temperature.toFixed(1);
   };
@@ -318,6 +321,21 @@ function connectSettings() {
     showTemperature();
     store.saveSettings(settings());
   });
+  $("api-key").addEventListener("change", () => {
+    store.saveApiKey($("api-key").value.trim());
+    loadModel();
+  });
+}
+
+function authorization() {
+  const key = $("api-key").value.trim();
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
+
+/** Opens the settings at the field that is empty or wrong. */
+function askForKey() {
+  $("settings").open = true;
+  $("api-key").focus();
 }
 
 function settings() {

@@ -2,6 +2,7 @@
 
 const CHAT_KEY = "headrace.chat";
 const SETTINGS_KEY = "headrace.settings";
+const API_KEY = "headrace.key";
 const LOCK = "headrace.chat";
 /** Longer than the page that was just reloaded needs to let go of the lock. */
 const LOCK_WAIT_MS = 500;
@@ -17,7 +18,7 @@ const SAVE_EVERY_MS = 250;
 export async function openStore() {
   const [lasting, ofThisTab] = [storage("localStorage"), storage("sessionStorage")];
   const hasOwn = Boolean(ofThisTab?.getItem(CHAT_KEY));
-  return new Store(!hasOwn && (await isOnlyTab()) ? lasting : ofThisTab, lasting);
+  return new Store(!hasOwn && (await isOnlyTab()) ? lasting : ofThisTab, lasting, ofThisTab);
 }
 
 /** Null where the browser forbids the page to keep anything. */
@@ -46,13 +47,15 @@ class Store {
   onRefused = () => {};
   #chats;
   #settings;
+  #ofThisTab;
   #timer = 0;
   #pending = null;
   #isRefused = false;
 
-  constructor(chats, settings) {
+  constructor(chats, settings, ofThisTab) {
     this.#chats = chats;
     this.#settings = settings;
+    this.#ofThisTab = ofThisTab;
     addEventListener("pagehide", () => this.#flush());
     addEventListener("visibilitychange", () => this.#flush());
   }
@@ -80,6 +83,15 @@ class Store {
 
   saveSettings(settings) {
     this.#write(this.#settings, SETTINGS_KEY, settings);
+  }
+
+  /** Ends with the tab: a secret is not left in a browser that others use. */
+  loadApiKey() {
+    return read(this.#ofThisTab, API_KEY) ?? "";
+  }
+
+  saveApiKey(key) {
+    this.#write(this.#ofThisTab, API_KEY, key);
   }
 
   #flush() {

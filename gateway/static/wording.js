@@ -24,6 +24,8 @@ const FAILURES = {
   BROKER_UNAVAILABLE: "The gateway has lost its queue for the moment.",
   BROKER_FULL: "The server's queue has no memory left.",
   DRAINING: "This gateway is being stopped.",
+  INVALID_API_KEY: "This gateway asks for an API key, and has not been given a valid one.",
+  PERMISSION_ERROR: "This API key may not do that.",
   PAGE_ERROR: "This page made a mistake. The browser's console says more.",
 };
 

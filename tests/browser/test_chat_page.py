@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from playwright.async_api import Browser
 
 from tests.browser.conftest import INTER_TOKEN_MS, Door, Site, Visitor
 from tests.browser.link import Link
@@ -344,6 +345,28 @@ async def test_it_fits_a_phone(door: Door) -> None:
         [...document.querySelectorAll("button, summary")]
             .map((target) => target.getBoundingClientRect().height).filter(Boolean)""")
     assert min(targets) >= 36
+
+
+async def test_where_a_key_is_needed_the_page_asks_for_it(site: Site, chromium: Browser) -> None:
+    """At the field for it; the question is answered on the next try, and a reload knows the key."""
+    gateway = await site.new_gateway(api_key="let-me-in")
+    async with await chromium.new_context() as context:
+        page = await context.new_page()
+        await page.goto(f"{gateway.url}/ui/")
+        await page.fill("#prompt", "hello")
+        await page.press("#prompt", "Enter")
+        await page.wait_for_selector(".problem :text('API key')")
+        await page.wait_for_selector("#api-key:focus")
+        await page.keyboard.type("let-me-in")
+        await page.keyboard.press("Tab")
+        await page.wait_for_selector("#model:not(:empty)")
+        await page.fill("#max-tokens", "5")
+        await page.click(".problem button")
+        await page.wait_for_selector(".answer:last-child > .stats:not([hidden])")
+        await page.reload()
+        await page.wait_for_selector("#model:not(:empty)")
+        stored = await page.evaluate("JSON.stringify(localStorage)")
+        assert "let-me-in" not in stored
 
 
 async def test_reading_back_is_not_interrupted(door: Door) -> None:
