@@ -118,6 +118,7 @@ def main(
             "model": model,
             "dtype": dtype,
             "quantize": quantize,
+            "speculation": "off",  # it repeats itself when it may not end: every guess is right
             "engine_way": way,
             "max_batch_size": max(counts),
         }

@@ -61,19 +61,32 @@ def absent(folder: Path) -> list[str]:
     return [name for name, shown_by in ABSENT.items() if not (folder / shown_by).exists()]
 
 
-def headrace(data_dir: Path, model: str, port: int) -> Server:
-    """Gateway, Redis and worker on these cores, in a data directory of its own."""
+def headrace(data_dir: Path, model: str, port: int) -> Iterator[Server]:
+    """Gateway, Redis and worker on these cores, in a data directory of their own.
+
+    Without guesses first, as the others have none: an answer that may not end soon repeats itself,
+    which is what guesses are best at. Then what an operator may choose, and what is the default.
+    """
+    yield _headrace(data_dir, model, port, "Headrace", speculation="off")
+    int8 = {"speculation": "off", "quantize": "int8"}
+    yield _headrace(data_dir, model, port, "Headrace, int8", **int8)
+    yield _headrace(data_dir, model, port, "Headrace, with guesses")
+
+
+def _headrace(data_dir: Path, model: str, port: int, name: str, **settings: str) -> Server:
     python = [sys.executable, "-P", "-m"]
     options = {"--data-dir": str(data_dir), "--model": model, "--port": str(port)}
     return Server(
-        name="Headrace",
+        name=name,
         command=[*python, "ops.cli", "up", *(part for pair in options.items() for part in pair)],
         port=port,
         model=model,
         version_command=[*python, "ops.cli", "--version"],
-        env={"HEADRACE_MAX_BATCH_SIZE": str(MAX_SEQUENCES)},
+        env={"HEADRACE_MAX_BATCH_SIZE": str(MAX_SEQUENCES)}
+        | {f"HEADRACE_{key.upper()}": value for key, value in settings.items()},
         # As with the others, who leaves is not waited for.
         headers={"x-headrace-disconnect": "cancel"},
+        has_scenarios=name == "Headrace",
     )
 
 

@@ -174,7 +174,7 @@ def _servers(plan: Plan, only: tuple[str, ...]) -> Iterator[Server]:
     (data_dir / "models").mkdir()
     (data_dir / "models" / plan.model).symlink_to(plan.stored)
     ours = installed.headrace(data_dir, plan.model, port)
-    for server in (ours, *installed.peers(plan.peers_dir, plan.stored, port)):
+    for server in (*ours, *installed.peers(plan.peers_dir, plan.stored, port)):
         if not only or server.name.startswith(only):
             yield server
 
