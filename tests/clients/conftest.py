@@ -1,5 +1,6 @@
 """A running system for real clients: one gateway, one worker with the simulated engine."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,6 +14,32 @@ from tests.support.processes import Process, processes
 
 SILENCE_S = float(os.environ.get("TEST_SILENCE_S", "1"))
 """How long the first token takes. 30 is the patience that is promised to clients."""
+
+
+async def run(
+    folder: Path,
+    *command: str | Path,
+    limit_s: float = 30 + 2 * SILENCE_S,
+    expected: int = 0,
+    **environment: str,
+) -> tuple[str, str]:
+    """Standard output and errors of a program that must end with the exit code ``expected``."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(limit_s):
+            out, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        raise
+    assert process.returncode == expected, (out + errors).decode()
+    return out.decode(), errors.decode()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import AsyncGenerator
@@ -13,14 +12,13 @@ import httpx
 import pytest
 
 from ops.bench.sse_client import read_events
-from tests.clients.conftest import SILENCE_S, System
+from tests.clients.conftest import System, run
 from tests.support.processes import ROOT, free_port
 
 HERE = Path(__file__).parent / "node"
 EXAMPLES = ROOT / "ops" / "examples"
 CLIENT = ROOT / "gateway" / "static" / "headrace.js"
 INSTALL_S = 100
-LIMIT_S = 30 + 2 * SILENCE_S
 
 
 @pytest.fixture(scope="session")
@@ -35,28 +33,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert installed.returncode == 0, installed.stderr
     return folder
-
-
-async def run(
-    folder: Path, *command: str, expected: int = 0, **environment: str
-) -> tuple[str, str]:
-    """Standard output and errors of a program that must end with the exit code ``expected``."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=folder,
-        env=os.environ | environment,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            out, errors = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        raise
-    assert process.returncode == expected, (out + errors).decode()
-    return out.decode(), errors.decode()
 
 
 async def run_example(folder: Path, name: str, system: System) -> tuple[str, str]:

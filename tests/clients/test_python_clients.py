@@ -1,6 +1,5 @@
 """Unmodified clients in Python that need an environment of their own, because of what they pin."""
 
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -8,38 +7,21 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import SILENCE_S, System
+from tests.clients.conftest import SILENCE_S, System, run
 
 HERE = Path(__file__).parent / "python"
 INSTALL_S = 200
 LIMIT_S = 60 + 6 * SILENCE_S
 
 
-async def run(limit_s: float, *command: str | Path) -> str:
-    """Standard output of a program that must succeed."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(limit_s):
-            out, errors = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        raise
-    assert process.returncode == 0, (out + errors).decode()
-    return out.decode()
-
-
 async def answers(folder: Path, requirements: str, client: str, url: str) -> Any:
     """What ``client`` prints, in an environment with ``requirements`` alone."""
-    await run(INSTALL_S, sys.executable, "-m", "venv", folder)
+    await run(HERE, sys.executable, "-m", "venv", folder, limit_s=INSTALL_S)
     python = folder / "bin" / "python"
     wanted = ("-m", "pip", "install", "-q", "--no-deps", "-r", HERE / requirements)
-    await run(INSTALL_S, python, *wanted)
-    return json.loads(await run(LIMIT_S, python, HERE / client, url))
+    await run(HERE, python, *wanted, limit_s=INSTALL_S)
+    told, _ = await run(HERE, python, client, url, limit_s=LIMIT_S)
+    return json.loads(told)
 
 
 @pytest.mark.timeout(INSTALL_S + 2 * LIMIT_S)
