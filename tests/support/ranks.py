@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import distributed
 
+from tests.support.processes import ROOT
 from workers.tensor_parallel.followers import Followers
 from workers.tensor_parallel.following import Following
 from workers.tensor_parallel.leading import LeadingAdapters, LeadingForward
@@ -76,6 +77,7 @@ class Ranks:
 def started_ranks(num_ranks: int) -> Generator[Ranks]:
     """At the end there are no other ranks, and this process is none any more."""
     environment = dict(os.environ)
+    os.environ["PYTHONPATH"] = str(ROOT)  # the tests are not installed
     lost: list[Exception] = []
     followers = Followers(num_ranks, lost.append, module="tests.support.ranks")
     try:
