@@ -22,7 +22,6 @@ import msgspec
 
 from common.broker import Broker
 from common.failures import KINDS, Failure
-from common.ids import generation_id
 from common.messages import Finish, FinishReason, Timing, unescape_pieces
 from common.models.tokenizer import Tokenizer
 from gateway.collect import Completion
@@ -374,15 +373,15 @@ async def read_document(services: Services, request_id: str) -> ResponseDocument
 
 
 async def read_log(
-    broker: Broker, request_id: str, end: int | None = None
+    broker: Broker, id: str, end: int | None = None
 ) -> tuple[Completion, str] | None:
-    """What the log of ``request_id`` holds now, up to position ``end``, and the state it is in.
+    """What the log of a generation holds now, up to position ``end``, and the state it is in.
 
     None: it is not there any more.
     """
     whole = nothing()
     while True:
-        page = await broker.read(generation_id(request_id), len(whole.tokens))
+        page = await broker.read(id, len(whole.tokens))
         if page is None:
             return None
         known = len(whole.tokens)

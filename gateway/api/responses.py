@@ -257,7 +257,7 @@ async def _find(request: Request, response_id: str) -> _Found:
     """Raises: Failure NOT_FOUND, also for another tenant's and for one that was not stored."""
     services = services_of(request)
     request_id, document = await _load(request, response_id)
-    found = await read_log(services.broker, request_id)
+    found = await read_log(services.broker, generation_id(request_id))
     if found is None:
         raise _not_found(response_id)
     whole, state = found

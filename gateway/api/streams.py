@@ -21,6 +21,7 @@ from common.logs import get_logger
 from gateway.account import Account
 from gateway.answer import event_stream
 from gateway.callers import Caller, caller_of
+from gateway.collect import Completion
 from gateway.cursor import SEPARATOR, Cursor, parse_cursors
 from gateway.frames import (
     Frames,
@@ -31,7 +32,7 @@ from gateway.frames import (
     needs_pieces,
 )
 from gateway.middleware import arrival_of
-from gateway.responses import ResponseFrames, read_document, read_log
+from gateway.responses import ResponseFrames, nothing, read_document, read_log
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, wants_queue_events
 from gateway.stream import Stream
@@ -155,14 +156,14 @@ async def _frames(
     tokenizer, request_id = services.model.tokenizer, subject.request_id
     if subject.presentation.api == "response":
         document = await read_document(services, request_id)
-        before = await read_log(services.broker, request_id, cursors[0].position)
-        if document is None or before is None:
+        if document is None:
             raise Failure("STREAM_EXPIRED")
-        return ResponseFrames(replace(subject, document=document), tokenizer, cursors[0], before[0])
+        before = await _before(services, generation_id(request_id), cursors[0])
+        return ResponseFrames(replace(subject, document=document), tokenizer, cursors[0], before)
     pieces: list[list[bytes]] = []
     if needs_pieces(subject.presentation):
         pieces = [
-            await _pieces_before(services, generation_id(request_id, choice), cursor)
+            (await _before(services, generation_id(request_id, choice), cursor)).pieces
             for choice, cursor in enumerate(cursors)
         ]
     return frames_for(subject, tokenizer, cursors, pieces)
@@ -199,19 +200,16 @@ async def make_token(request: Request) -> Response:
     )
 
 
-async def _pieces_before(services: Services, id: str, cursor: Cursor) -> list[bytes]:
-    """The texts up to the cursor: a native stream repeats the whole text in its last event."""
-    pieces: list[bytes] = []
-    while len(pieces) < cursor.position:
-        page = await services.broker.read(id, len(pieces))
-        if page is None:
-            raise Failure("STREAM_EXPIRED")
-        known = len(pieces)
-        for entry in page.entries:
-            pieces += entry.record.pieces[len(pieces) - entry.record.start :]
-        if len(pieces) == known:
-            break  # the log is shorter than the cursor says; the stream itself will tell
-    return pieces[: cursor.position]
+async def _before(services: Services, id: str, cursor: Cursor) -> Completion:
+    """What stands before the cursor: a native stream, and a response, repeat the whole text in
+    their last event. Where the log is shorter than the cursor says, the stream itself will tell.
+    """
+    if cursor.position == 0:
+        return nothing()
+    found = await read_log(services.broker, id, cursor.position)
+    if found is None:
+        raise Failure("STREAM_EXPIRED")
+    return found[0]
 
 
 def _request_id(request: Request) -> str:
