@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import httpx
 
 from ops import runfile
 from ops.bench.sse_client import Reader, StreamDefect
-from ops.probe import free_ports, http_status
+from ops.probe import http_status
 from ops.supervisor import State
 
 _START_S = 180.0
@@ -110,17 +111,15 @@ async def run(plan: Plan) -> Report:
     Raises:
         RuntimeError: Headrace did not become ready.
     """
-    first = free_ports("127.0.0.1", 0, 1)[0]
-    ports = free_ports("127.0.0.1", first, plan.num_gateways)
-    up = await _start(plan, ports[0])
+    up = await _start(plan)
     try:
-        await _wait_ready(up, ports)
+        urls = await _until_ready(up, plan)
         kills: Counter[str] = Counter()
         began = time.monotonic()
-        peaceful = await _storm(plan, ports)
+        peaceful = await _storm(plan, urls)
         between = time.monotonic()
         killer = asyncio.create_task(_keep_killing(plan, kills))
-        disturbed = await _storm(plan, ports)
+        disturbed = await _storm(plan, urls)
         ended = time.monotonic()
         killer.cancel()
         return Report(peaceful, disturbed, between - began, ended - between, kills)
@@ -130,7 +129,7 @@ async def run(plan: Plan) -> Report:
             await up.wait()
 
 
-async def _start(plan: Plan, port: int) -> asyncio.subprocess.Process:
+async def _start(plan: Plan) -> asyncio.subprocess.Process:
     options = {
         "--data-dir": plan.data_dir,
         "--model": plan.model,
@@ -138,7 +137,7 @@ async def _start(plan: Plan, port: int) -> asyncio.subprocess.Process:
         "--dtype": plan.dtype,
         "--workers": plan.num_workers,
         "--gateways": plan.num_gateways,
-        "--port": port,
+        "--port": 0,
     }
     command = [sys.executable, "-m", "ops.cli", "up"]
     command += [str(part) for option in options.items() for part in option]
@@ -146,31 +145,45 @@ async def _start(plan: Plan, port: int) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
 
 
-async def _wait_ready(up: asyncio.subprocess.Process, ports: list[int]) -> None:
+async def _until_ready(up: asyncio.subprocess.Process, plan: Plan) -> list[str]:
+    """Wait until every gateway is ready; returns where they are."""
     deadline = time.monotonic() + _START_S
-    while [await http_status("127.0.0.1", port, "/ready") for port in ports] != [200] * len(ports):
+    while not (urls := await _ready_urls(plan)):
         if up.returncode is not None or time.monotonic() > deadline:
             raise RuntimeError("headrace up did not become ready")
         await asyncio.sleep(_RETRY_S)
+    return urls
 
 
-async def _storm(plan: Plan, ports: list[int]) -> list[Outcome]:
-    clients = [_client(plan, number, ports) for number in range(plan.num_clients)]
+async def _ready_urls(plan: Plan) -> list[str]:
+    """The addresses of all gateways, or none as long as one of them is not ready."""
+    state = runfile.read_state(plan.data_dir)
+    urls = [p.address for p in state.processes if p.role == "gateway"] if state else []
+    if len(urls) < plan.num_gateways:
+        return []
+    for url in urls:
+        if await http_status("127.0.0.1", urlsplit(url).port or 0, "/ready") != 200:
+            return []
+    return urls
+
+
+async def _storm(plan: Plan, urls: list[str]) -> list[Outcome]:
+    clients = [_client(plan, number, urls) for number in range(plan.num_clients)]
     return [outcome for outcomes in await asyncio.gather(*clients) for outcome in outcomes]
 
 
-async def _client(plan: Plan, number: int, ports: list[int]) -> list[Outcome]:
+async def _client(plan: Plan, number: int, urls: list[str]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     async with AsyncExitStack() as stack:
-        gateways = [await stack.enter_async_context(_connection(port)) for port in ports]
+        gateways = [await stack.enter_async_context(_connection(url)) for url in urls]
         for prompt in plan.prompts(number):
             gateways = gateways[1:] + gateways[:1]
             outcomes.append(await _stream(gateways, prompt, plan.max_new_tokens))
     return outcomes
 
 
-def _connection(port: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, verify=False)  # noqa: S501  no TLS here
+def _connection(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=60, verify=False)  # noqa: S501  no TLS here
 
 
 async def _stream(gateways: list[httpx.AsyncClient], prompt: str, max_new_tokens: int) -> Outcome:
