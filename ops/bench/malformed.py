@@ -31,6 +31,8 @@ _START_S = 120.0
 _ANSWER_S = 30.0
 _MAX_TOTAL_TOKENS = 64
 _MAX_GROWN = 50_000
+_MAX_NESTED = 100
+"""The generator's own parser takes no more than 1000 levels."""
 _STALL_S = 0.1
 """What no event loop may be held up for."""
 
@@ -136,8 +138,9 @@ class Breaker:
         value = json.loads(json.dumps(BODIES.get(path, {"inputs": "hi"})))
         for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 6))):
             value = self._broken(value)
-            if len(json.dumps(value)) > _MAX_GROWN:
-                break  # each change may make it a hundred times as long
+            text = json.dumps(value)
+            if len(text) > _MAX_GROWN or text.count("[[") > _MAX_NESTED:
+                break  # each change may make it a hundred times as long, or 400 levels deeper
         if rng.random() < 0.02:
             value = {"x": value, **(value if isinstance(value, dict) else {})}
         data = json.dumps(value, ensure_ascii=rng.random() < 0.5, allow_nan=True)
@@ -267,10 +270,10 @@ async def _ask(
                 parser.feed_data(data)
                 if sent.data.startswith(b"HEAD ") and parser.get_status_code():
                     break
-    except (ConnectionError, httptools.HttpParserError) as error:
-        return _note_closed(sent, outcome, repr(error))
     except TimeoutError:
         return _note_closed(sent, outcome, "no answer")
+    except (OSError, httptools.HttpParserError) as error:
+        return _note_closed(sent, outcome, repr(error))
     if not parser.get_status_code():
         return _note_closed(sent, outcome, "closed without an answer")
     _note(sent, parser.get_status_code(), bytes(answer.body), outcome)

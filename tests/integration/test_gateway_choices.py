@@ -11,6 +11,7 @@ from gateway.frames import usage
 from ops.bench.sse_client import Event, read_events
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.scripted_worker import ScriptedWorker, Turn, saying
+from tests.support.sse_events import read_all
 from tests.support.waiting import wait_until
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -25,10 +26,6 @@ async def take(worker: ScriptedWorker, count: int) -> list[Turn]:
 
 async def post(gateway: RunningGateway, path: str, body: Any) -> "asyncio.Task[httpx.Response]":
     return asyncio.create_task(gateway.client.post(path, json=body))
-
-
-async def read_all(response: httpx.Response) -> list[Event]:
-    return [event async for event in read_events(response)]
 
 
 def by_choice(events: list[Event]) -> dict[int, str]:

@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
-from ops.bench.sse_client import Event, read_events
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.scripted_worker import Turn
+from tests.support.sse_events import read_all
 from tests.support.waiting import wait_until
 
 HEADER = "idempotency-key"
@@ -30,10 +30,6 @@ WHOLE: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "hi"}),
     ("/v1/responses", {"input": "hi"}),
 ]
-
-
-async def read_all(response: httpx.Response) -> list[Event]:
-    return [event async for event in read_events(response)]
 
 
 async def is_idle(stand: Stand) -> bool:

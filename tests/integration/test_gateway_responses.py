@@ -3,13 +3,13 @@
 import asyncio
 from typing import Any
 
-import httpx
 import pytest
 
 from common.broker import Broker
 from ops.bench.sse_client import Event, read_events
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.scripted_worker import ScriptedWorker, saying
+from tests.support.sse_events import events_of
 from tests.support.waiting import wait_until
 
 HELLO: dict[str, Any] = {"model": "any", "input": "hi"}
@@ -26,14 +26,6 @@ CLOSING = [
     "response.completed",
 ]
 DELTA = "response.output_text.delta"
-
-
-async def events_of(
-    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None = None
-) -> list[Event]:
-    async with client.stream(method, path, json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        return [event async for event in read_events(response)]
 
 
 def kinds(events: list[Event]) -> list[str]:

@@ -3,12 +3,12 @@
 import asyncio
 from typing import Any
 
-import httpx
 import pytest
 
 from ops.bench.sse_client import Event, read_events
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import EOS
+from tests.support.sse_events import read_all
 from tests.support.waiting import wait_until
 
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,10 +24,6 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": "hi", "stream": True}),
 }
 APIS = list(BODIES)
-
-
-async def read_all(response: httpx.Response) -> list[Event]:
-    return [event async for event in read_events(response)]
 
 
 def text_of(events: list[Event]) -> str:

@@ -4,13 +4,13 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from common.models.chat_template import ChatTemplate
-from ops.bench.sse_client import Event, read_events
+from ops.bench.sse_client import Event
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import ScriptedWorker, Turn, saying
+from tests.support.sse_events import events_of
 
 WEATHER: dict[str, Any] = {
     "name": "get_weather",
@@ -30,14 +30,6 @@ PIECES = [
     'aris"}}\n</tool', '_call>\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
 ]  # fmt: skip
 CALLS = [("get_weather", '{"city": "Paris"}'), ("now", "{}")]
-
-
-async def events_of(
-    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None = None
-) -> list[Event]:
-    async with client.stream(method, path, json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        return [event async for event in read_events(response)]
 
 
 def gathered(events: list[Event], choice: int = 0) -> tuple[str, list[dict[str, Any]], str]:
