@@ -307,6 +307,7 @@ def keys_group() -> None:
 
 _BENCHMARKS = {
     "adapters": "ops.bench.adapters:main",
+    "batch": "ops.bench.batch:main",
     "chaos": "ops.bench.chaos:chaos",
     "engine": "ops.bench.engine:main",
     "features": "ops.bench.features:main",

@@ -8,15 +8,9 @@ wait of those behind it.
 
 import asyncio
 import contextlib
-import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
@@ -25,14 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from common.clock import monotonic_s
-from ops import runfile
+from ops.bench.instance import own_instance
 
-_START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 30.0
 _WARM_UP_REQUESTS = 20
 _SEED = 1
-_LOOK_S = 0.1
 
 
 class Figures(msgspec.Struct, kw_only=True):
@@ -78,51 +69,12 @@ def latency(url: str, rate: float, seconds: float, max_new_tokens: int) -> None:
 @contextlib.contextmanager
 def _own_instance() -> Generator[str]:
     """`headrace up` with the simulated engine at zero delay, on a free port; gives its address."""
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        data_dir = Path(folder)
-        process = _start(data_dir)
-        try:
-            yield _address(process, data_dir)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _start(data_dir: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "ops.cli", "up", "--engine", "simulated"]
     delays = {
         "HEADRACE_SIMULATED_FIRST_TOKEN_MS": "0",
         "HEADRACE_SIMULATED_INTER_TOKEN_MS": "0",
     }
-    with (data_dir / "output").open("wb") as output:
-        return subprocess.Popen(  # noqa: S603 - our own command
-            [*command, "--data-dir", str(data_dir), "--port", "0"],
-            env={**os.environ, **delays},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def _address(process: subprocess.Popen[bytes], data_dir: Path) -> str:
-    """Wait until the instance is ready; where its gateway is."""
-    deadline_s = monotonic_s() + _START_TIMEOUT_S
-    log = data_dir / "log" / "supervisor.jsonl"
-    while not (log.exists() and b'"supervisor.ready"' in log.read_bytes()):
-        if process.poll() is not None or monotonic_s() > deadline_s:
-            output = (data_dir / "output").read_text(errors="replace")
-            raise click.ClickException(f"the instance to measure did not start: {output[-500:]}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK_S)
-    state = runfile.read_state(data_dir)
-    gateways = [p for p in state.processes if p.role == "gateway"] if state else []
-    if not gateways:
-        raise click.ClickException("the instance to measure ended at once")
-    return gateways[0].address
+    with own_instance("--engine", "simulated", env=delays) as (_, addresses):
+        yield addresses[0]
 
 
 # --- the load

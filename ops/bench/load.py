@@ -273,19 +273,24 @@ class Session:
 
     async def open_loop(self, rate: float) -> Level:
         """Requests at random times of a set rate for ``limit_s``, however long answers take."""
-        asked: list[asyncio.Task[Answer]] = []
+        answers: list[Answer] = []
 
         async def arrivals() -> None:
-            chance = random.Random(self.load.seed)
-            next_s = began_s = monotonic_s()
-            while next_s < began_s + self.load.limit_s:
-                await asyncio.sleep(max(0.0, next_s - monotonic_s()))
-                asked.append(asyncio.create_task(self.ask(self.load.new_tokens)))
-                next_s += chance.expovariate(rate)
-            await asyncio.gather(*asked)
+            answers.extend(await self.arrivals(rate))
 
         used_s = await _cpu_time_of(arrivals())
-        return summarise([task.result() for task in asked], used_s, rate=rate)
+        return summarise(answers, used_s, rate=rate)
+
+    async def arrivals(self, rate: float) -> list[Answer]:
+        """The answers of an open loop; it has the same pauses whenever the load is the same."""
+        asked: list[asyncio.Task[Answer]] = []
+        chance = random.Random(self.load.seed)
+        next_s = began_s = monotonic_s()
+        while next_s < began_s + self.load.limit_s:
+            await asyncio.sleep(max(0.0, next_s - monotonic_s()))
+            asked.append(asyncio.create_task(self.ask(self.load.new_tokens)))
+            next_s += chance.expovariate(rate)
+        return await asyncio.gather(*asked)
 
     async def ask(self, new_tokens: int) -> Answer:
         return await self.target.ask(

@@ -1,0 +1,57 @@
+"""A Headrace of its own for a benchmark: `headrace up` in a folder that ends with it."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from ops import runfile
+from ops.bench.processes import running
+
+_START_TIMEOUT_S = 180.0
+_LOOK_S = 0.1
+
+
+@contextmanager
+def own_instance(
+    *options: str, env: Mapping[str, str] | None = None, models: Path | None = None
+) -> Generator[tuple[Path, list[str]]]:
+    """`headrace up` with ``options`` on free ports; gives its data directory, and its addresses.
+
+    ``models`` is a store's folder of models, to serve from as it is.
+
+    Raises: click.ClickException when it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
+        data_dir = Path(folder)
+        if models is not None:
+            (data_dir / "models").symlink_to(models.resolve())
+        command = [sys.executable, "-P", "-m", "ops.cli", "up"]
+        command += ["--data-dir", folder, "--port", "0", *options]
+        with running(command, env or {}, data_dir / "output") as process:
+            deadline_s = time.monotonic() + _START_TIMEOUT_S
+            while not _is_ready(data_dir):
+                if process.poll() is not None or time.monotonic() > deadline_s:
+                    output = (data_dir / "output").read_text(errors="replace")
+                    raise click.ClickException(
+                        f"the instance to measure did not start: {output[-500:]}"
+                    )
+                time.sleep(_LOOK_S)
+            yield data_dir, _addresses(data_dir)
+
+
+def _is_ready(data_dir: Path) -> bool:
+    log = data_dir / "log" / "supervisor.jsonl"
+    return log.exists() and b'"supervisor.ready"' in log.read_bytes()
+
+
+def _addresses(data_dir: Path) -> list[str]:
+    state = runfile.read_state(data_dir)
+    found = [p.address for p in state.processes if p.role == "gateway"] if state else []
+    if not found:
+        raise click.ClickException("the instance to measure ended at once")
+    return found
