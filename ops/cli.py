@@ -311,6 +311,7 @@ _BENCHMARKS = {
     "chaos": "ops.bench.chaos:chaos",
     "engine": "ops.bench.engine:main",
     "features": "ops.bench.features:main",
+    "gateway": "ops.bench.gateway:main",
     "latency": "ops.bench.latency:latency",
     "malformed": "ops.bench.malformed:main",
     "peers": "ops.bench.peers:peers",
