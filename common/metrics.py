@@ -110,6 +110,13 @@ class GatewayMetrics:
             buckets=_LAG_BUCKETS_S,
             registry=registry,
         )
+        self.loop_held_s = Histogram(
+            "headrace_event_loop_held_seconds",
+            "The part of that for which this process itself kept its loop, instead of the machine"
+            " being busy with others.",
+            buckets=_LAG_BUCKETS_S,
+            registry=registry,
+        )
         self.queue_depth = Gauge(
             "headrace_queue_depth",
             "Generations that wait for a worker, by lane. Of the whole pool.",

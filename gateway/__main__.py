@@ -8,6 +8,7 @@ signal ends it at once.
 import asyncio
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from types import FrameType
 
@@ -38,6 +39,10 @@ one that is just being closed."""
 CLOSE_LIMIT_S = 5
 """After the drain: how long connections may take to close."""
 BACKLOG = 2048
+HELPER_THREADS = 2
+"""For what is long to compute: each more takes the interpreter from the event loop as often."""
+SWITCH_S = 0.001
+"""How soon a helper gives the interpreter back when the event loop asks for it."""
 
 
 class Server(uvicorn.Server):
@@ -77,6 +82,7 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
     listener = listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     log.info("gateway.started", model_version=model.version, url=url)
+    _share_interpreter()
     brokers = Brokers(
         commands=Broker(connect(settings.redis_url), model.name),
         ordered=Broker(connect(settings.redis_url, single=True), model.name),
@@ -96,6 +102,13 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
             await broker.close()
         log.info("gateway.stopped")
         logs.flush()
+
+
+def _share_interpreter() -> None:
+    """The event loop relays all streams, so helpers wait for it and not the other way round."""
+    helpers = ThreadPoolExecutor(HELPER_THREADS, thread_name_prefix="helper")
+    asyncio.get_running_loop().set_default_executor(helpers)
+    sys.setswitchinterval(SWITCH_S)
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:

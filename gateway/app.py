@@ -37,6 +37,7 @@ from gateway.api import (
 )
 from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
+from gateway.loop_watch import LoopWatch
 from gateway.middleware import HeadLimit, PayloadLimit, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
@@ -46,8 +47,6 @@ from gateway.stream_tokens import StreamTokens
 log = get_logger()
 
 JOIN_LIMIT_S = 10.0
-LOOK_S = 0.05
-"""Between two looks at how late the event loop is."""
 LAST_WORDS_S = 2.0
 """How long streams that a drain ended get to say so."""
 
@@ -185,7 +184,7 @@ async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
     """Relay while the application serves; leave in order, so that no lease has to expire."""
     services: Services = app.state.services
     relaying = asyncio.create_task(services.relay.run())
-    watching = asyncio.create_task(_watch_loop(services.metrics))
+    watching = asyncio.create_task(LoopWatch(services.metrics).run())
     try:
         with suppress(TimeoutError):  # not joined: /ready says so, and the relay goes on trying
             async with asyncio.timeout(JOIN_LIMIT_S):
@@ -193,18 +192,13 @@ async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
         yield
     finally:
         watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         await services.relay.flush()
         relaying.cancel()
         with suppress(asyncio.CancelledError):
             await relaying
         await services.relay.leave()
-
-
-async def _watch_loop(metrics: GatewayMetrics) -> None:
-    while True:
-        due = monotonic_s() + LOOK_S
-        await asyncio.sleep(LOOK_S)
-        metrics.loop_lag_s.observe(max(0.0, monotonic_s() - due))
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:

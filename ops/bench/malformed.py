@@ -2,8 +2,8 @@
 
 Starts Headrace with the simulated engine and sends them over plain sockets, because an HTTP library
 would mend some. A run passes when every request was answered (or its connection closed for what is
-no HTTP at all), no answer was an undocumented 5xx, no process died, and a plain question is
-answered at the end. Same seed, same requests.
+no HTTP at all), no answer was an undocumented 5xx, no process died, the gateway never held up its
+own event loop for 100 ms, and a plain question is answered at the end. Same seed, same requests.
 """
 
 import asyncio
@@ -338,13 +338,17 @@ def _run(folder: Path, count: int, seed: int, clients: int) -> int:
             outcome.problems.append(f"processes were {before}, are {_pids(folder)}")
         if asyncio.run(http_status("127.0.0.1", port, "/ready")) != 200:
             outcome.problems.append("not ready afterwards")
-        stalls = _stalls(port)
+        lag = _looks(port, "headrace_event_loop_lag_seconds")
+        held = _looks(port, "headrace_event_loop_held_seconds")
+    if held.num_stalls:
+        outcome.problems.append(f"the gateway held up its own event loop: {held}")
     statuses = ", ".join(f"{status}: {n}" for status, n in sorted(outcome.statuses.items()))
     codes = ", ".join(f"{code}: {n}" for code, n in sorted(outcome.codes.items())) or "none"
     click.echo(f"requests   {count} in {took_s:.1f} s, seed {seed}")
     click.echo(f"answers    {statuses}; {outcome.closed} closed for what was no HTTP")
     click.echo(f"5xx        {codes}")
-    click.echo(f"lag        {stalls}")
+    click.echo(f"lag        {lag}")
+    click.echo(f"held up    {held}: without what the machine gave to others")
     for problem in outcome.problems[:20]:
         click.echo(f"problem    {problem}")
     return 0 if outcome.has_passed else 1
@@ -363,18 +367,39 @@ def _pids(folder: Path) -> dict[str, tuple[int, int]]:
     return {one.name: (one.pid, one.restarts) for one in state.processes} if state else {}
 
 
-def _stalls(port: int) -> str:
-    """The event loop's lag as the gateway measured it, all of the run."""
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """How late the event loop was in all of a gateway's looks, by one of its histograms."""
+
+    count: int
+    num_stalls: int
+    """Those above ``_STALL_S``."""
+    longest_s: float
+    """An upper bound: the edge of a bucket."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} looks, {self.num_stalls} above {_STALL_S:g} s, "
+            f"none above {self.longest_s:g} s"
+        )
+
+
+def _looks(port: int, name: str) -> Looks:
     url = f"http://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    name = "headrace_event_loop_lag_seconds"
+        return looks_in(answer.read().decode(), name)
+
+
+def looks_in(text: str, name: str) -> Looks:
+    """What the histogram ``name`` says in Prometheus' text format."""
     buckets = {
         float(line.partition('le="')[2].partition('"')[0]): float(line.rpartition(" ")[2])
-        for line in lines
+        for line in text.splitlines()
         if line.startswith(f"{name}_bucket")
     }
     total = buckets[float("inf")]
-    longest = min((bound for bound, seen in buckets.items() if seen == total), default=0.0)
-    over = total - buckets[_STALL_S]
-    return f"{total:.0f} looks, {over:.0f} above {_STALL_S:g} s, none above {longest:g} s"
+    return Looks(
+        count=int(total),
+        num_stalls=int(total - buckets[_STALL_S]),
+        longest_s=min(bound for bound, seen in buckets.items() if seen == total),
+    )
