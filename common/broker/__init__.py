@@ -1,5 +1,6 @@
 """All that talks to Redis: the protocol steps, the connection, the keys."""
 
+from common.broker.batch_store import BatchStore, BatchWatch
 from common.broker.broker import MAX_CHOICES, Broker
 from common.broker.connection import Client, connect
 from common.broker.key_store import KeyStore
@@ -32,6 +33,8 @@ __all__ = [
     "Admission",
     "Admitted",
     "Attachment",
+    "BatchStore",
+    "BatchWatch",
     "Broker",
     "ClaimAnswer",
     "Claimed",

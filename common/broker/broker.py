@@ -12,6 +12,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from common.broker import keys, library
+from common.broker.batch_store import BatchStore
 from common.broker.connection import Client, mapped_errors
 from common.broker.key_store import KeyStore
 from common.broker.steps import (
@@ -70,6 +71,11 @@ class Broker:
     def key_store(self) -> KeyStore:
         """The API keys on the same server; they hold for all its pools."""
         return KeyStore(self._redis)
+
+    @property
+    def batch_store(self) -> BatchStore:
+        """The batches on the same server, of all its pools."""
+        return BatchStore(self._redis)
 
     async def load(self) -> None:
         """Load the function library unless it is there.

@@ -34,3 +34,30 @@ API_KEYS_USED = "hr:{access}:used"
 """hash: key id -> when it was last used, in seconds."""
 PEPPER = "hr:{access}:pepper"
 """string: fingerprint of the pepper that the keys are hashed under."""
+
+# Batches, likewise beside the pools and in one slot: see batch_store.py.
+
+BATCH_CHANGES = "hr:{batches}:changes"
+"""stream: one record per change of any batch, with its id."""
+ENDED_BATCHES = "hr:{batches}:ended"
+"""zset: batch -> when it ended, in seconds, while its folder in storage is kept."""
+
+
+def batch(batch_id: str) -> str:
+    """string: the record."""
+    return f"hr:{{batches}}:batch:{batch_id}"
+
+
+def batch_lease(batch_id: str) -> str:
+    """string: name of the process that steers it."""
+    return f"hr:{{batches}}:lease:{batch_id}"
+
+
+def batches_of(tenant: str) -> str:
+    """zset: batch -> when it was created, in milliseconds."""
+    return f"hr:{{batches}}:of:{tenant}"
+
+
+def active_batches(pool: str) -> str:
+    """zset: batch of this pool that has not ended -> when it was created, in seconds."""
+    return f"hr:{{batches}}:active:{pool}"
