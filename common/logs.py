@@ -95,6 +95,7 @@ MEANINGS: dict[str, str] = {
     "response.deleted": "A stored response was deleted by its owner, with its log.",
     "server.started": "The embedded Redis server runs.",
     "server.stopped": "The embedded Redis server ended.",
+    "storage.failed": "The storage of files refused something, or did not answer.",
     "stream.attached": "A gateway subscribed to a generation.",
     "stream.closed": "A reader's connection ended.",
     "stream.diverged": "The log no longer continues what a reader saw.",

@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.storage import check_storage_url
+
 PrefixCache = Literal["tenant", "shared", "off"]
 EngineWay = Literal["auto", "step", "operations", "modules", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -65,7 +67,22 @@ class KeySettings(Settings):
     ``keys.pepper`` in the data directory, drawn with the first key."""
 
 
-class GatewaySettings(KeySettings):
+class StorageSettings(Settings):
+    """Where files lie; the same for gateways and background workers."""
+
+    storage_url: str = ""
+    """Where files and the results of batches lie: ``s3://bucket/prefix``, ``gs://…`` or ``az://…``,
+    with credentials and endpoint in that store's own variables (``AWS_ACCESS_KEY_ID``,
+    ``AWS_ENDPOINT_URL``, …), or ``file:///directory``. Unset: ``files`` in the data directory,
+    which is right as long as gateways and background workers share one."""
+
+    @field_validator("storage_url")
+    @classmethod
+    def _refuse_unknown_storage(cls, storage_url: str) -> str:
+        return check_storage_url(storage_url)
+
+
+class GatewaySettings(KeySettings, StorageSettings):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
@@ -195,7 +212,7 @@ class WorkerSettings(Settings):
     """Simulated engine: time between tokens."""
 
 
-class BackgroundSettings(Settings):
+class BackgroundSettings(StorageSettings):
     """The arq side: what has minutes."""
 
 

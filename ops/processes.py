@@ -11,7 +11,14 @@ from pydantic import Field, model_validator
 
 from common.models.simulated import SIMULATED_MODEL
 from common.models.sources import find_source
-from common.settings import Dtype, GatewaySettings, KeySettings, Quantize, Settings, WorkerSettings
+from common.settings import (
+    Dtype,
+    GatewaySettings,
+    KeySettings,
+    Quantize,
+    StorageSettings,
+    WorkerSettings,
+)
 from ops.supervisor import ProcessSpec
 
 _BEYOND_DRAIN_S = 10.0
@@ -19,7 +26,7 @@ _BEYOND_DRAIN_S = 10.0
 _BACKGROUND_STOP_S = 15.0
 
 
-class UpSettings(Settings):
+class UpSettings(StorageSettings):
     """What `headrace up` starts. All other settings reach its processes by environment."""
 
     redis_url: str = ""
@@ -71,7 +78,7 @@ class UpSettings(Settings):
         return given
 
 
-class DoctorSettings(KeySettings):
+class DoctorSettings(KeySettings, StorageSettings):
     """What `headrace doctor` looks at."""
 
     host: str = "127.0.0.1"
@@ -158,6 +165,7 @@ class Processes:
         shared: Mapping[str, object] = {
             "REDIS_URL": self.redis_url,
             "DATA_DIR": self.data_dir,
+            "STORAGE_URL": self.settings.storage_url,
             "LOG_DIR": self.log_dir,
             "ALLOW_OPEN_REDIS": self.settings.allow_open_redis,
             "MODEL": self.settings.model,

@@ -15,12 +15,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home headrace \
-    && install -d -o headrace -g headrace /var/lib/headrace
+    && install -d -o headrace -g headrace /var/lib/headrace /var/lib/headrace-files
 COPY --from=build /opt/headrace /opt/headrace
 ENV PATH=/opt/headrace/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HEADRACE_DATA_DIR=/var/lib/headrace
 USER headrace
 WORKDIR /var/lib/headrace
-VOLUME /var/lib/headrace
+VOLUME /var/lib/headrace /var/lib/headrace-files
 ENTRYPOINT ["headrace"]
 CMD ["worker"]

@@ -110,6 +110,7 @@ def test_an_option_may_be_given_several_times() -> None:
         (["upp"], "upp"),
         (["up", "--port", "abc"], "HEADRACE_PORT"),
         (["up", "--gateways", "0"], "HEADRACE_GATEWAYS"),
+        (["background", "--storage-url", "ftp://host/x"], "HEADRACE_STORAGE_URL"),
         (["worker", "--engine", "magic"], "HEADRACE_ENGINE"),
         (["status", "--redis-url", "localhost"], "redis://"),
     ],
@@ -161,6 +162,20 @@ def test_up_refuses_a_wrong_setting_of_its_processes(
     )
     with pytest.raises(ValidationError, match="max_batch_size"):
         processes.specs()
+
+
+def test_gateways_and_background_workers_keep_files_in_one_place(tmp_path: Path) -> None:
+    processes = Processes(
+        settings=UpSettings(storage_url="s3://bucket/files"),
+        redis_url="redis://localhost",
+        data_dir=tmp_path,
+        log_dir=tmp_path,
+        ports=[8080, 8081],
+    )
+    places = {
+        spec.env["HEADRACE_STORAGE_URL"] for spec in processes.specs() if spec.role != "worker"
+    }
+    assert places == {"s3://bucket/files"}
 
 
 @pytest.mark.parametrize("role", ["gateway", "worker", "background"])
