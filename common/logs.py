@@ -40,6 +40,7 @@ MEANINGS: dict[str, str] = {
     "background.stopped": "The background worker ended on purpose.",
     "claim.recovered": "A beat handed back what a claim had taken whose answer was lost.",
     "config.changed": "A setting was changed while running.",
+    "durability.missing": "What is promised for later may be lost with Redis; the reason says why.",
     "engine.failed": "The engine raised: the device is unusable and the process exits.",
     "engine.paused": "The engine stopped stepping because results can not be published.",
     "engine.resumed": "The engine goes on after a pause.",

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     answers, so its network must be as closed as it should be."""
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Redis ≥ 7.0 or Valkey: ``redis://``, ``rediss://`` or ``unix://``."""
+    durable_replicas: int = Field(default=0, ge=0)
+    """Replicas of Redis that must have on their disk, as Redis itself, what is promised for later
+    (a batch, a file, a response in the background) before it is promised. Redis ≥ 7.2 or Valkey."""
     data_dir: Path = Path("var")
     """Models, logs and the embedded server's data."""
     model: str = "SmolLM2-135M-Instruct"

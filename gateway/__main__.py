@@ -84,7 +84,9 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
     log.info("gateway.started", model_version=model.version, url=url)
     _share_interpreter()
     brokers = Brokers(
-        commands=Broker(connect(settings.redis_url), model.name),
+        commands=Broker(
+            connect(settings.redis_url), model.name, durable_replicas=settings.durable_replicas
+        ),
         ordered=Broker(connect(settings.redis_url, single=True), model.name),
         inbox=Broker(connect(settings.redis_url, blocking=True), model.name),
     )
@@ -92,6 +94,8 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
         await brokers.commands.load()
         app = create_app(settings, name=name, brokers=brokers, model=model)
         await app.state.services.callers.check()
+        if gap := await brokers.commands.durability_gap():
+            log.warning("durability.missing", reason=gap)
         server = Server(_uvicorn_config(app), app.state.services)
         announcing = asyncio.create_task(_announce(server, url))
         await server.serve(sockets=[listener])

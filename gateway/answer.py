@@ -123,6 +123,8 @@ async def _admit_all(
                 kept_s = retention_s(order, services.settings)
                 await keep_document(services, subject.request_id, subject.document, kept_s)
             num_choices += order.num_choices
+        if any(order.document and order.document.is_background for order in orders):
+            await services.broker.durable()
     except BaseException:
         for one in admitted:
             services.admissions.withdraw(one.ticket)

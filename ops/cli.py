@@ -171,8 +171,8 @@ def doctor_command(*, as_json: bool, loads: bool, **given: Any) -> int:
 
     Exits with 0 if there is nothing, else with the code of the first finding: 10 Redis does not
     answer, 11 it is too old, 12 it lacks our functions, 13 it may evict prompts, 14 it keeps
-    nothing, 15 clocks differ, 16 keys cannot be checked, 17 no model, 18 little disk, 19 the port
-    is taken.
+    nothing, 20 it cannot wait for its disk, 15 clocks differ, 16 keys cannot be checked, 17 no
+    model, 18 little disk, 19 the port is taken.
     """
     from ops.doctor import doctor
 

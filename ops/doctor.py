@@ -34,6 +34,7 @@ EXIT_CODES = {
     "functions": 12,
     "eviction": 13,
     "persistence": 14,
+    "durability": 20,
     "clock": 15,
     "keys": 16,
     "model": 17,
@@ -85,6 +86,7 @@ async def _of_redis(settings: DoctorSettings, *, loads: bool) -> AsyncIterator[F
             yield await _functions(broker, loads=loads)
             yield _eviction(facts)
             yield _persistence(facts)
+            yield await _durability(broker, facts)
             yield _clock(facts)
             yield await _keys(broker, settings)
     except (Failure, TimeoutError) as error:
@@ -135,6 +137,20 @@ def _persistence(facts: ServerFacts) -> Finding:
         "persistence",
         "no append-only file: a restart of Redis loses queue, streams and API keys",
         "redis-cli config set appendonly yes (and in redis.conf)",
+    )
+
+
+async def _durability(broker: Broker, facts: ServerFacts) -> Finding:
+    """Whether what is promised for later (batches, files, background) survives a crash of Redis."""
+    gap = await broker.durability_gap()
+    if not gap:
+        return Finding("durability", "what is promised for later waits for the disk")
+    if facts.has_append_only_file and facts.fsync == "always":
+        return Finding("durability", "every command is on disk before it is answered")
+    return Finding(
+        "durability",
+        f"{gap}; what was promised in its last second may be lost",
+        "Redis 7.2 or newer, or Valkey, with appendfsync everysec; else appendfsync always",
     )
 
 

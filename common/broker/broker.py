@@ -47,7 +47,10 @@ MAX_PUBLICATIONS = 256
 MAX_CHOICES = 16
 GATEWAY_LEASE_MS = 15_000
 _BELL_TTL_MS = 60_000
+_DISK_LIMIT_MS = 4000
+"""Longest wait for a disk: the server gives up before the 5 s that any command may take."""
 _LONGEST_READ_MS = 30 * 60_000
+_CANNOT_TELL = ("unknown command", "appendonly is disabled", "no permissions")
 
 _pack = msgspec.msgpack.Encoder().encode
 _record = msgspec.msgpack.Decoder(TokenRecord).decode
@@ -61,8 +64,11 @@ _inbox = msgspec.msgpack.Decoder(list[tuple[str, TokenRecord, Timing | None]]).d
 class Broker:
     """One partition of a pool (a pool is one model name) on one Redis or Valkey."""
 
-    def __init__(self, redis: Client, pool: str, partition: int = 0) -> None:
+    def __init__(
+        self, redis: Client, pool: str, partition: int = 0, *, durable_replicas: int = 0
+    ) -> None:
         self.pool = pool
+        self._durable_replicas = durable_replicas
         self._redis = redis
         self._prefix = keys.prefix(pool, partition)
         self._clock = keys.clock(self._prefix)
@@ -120,6 +126,10 @@ class Broker:
             before_s = wall_ms() / 1000
             seconds, microseconds = await redis.time()
             after_s = wall_ms() / 1000
+            try:
+                fsync = (await redis.config_get("appendfsync"))["appendfsync"]
+            except ResponseError:
+                fsync = ""
         valkey = info.get("valkey_version")
         return ServerFacts(
             name="Valkey" if valkey else "Redis",
@@ -127,7 +137,53 @@ class Broker:
             eviction=info["maxmemory_policy"],
             has_append_only_file=bool(info["aof_enabled"]),
             clock_offset_s=seconds + microseconds / 1e6 - (before_s + after_s) / 2,
+            fsync=fsync,
         )
+
+    async def durable(self) -> bool:
+        """Wait until all that Redis has acknowledged so far lies on its disk, and its replicas'.
+
+        WAITAOF waits for what its own connection wrote: a mark, behind everything before it. Call
+        this before an answer that promises something for later.
+
+        Returns False where the server cannot tell: Redis before 7.2, no append-only file, or a user
+        who may not ask. :meth:`durability_gap` says so at the start.
+
+        Raises: Failure BROKER_UNAVAILABLE when a disk, or a replica, did not write in time.
+        """
+        redis: Any = self._redis
+        mark = keys.mark(self._prefix)
+        with mapped_errors():
+            pipe = redis.pipeline(transaction=False)
+            pipe.set(mark, b"", px=_DISK_LIMIT_MS)
+            pipe.execute_command("WAITAOF", 1, self._durable_replicas, _DISK_LIMIT_MS)
+            marked, written = await pipe.execute(raise_on_error=False)
+            if isinstance(marked, Exception):
+                raise marked
+            if isinstance(written, ResponseError) and any(
+                reason in str(written) for reason in _CANNOT_TELL
+            ):
+                return False
+            if isinstance(written, Exception):
+                raise written
+        disks, replicas = written
+        if disks < 1 or replicas < self._durable_replicas:
+            raise Failure(
+                "BROKER_UNAVAILABLE",
+                f"Redis did not write to disk in time (own disk: {disks} of 1, replicas: "
+                f"{replicas} of {self._durable_replicas})",
+            )
+        return True
+
+    async def durability_gap(self) -> str:
+        """Why what is promised for later may be lost with the server; empty: it is not."""
+        try:
+            is_durable = await self.durable()
+        except Failure as failure:
+            return failure.message
+        if is_durable:
+            return ""
+        return "Redis cannot say what is on its disk: it needs version 7.2, or Valkey, with AOF"
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -30,6 +30,7 @@
 --   worker:<worker>     hash    presence                                15 s
 --   inbox:<gateway>     stream  packed records                          30 s
 --   bell                list    wakes workers                           1 min
+--   mark                string  written to wait for the disk behind it  4 s
 
 local PROTOCOL = 1
 local LANES = { 'priority', 'default', 'flex', 'batch' }

@@ -18,6 +18,11 @@ def bell(prefix: str) -> str:
     return f"{prefix}bell"
 
 
+def mark(prefix: str) -> str:
+    """What is written before waiting for the disk."""
+    return f"{prefix}mark"
+
+
 def inbox(prefix: str, gateway: str) -> str:
     return f"{prefix}inbox:{gateway}"
 

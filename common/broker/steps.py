@@ -257,6 +257,8 @@ class ServerFacts:
     has_append_only_file: bool
     clock_offset_s: float
     """Its clock less this machine's."""
+    fsync: str = ""
+    """``appendfsync``; empty where this user may not ask."""
 
     @property
     def is_valkey(self) -> bool:

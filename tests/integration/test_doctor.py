@@ -32,7 +32,17 @@ Examine = Callable[..., Said]
 
 
 @pytest.fixture
+def fsync_always(any_redis_server: RedisServer) -> Iterator[None]:
+    """What Redis 7.0 needs so that what it promises is on its disk."""
+    with Redis(port=any_redis_server.port) as client:
+        client.config_set("appendfsync", "always")
+        yield
+        client.config_set("appendfsync", "everysec")
+
+
+@pytest.fixture
 def examine(
+    fsync_always: None,
     any_redis_server: RedisServer,
     simulated_data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -93,6 +103,20 @@ def test_what_redis_lacks_is_found(
     assert "appendonly yes" in said.findings["persistence"][1]
     settings_of.config_set("maxmemory-policy", "noeviction")
     assert examine().code == 14
+
+
+def test_a_server_that_cannot_wait_for_its_disk_is_found(
+    examine: Examine, settings_of: Any, any_redis_server: RedisServer
+) -> None:
+    """Redis 7.0 has no WAITAOF: only with every command on disk are its promises kept."""
+    settings_of.config_set("appendfsync", "everysec")
+    words, mend = examine("--load").findings["durability"]
+    if any_redis_server.kind == "valkey":
+        assert not mend
+        return
+    assert "last second" in words
+    assert "appendfsync always" in mend
+    assert examine().code == 20
 
 
 def test_a_redis_that_does_not_answer_is_found(examine: Examine) -> None:

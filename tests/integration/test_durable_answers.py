@@ -1,0 +1,120 @@
+"""What is promised for later is on the disk of Redis before it is promised."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from common.broker import Broker, broker, connect
+from common.failures import Failure
+from tests.conftest import POOL
+from tests.support.fault_proxy import fault_proxy
+from tests.support.gateway_app import Stand
+from tests.support.models import simulated
+from tests.support.redis_server import Kind, RedisServer
+from tests.support.scripted_worker import saying
+
+PROMISED = {"input": "Hello", "background": True}
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer("valkey", tmp_path / "valkey")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def own_stand(own_server: RedisServer, simulated_data_dir: Path) -> AsyncIterator[Stand]:
+    manifest = simulated(simulated_data_dir).manifest
+    async with AsyncExitStack() as stack:
+        pool = Broker(connect(own_server.url), manifest.name)
+        await pool.load()
+        yield Stand(own_server.url, simulated_data_dir, stack, pool, manifest.version)
+        await stack.aclose()
+        await pool.close()
+
+
+async def test_a_promise_outlives_a_server_killed_right_after_it(
+    own_stand: Stand, own_server: RedisServer
+) -> None:
+    worker = await own_stand.worker()
+    gateway = await own_stand.gateway()
+    promised = await gateway.client.post("/v1/responses", json=PROMISED)
+    own_server.kill()
+    assert promised.status_code == 200, promised.text
+    own_server.start()
+    await own_stand.broker.close()  # the connections of before
+    await worker.beat()
+    other = await own_stand.gateway()  # it knows nothing but what Redis holds
+    path = f"/v1/responses/{promised.json()['id']}"
+    async with worker.acting(saying("Hello")):
+        while (await other.client.get(path)).json()["status"] != "completed":
+            await asyncio.sleep(0.02)
+
+
+async def test_the_answer_waits_for_the_disk(stand: Stand) -> None:
+    await stand.worker()
+    async with fault_proxy(stand.redis_url) as proxy:
+        gateway = await stand.gateway(redis_url=proxy.url)
+        waiting = proxy.hold(b"WAITAOF")
+        answer = asyncio.create_task(gateway.client.post("/v1/responses", json=PROMISED))
+        await waiting.hit.wait()
+        assert (await stand.broker.state()).waiting["default"] == 1, "it is queued already"
+        assert not answer.done()
+        waiting.release()
+        assert (await answer).status_code == 200
+
+
+async def test_without_the_disk_of_a_replica_nothing_is_promised(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told to try again, and nothing runs that nobody was told of."""
+    monkeypatch.setattr(broker, "_DISK_LIMIT_MS", 100)
+    await stand.worker()
+    gateway = await stand.gateway(durable_replicas=1)
+    refused = await gateway.client.post("/v1/responses", json=PROMISED)
+    assert refused.status_code == 503
+    assert "replicas: 0 of 1" in refused.json()["error"]["message"]
+    await gateway.services.relay.flush()
+    assert sum((await stand.broker.state()).waiting.values()) == 0
+
+
+async def test_a_replica_with_a_disk_is_waited_for(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    replica = RedisServer(
+        "valkey",
+        tmp_path / "replica",
+        ("--replicaof", f"127.0.0.1 {redis_server.port}", "--repl-diskless-sync-delay", "0"),
+    )
+    replica.start()
+    pool = Broker(connect(redis_server.url), POOL, durable_replicas=1)
+    try:
+        while "replicas" in await pool.durability_gap():
+            await asyncio.sleep(0.02)
+        assert await pool.durable()
+        replica.kill()
+        with pytest.raises(Failure, match="replicas: 0 of 1"):
+            await pool.durable()
+    finally:
+        replica.kill()
+        await pool.close()
+
+
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+async def test_a_server_that_cannot_tell_is_named_and_used(kind: Kind, tmp_path: Path) -> None:
+    """Redis 7.0 has no WAITAOF; a server without an append-only file has nothing to wait for."""
+    options = ("--appendonly", "no") if kind == "valkey" else ()
+    server = RedisServer(kind, tmp_path / kind, options)
+    server.start()
+    pool = Broker(connect(server.url), POOL)
+    try:
+        assert not await pool.durable()
+        assert "needs version 7.2" in await pool.durability_gap()
+    finally:
+        await pool.close()
+        server.kill()
