@@ -20,7 +20,7 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import generation_id
 from common.keys import NO_LIMITS
-from common.messages import GenerationSpec
+from common.messages import GenerationSpec, Lane
 from common.settings import GatewaySettings
 from gateway.callers import Caller
 from gateway.idempotency import Idempotency
@@ -31,6 +31,8 @@ from gateway.stream import Stream
 
 PATIENCE_S = 3.0
 """How long admission waits for a Redis that just restarts or fails over."""
+FORESIGHT_S = 0.5
+"""A question that takes longer is not worth its answer."""
 MAX_GRACE_S = 3600.0
 
 
@@ -106,6 +108,32 @@ class Admissions:
         self._relay = relay
         self._recent = recent
         self._settings = settings
+
+    async def foresee(
+        self, caller: Caller, lane: Lane, idempotency: Idempotency | None = None
+    ) -> None:
+        """Refuse ahead of the work on a prompt what :meth:`admit` would refuse after it, whatever
+        the prompt holds. Where Redis is away, :meth:`admit` finds out.
+
+        Raises: Failure QUEUE_FULL, NO_WORKERS, RATE_LIMITED.
+        """
+        settings = self._settings
+        try:
+            async with asyncio.timeout(FORESIGHT_S):
+                await self._broker.foresee(
+                    lane=lane,
+                    tenant=caller.tenant,
+                    queue_limit_ms=int(settings.queue_limit_s * 1000),
+                    lane_cap_tokens=settings.lane_cap_tokens,
+                    lane_cap_bytes=settings.lane_cap_bytes,
+                    idempotency_key=idempotency.key_of(0) if idempotency else "",
+                    quota=_quota(caller, is_first=True),
+                )
+        except TimeoutError:
+            return
+        except Failure as failure:
+            if not failure.code.startswith("BROKER_"):
+                raise
 
     async def admit(
         self,

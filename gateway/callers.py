@@ -63,6 +63,10 @@ class Caller:
         """``model`` is the name of a model or of an adapter."""
         return not self.models or model in self.models
 
+    def lane_for(self, asked: Lane) -> Lane:
+        """Where a request that asks for the lane ``asked`` waits."""
+        return LANES[max(LANES.index(asked), LANES.index(self.best_lane))]
+
 
 PUBLIC = Caller()
 """Everybody, where no key is asked for."""
@@ -82,7 +86,7 @@ def permitted(caller: Caller, order: Order, model: str) -> Order:
     asked = order.adapter.partition("@")[0] or model
     if not caller.may_use(asked):
         raise Failure("MODEL_NOT_ALLOWED", f"This API key is not for {asked}", field="model")
-    if LANES.index(order.lane) >= LANES.index(caller.best_lane):
+    if caller.lane_for(order.lane) == order.lane:
         return order
     document = order.document
     if document is not None:

@@ -40,7 +40,7 @@ from common.broker.steps import (
 )
 from common.clock import wall_ms
 from common.failures import Failure
-from common.messages import LANES, GenerationSpec, LogEntry, Timing, TokenRecord
+from common.messages import LANES, GenerationSpec, Lane, LogEntry, Timing, TokenRecord
 
 MAX_PUBLICATIONS = 256
 """Longest publish call; a batch may not be larger."""
@@ -226,9 +226,32 @@ class Broker:
             return Admitted(
                 _text(request), kind == "existing", position, wait, _text(version), quota
             )
-        if a.quota and kind in ("RATE_LIMITED", "QUOTA_EXHAUSTED"):
-            raise _limited(kind, int(answer[1]), _text(answer[2]), _quota_state(a.quota, answer[3]))
-        raise _refused(kind, int(answer[1]), _text(answer[2]))
+        raise _refusal(answer, a.quota)
+
+    async def foresee(
+        self,
+        *,
+        lane: Lane,
+        tenant: str,
+        queue_limit_ms: int,
+        lane_cap_tokens: int,
+        lane_cap_bytes: int,
+        idempotency_key: str = "",
+        quota: Quota | None = None,
+    ) -> None:
+        """Refuse what would be refused however small it were; whoever passes may be refused yet.
+
+        A request that is known under its idempotency key always passes.
+
+        Raises: Failure QUEUE_FULL, NO_WORKERS, RATE_LIMITED, as :meth:`admit`.
+        """
+        fields = (
+            lane, tenant, idempotency_key, queue_limit_ms, lane_cap_tokens, lane_cap_bytes,
+            _limits(quota),
+        )  # fmt: skip
+        answer = await self._call("foresee", _pack(fields), read_only=True)
+        if _text(answer[0]) not in ("known", "free"):
+            raise _refusal(answer, quota)
 
     async def cancel(self, generation_id: str, tenant: str) -> str:
         """End a generation now, whoever holds it: ``cancelled``, ``ended`` or ``unknown``.
@@ -497,6 +520,13 @@ def _limits(quota: Quota | None) -> tuple[str, int, int, int, int]:
 
 def _quota_state(quota: Quota, left: Sequence[int]) -> QuotaState:
     return QuotaState(quota.limits, *left)
+
+
+def _refusal(answer: Sequence[Any], quota: Quota | None) -> Failure:
+    code, wait_ms, cause = _text(answer[0]), int(answer[1]), _text(answer[2])
+    if quota and code in ("RATE_LIMITED", "QUOTA_EXHAUSTED"):
+        return _limited(code, wait_ms, cause, _quota_state(quota, answer[3]))
+    return _refused(code, wait_ms, cause)
 
 
 def _limited(code: str, wait_ms: int, cause: str, quota: QuotaState) -> LimitReached:

@@ -429,6 +429,33 @@ local function next_tag(P, lane, tenant)
   return math.max(tonumber(tags[1]) or 0, tonumber(head[2]) or 0, tonumber(tags[2]) or 0)
 end
 
+-- The answer to a request that cannot be queued now; else nil, and the wait.
+local function refusal_of(P, now, quota, want)
+  local unserved = unservable(P, now, want.cost)
+  if unserved then return { unserved, 0, '' } end
+  if quota then
+    local code, wait_for, cause = over_quota(quota, want.tokens)
+    if code then return { code, wait_for, cause, shown(quota) } end
+  end
+  local held = redis.call('HMGET', P .. 'backlog', want.lane .. '.tokens', want.lane .. '.bytes')
+  local wait = wait_ms(P, want.lane)
+  if (tonumber(held[1]) or 0) + want.total > want.cap_tokens then return { 'QUEUE_FULL', wait, 'tokens' } end
+  if (tonumber(held[2]) or 0) + want.bytes > want.cap_bytes then return { 'QUEUE_FULL', wait, 'bytes' } end
+  if wait > want.queue_limit then return { 'QUEUE_FULL', wait - want.queue_limit, 'wait' } end
+  return nil, wait
+end
+
+-- What admit would say to the smallest of requests, before anybody works on a larger one.
+-- ARGV: [lane, tenant, idem, queue limit, cap tokens, cap bytes, limits]
+local function foresee(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local a = cmsgpack.unpack(args[1])
+  if a[3] ~= '' and redis.call('EXISTS', idem_of(P, a[2], a[3])) == 1 then return { 'known' } end
+  local refusal = refusal_of(P, now, quota_of(P, now, a[7]), { lane = a[1], cost = 1, tokens = 1, total = 1,
+    bytes = 1, cap_tokens = a[5], cap_bytes = a[6], queue_limit = a[4] })
+  return refusal or { 'free' }
+end
+
 -- ARGV: [request, choices, cost, room, lane, tenant, weight, attached, grace, queue limit, run limit,
 --        retention, cap tokens, cap bytes, idem, fingerprint, gateway, prefix, resubmit, limits],
 --       body, out
@@ -456,17 +483,10 @@ local function admit(keys, args)
   local total, wait = cost * choices, 0
   local tokens = cost + (choices - 1) * room   -- a prompt counts once, however many answers it has
   if not resubmit then
-    local refusal = unservable(P, now, cost)
-    if refusal then return { refusal, 0, '' } end
-    if quota then
-      local code, wait_for, cause = over_quota(quota, tokens)
-      if code then return { code, wait_for, cause, shown(quota) } end
-    end
-    local held = redis.call('HMGET', P .. 'backlog', lane .. '.tokens', lane .. '.bytes')
-    wait = wait_ms(P, lane)
-    if (tonumber(held[1]) or 0) + total > a[13] then return { 'QUEUE_FULL', wait, 'tokens' } end
-    if (tonumber(held[2]) or 0) + #body > a[14] then return { 'QUEUE_FULL', wait, 'bytes' } end
-    if wait > a[10] then return { 'QUEUE_FULL', wait - a[10], 'wait' } end
+    local refusal
+    refusal, wait = refusal_of(P, now, quota, { lane = lane, cost = cost, tokens = tokens, total = total,
+      bytes = #body, cap_tokens = a[13], cap_bytes = a[14], queue_limit = a[10] })
+    if refusal then return refusal end
   end
 
   local ttl = a[10] + a[11] + a[12] + 5 * MINUTE_MS
@@ -1160,5 +1180,6 @@ register('stream_secret', stream_secret, { 'allow-oom' })
 register('reap', reap, { 'allow-oom' })
 register('read', read, { 'no-writes' })
 register('look', look, { 'no-writes' })
+register('foresee', foresee, { 'no-writes' })
 register('spec', spec, { 'no-writes' })
 register('state', state, { 'no-writes' })

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from common.failures import Failure
-from gateway.answer import answer
-from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
+from gateway.answer import answer, turn_away_early
+from gateway.api.openai import OpenAiBody, Wanted, lane_of, num_choices, order
 from gateway.api.tools import Said, SaidCall, ToolUse, render, said_call, tool_use
 from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
 from gateway.order import LOGPROBS, Order
@@ -93,7 +93,11 @@ decoder = msgspec.json.Decoder(ChatBody)
 
 
 async def chat_completions(request: Request) -> Response:
-    body = await read_body(request, decoder)
+    return await answer_chat(request, await read_body(request, decoder))
+
+
+async def answer_chat(request: Request, body: ChatBody) -> Response:
+    await turn_away_early(request, lane_of(body.service_tier))
     return await answer(request, await order_of(services_of(request), body))
 
 

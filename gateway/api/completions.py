@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from common.failures import Failure
-from gateway.answer import answer
-from gateway.api.openai import OpenAiBody, Wanted, num_choices, order
+from gateway.answer import answer, turn_away_early
+from gateway.api.openai import OpenAiBody, Wanted, lane_of, num_choices, order
 from gateway.bodies import MAX_NEW_TOKENS, check_range, max_prompt_items, read_body, unsupported
 from gateway.order import ECHO, LOGPROBS, Order
 from gateway.services import Services, services_of
@@ -34,8 +34,12 @@ decoder = msgspec.json.Decoder(CompletionBody)
 async def completions(request: Request) -> Response:
     services = services_of(request)
     max_items = max_prompt_items(services.model.max_total_tokens)
-    body = await read_body(request, decoder, max_items)
-    return await answer(request, *await orders_of(services, body))
+    return await answer_completion(request, await read_body(request, decoder, max_items))
+
+
+async def answer_completion(request: Request, body: CompletionBody) -> Response:
+    await turn_away_early(request, lane_of(body.service_tier))
+    return await answer(request, *await orders_of(services_of(request), body))
 
 
 async def orders_of(services: Services, body: CompletionBody) -> list[Order]:

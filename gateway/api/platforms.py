@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from common.failures import Failure
-from gateway.answer import answer
+from gateway.answer import answer, turn_away_early
 from gateway.api import chat, completions, health, tgi
 from gateway.bodies import decoded, max_prompt_items, read_body, read_json
 from gateway.order import AS_PREDICTIONS, Order
@@ -38,11 +38,9 @@ async def invocations(request: Request) -> Response:
         case "inputs":
             return await tgi.answer_compatibly(request, decoded(body, tgi.decoder))
         case "messages":
-            order = await chat.order_of(services, decoded(body, chat.decoder))
-            return await answer(request, order)
+            return await chat.answer_chat(request, decoded(body, chat.decoder))
         case _:
-            wished = decoded(body, completions.decoder)
-            return await answer(request, *await completions.orders_of(services, wished))
+            return await completions.answer_completion(request, decoded(body, completions.decoder))
 
 
 async def vertex(request: Request) -> Response:
@@ -57,6 +55,7 @@ async def vertex(request: Request) -> Response:
             f"Given: {len(instances)}",
             field="instances",
         )
+    await turn_away_early(request)
     orders = [await _order(services, bytes(instance)) for instance in instances]
     return await answer(request, *orders)
 

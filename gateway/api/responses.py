@@ -17,10 +17,10 @@ from common.failures import Failure
 from common.ids import generation_id, is_request_id, request_of
 from common.logs import get_logger
 from gateway.account import Account
-from gateway.answer import answer, event_stream
+from gateway.answer import answer, event_stream, turn_away_early
 from gateway.api.chat import MAX_TOP_LOGPROBS
 from gateway.api.items import items_of, said_by
-from gateway.api.openai import OpenAiBody, Wanted, order
+from gateway.api.openai import OpenAiBody, Wanted, lane_of, order
 from gateway.api.tools import Said, chat_form, render, tool_use
 from gateway.bodies import (
     MAX_NEW_TOKENS,
@@ -102,6 +102,7 @@ _decoder = msgspec.json.Decoder(ResponseBody)
 
 async def create_response(request: Request) -> Response:
     body = await read_body(request, _decoder)
+    await turn_away_early(request, lane_of(body.service_tier))
     return await answer(request, await _order(request, body))
 
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from common.failures import Failure
 from common.messages import Grammar, Sampling, Watermark
 from common.settings import GatewaySettings
-from gateway.answer import answer
+from gateway.answer import answer, turn_away_early
 from gateway.api import chat
 from gateway.api.grammars import tgi_grammar
 from gateway.api.shapes import TextToken
@@ -85,11 +85,13 @@ decoder = msgspec.json.Decoder(GenerateBody)
 
 async def generate(request: Request) -> Response:
     body = await read_body(request, decoder)
+    await turn_away_early(request)
     return await answer(request, await order_of(services_of(request), body, stream=False))
 
 
 async def generate_stream(request: Request) -> Response:
     body = await read_body(request, decoder)
+    await turn_away_early(request)
     return await answer(request, await order_of(services_of(request), body, stream=True))
 
 
@@ -99,6 +101,7 @@ async def generate_compatibly(request: Request) -> Response:
 
 
 async def answer_compatibly(request: Request, body: GenerateBody) -> Response:
+    await turn_away_early(request)
     if body.parameters.return_full_text is None:
         body.parameters.return_full_text = True
     order = await order_of(services_of(request), body, stream=body.stream, flags=AS_LIST)
