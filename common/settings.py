@@ -85,24 +85,13 @@ class StorageSettings(Settings):
         return check_storage_url(storage_url)
 
 
-class GatewaySettings(KeySettings, StorageSettings):
-    """The HTTP side."""
+class OrderSettings(Settings):
+    """What may be asked for, and for how long it may run: the same whether a gateway takes it or a
+    batch holds it.
+    """
 
-    host: str = "127.0.0.1"
-    """Address to listen on; ``0.0.0.0`` for every network interface."""
-    port: int = Field(default=8080, ge=0, le=65535)
-    """Port to listen on; 0: a free one."""
-    api_key: SecretStr = SecretStr("")
-    """One key for everything, as TGI's: whoever sends it is the tenant ``public`` and may do all.
-    Better: ``headrace keys create``."""
-    allow_anonymous: bool = False
-    """Serve whoever sends no key as the tenant ``public``. Unset: only as long as there are no keys
-    and the address is a loopback one; on any other a gateway without keys does not start."""
     payload_limit: int = Field(default=2_000_000, ge=1)
     """Largest body in bytes."""
-    max_concurrent_requests: int = Field(default=0, ge=0)
-    """Most generations that one gateway has open at once, waiting ones too; who comes on top is
-    refused with 429. 0: no limit but those of the queue."""
     max_input_tokens: int = Field(default=0, ge=0)
     """Longest prompt in tokens; 0: all of ``max_total_tokens`` but one."""
     max_stop_sequences: int = Field(default=4, ge=0)
@@ -120,35 +109,53 @@ class GatewaySettings(KeySettings, StorageSettings):
     """Share of the vocabulary that is green behind each token, where a watermark is asked for."""
     watermark_delta: float = Field(default=2.0, ge=0, le=100)
     """What a watermark adds to the scores of green tokens."""
-    queue_limit_s: float = Field(default=60.0, gt=0)
-    """Longest wait in the queue; who would wait longer is refused at once with 429."""
     run_limit_s: float = Field(default=600.0, gt=0)
     """Longest run of a generation after its first claim."""
-    retention_s: float = Field(default=600.0, gt=0)
-    """How long an ended stream can still be read."""
-    response_retention_s: float = Field(default=3600.0, gt=0)
-    """How long an ended response (``/v1/responses``) that asks to be stored can still be read."""
-    disconnect_grace_s: float = Field(default=5.0, ge=0)
-    """How long a generation goes on without a reader, unless the request says otherwise."""
     lane_cap_tokens: int = Field(default=4_000_000, ge=1)
     """Most tokens of work (prompt plus allowed new tokens) that may wait in one lane."""
     lane_cap_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
     """Most bytes of prompts that may wait in one lane."""
-    keep_alive_s: float = Field(default=15.0, gt=0)
-    """Silence after which a comment is sent on a stream."""
-    cors_allow_origin: tuple[str, ...] = ()
-    """Origins that a browser may call from; empty: only the gateway's own page."""
-    drain_s: float = Field(default=30.0, ge=0)
-    """How long open streams may go on after SIGTERM."""
 
     @model_validator(mode="after")
-    def _leave_room_for_an_answer(self) -> "GatewaySettings":
+    def _leave_room_for_an_answer(self) -> "OrderSettings":
         if self.max_input_tokens >= self.max_total_tokens:
             raise ValueError(
                 f"max_input_tokens must be < max_total_tokens, got {self.max_input_tokens} "
                 f"and {self.max_total_tokens}"
             )
         return self
+
+
+class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for every network interface."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0: a free one."""
+    api_key: SecretStr = SecretStr("")
+    """One key for everything, as TGI's: whoever sends it is the tenant ``public`` and may do all.
+    Better: ``headrace keys create``."""
+    allow_anonymous: bool = False
+    """Serve whoever sends no key as the tenant ``public``. Unset: only as long as there are no keys
+    and the address is a loopback one; on any other a gateway without keys does not start."""
+    max_concurrent_requests: int = Field(default=0, ge=0)
+    """Most generations that one gateway has open at once, waiting ones too; who comes on top is
+    refused with 429. 0: no limit but those of the queue."""
+    queue_limit_s: float = Field(default=60.0, gt=0)
+    """Longest wait in the queue; who would wait longer is refused at once with 429."""
+    retention_s: float = Field(default=600.0, gt=0)
+    """How long an ended stream can still be read."""
+    response_retention_s: float = Field(default=3600.0, gt=0)
+    """How long an ended response (``/v1/responses``) that asks to be stored can still be read."""
+    disconnect_grace_s: float = Field(default=5.0, ge=0)
+    """How long a generation goes on without a reader, unless the request says otherwise."""
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    """Silence after which a comment is sent on a stream."""
+    cors_allow_origin: tuple[str, ...] = ()
+    """Origins that a browser may call from; empty: only the gateway's own page."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long open streams may go on after SIGTERM."""
 
 
 class WorkerSettings(Settings):
@@ -215,7 +222,7 @@ class WorkerSettings(Settings):
     """Simulated engine: time between tokens."""
 
 
-class BackgroundSettings(StorageSettings):
+class BackgroundSettings(OrderSettings, StorageSettings):
     """The arq side: what has minutes."""
 
 

@@ -21,7 +21,7 @@ from common.failures import Failure
 from common.ids import generation_id
 from common.keys import NO_LIMITS
 from common.messages import GenerationSpec, Lane
-from common.settings import GatewaySettings
+from common.settings import GatewaySettings, OrderSettings
 from gateway.callers import Caller
 from gateway.idempotency import Idempotency
 from gateway.order import DETAILS, ECHO, Order
@@ -153,7 +153,16 @@ class Admissions:
         Raises: Failure QUEUE_FULL, NO_WORKERS, CONTEXT_LENGTH_EXCEEDED, BROKER_UNAVAILABLE,
             BROKER_FULL, IDEMPOTENCY_CONFLICT, STREAM_EXPIRED, RATE_LIMITED, QUOTA_EXHAUSTED.
         """
-        admission = self._admission(caller, request_id, order, manner, trace, first_choice)
+        settings = self._settings
+        admission = replace(
+            admission_of(settings, caller, request_id, order, trace),
+            gateway=self._relay.name,
+            attached=manner.grace_s is not None,
+            grace_ms=int((manner.grace_s or 0) * 1000),
+            queue_limit_ms=int(settings.queue_limit_s * 1000),
+            retention_ms=int(retention_s(order, settings) * 1000),
+            quota=_quota(caller, is_first=first_choice == 0),
+        )
         if idempotency is not None:
             admission = replace(
                 admission,
@@ -240,50 +249,40 @@ class Admissions:
             given_up = generation_id(admission.request_id, choice)
             self._relay.cancel_soon(given_up, admission.tenant)
 
-    def _admission(
-        self,
-        caller: Caller,
-        request_id: str,
-        order: Order,
-        manner: Manner,
-        trace: str,
-        first_choice: int,
-    ) -> Admission:
-        settings = self._settings
-        shows_seed = order.flags & DETAILS and order.sampling.do_sample
-        return Admission(
+
+def admission_of(
+    settings: OrderSettings, caller: Caller, request_id: str, order: Order, trace: str = ""
+) -> Admission:
+    """What a request for ``order`` always is; whoever makes it says how it waits and who reads."""
+    shows_seed = order.flags & DETAILS and order.sampling.do_sample
+    return Admission(
+        request_id=request_id,
+        spec=GenerationSpec(
+            prompt=pack_tokens(order.prompt),
+            sampling=order.sampling,
             request_id=request_id,
-            spec=GenerationSpec(
-                prompt=pack_tokens(order.prompt),
-                sampling=order.sampling,
-                request_id=request_id,
-                trace=trace,
-                tenant=caller.tenant,
-                adapter=order.adapter,
-            ),
-            cost=order.cost,
-            presentation=Presentation(
-                api=order.api,
-                flags=order.flags,
-                created=int(time.time()),
-                prompt_tokens=len(order.prompt),
-                seed=order.sampling.seed if shows_seed else None,
-                num_choices=order.num_choices,
-                prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
-            ),
-            gateway=self._relay.name,
-            lane=order.lane,
+            trace=trace,
             tenant=caller.tenant,
+            adapter=order.adapter,
+        ),
+        cost=order.cost,
+        presentation=Presentation(
+            api=order.api,
+            flags=order.flags,
+            created=int(time.time()),
+            prompt_tokens=len(order.prompt),
+            seed=order.sampling.seed if shows_seed else None,
             num_choices=order.num_choices,
-            attached=manner.grace_s is not None,
-            grace_ms=int((manner.grace_s or 0) * 1000),
-            queue_limit_ms=int(settings.queue_limit_s * 1000),
-            run_limit_ms=int(settings.run_limit_s * 1000),
-            retention_ms=int(retention_s(order, settings) * 1000),
-            lane_cap_tokens=settings.lane_cap_tokens,
-            lane_cap_bytes=settings.lane_cap_bytes,
-            quota=_quota(caller, is_first=first_choice == 0),
-        )
+            prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
+        ),
+        gateway="",
+        lane=order.lane,
+        tenant=caller.tenant,
+        num_choices=order.num_choices,
+        run_limit_ms=int(settings.run_limit_s * 1000),
+        lane_cap_tokens=settings.lane_cap_tokens,
+        lane_cap_bytes=settings.lane_cap_bytes,
+    )
 
 
 def _quota(caller: Caller, *, is_first: bool) -> Quota | None:

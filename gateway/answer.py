@@ -9,9 +9,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from common.broker import Presentation
 from common.failures import Failure
 from common.ids import new_request_id
 from common.messages import Lane
+from common.models.tokenizer import Tokenizer
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of, retention_s
 from gateway.callers import caller_of, permitted
@@ -23,7 +25,7 @@ from gateway.idempotency import Idempotency, idempotency_of
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
 from gateway.responses import ResponseFrames, keep_document, nothing, response_object
-from gateway.services import Services, services_of
+from gateway.services import Offer, Services, services_of
 from gateway.sse import EventStream, abandoned_on_disconnect, wants_queue_events
 from gateway.stream import ReaderGone, Stream
 
@@ -137,7 +139,10 @@ async def _admit_all(
                 num_choices,
                 idempotency,
             )
-            subject = _subject(services, order, ticket)
+            version = ticket.admitted.model_version or services.model.version
+            subject = subject_of(
+                services, order, ticket.admitted.request_id, ticket.presentation, version
+            )
             admitted.append(_Admitted(order, ticket, subject))
             if subject.document is not None and not ticket.is_replayed:
                 kept_s = retention_s(order, services.settings)
@@ -222,7 +227,7 @@ async def _whole(
         replies = _replies(admitted, wholes)
         headers |= _compute_headers([one.order for one in admitted])
         headers |= _timing_headers(admitted, wholes, account)
-        return JSONResponse(_body(services, replies), headers=headers)
+        return JSONResponse(whole_body(replies, services.model.tokenizer), headers=headers)
     except Failure as failure:
         account.note_failure(failure)
         wire = wire_of(request.url.path)
@@ -238,8 +243,9 @@ async def _whole(
         account.close(status)
 
 
-def _body(services: Services, replies: Sequence[Reply]) -> Any:
-    subject, tokenizer = replies[0].subject, services.model.tokenizer
+def whole_body(replies: Sequence[Reply], tokenizer: Tokenizer) -> Any:
+    """The JSON of an answer in one piece, one reply for each prompt."""
+    subject = replies[0].subject
     if subject.document is not None:
         return response_object(subject, replies[0].choices[0], tokenizer)
     return body_of(replies, tokenizer)
@@ -253,17 +259,20 @@ def _replies(admitted: Sequence[_Admitted], wholes: Sequence[Completion]) -> lis
     ]
 
 
-def _subject(services: Services, order: Order, ticket: Ticket) -> Subject:
+def subject_of(
+    offer: Offer, order: Order, request_id: str, presentation: Presentation, model_version: str
+) -> Subject:
+    """What the answer to ``order`` says beside its tokens."""
     return Subject(
-        request_id=ticket.admitted.request_id,
-        model=services.model.name,
-        model_version=ticket.admitted.model_version or services.model.version,
-        presentation=ticket.presentation,
+        request_id=request_id,
+        model=offer.model.name,
+        model_version=model_version,
+        presentation=presentation,
         prompt_text=order.prompt_text,
         lane=order.lane,
         prompt=order.prompt,
         document=order.document
-        and msgspec.structs.replace(order.document, presentation=ticket.presentation),
+        and msgspec.structs.replace(order.document, presentation=presentation),
     )
 
 

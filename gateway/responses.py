@@ -29,7 +29,7 @@ from gateway.cursor import FINISH, Cursor
 from gateway.frames import Frames, Subject, call_id, timings
 from gateway.logprobs import chat_logprobs
 from gateway.order import LOGPROBS, TOOLS, ResponseDocument
-from gateway.services import Services
+from gateway.services import Offer, Services
 from gateway.stream import Batch
 from gateway.tool_calls import Arguments, CallBegins, CallEnds, CallReader, Part, Text
 
@@ -154,12 +154,12 @@ def _told(subject: Subject, whole: Completion | Batch, tokenizer: Tokenizer) -> 
 # The object --------------------------------------------------------------------------------------
 
 
-def subject_of(services: Services, request_id: str, document: ResponseDocument) -> Subject:
+def subject_of(offer: Offer, request_id: str, document: ResponseDocument) -> Subject:
     """Of a response that was made before, maybe on another gateway."""
     return Subject(
         request_id=request_id,
-        model=services.model.name,
-        model_version=services.model.version,
+        model=offer.model.name,
+        model_version=offer.model.version,
         presentation=document.presentation,
         document=document,
     )
@@ -367,8 +367,8 @@ async def keep_document(
     await services.broker.keep_document(request_id, _pack(document), int(kept_s * 1000))
 
 
-async def read_document(services: Services, request_id: str) -> ResponseDocument | None:
-    data = await services.broker.read_document(request_id)
+async def read_document(broker: Broker, request_id: str) -> ResponseDocument | None:
+    data = await broker.read_document(request_id)
     return None if data is None else _unpack(data)
 
 
@@ -392,6 +392,7 @@ async def read_log(
                 whole.pieces += record.pieces[skipped:]
                 whole.logprobs += (record.logprobs or [None] * len(record.tokens))[skipped:]
                 whole.tops += (record.tops or [])[skipped:]
+                whole.prompt = record.prompt or whole.prompt
             if record.finish is not None:
                 whole.finish, whole.timing = record.finish, entry.timing
         is_enough = end is not None and len(whole.tokens) >= end

@@ -1,6 +1,7 @@
 """What a request handler can reach: the parts of one gateway process, joined in ``app.py``."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.requests import Request
 
@@ -9,7 +10,7 @@ from common.metrics import GatewayMetrics
 from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
 from common.models.tokenizer import Tokenizer
-from common.settings import GatewaySettings
+from common.settings import GatewaySettings, OrderSettings
 from gateway.admission import Admissions
 from gateway.callers import Callers
 from gateway.relay import Relay
@@ -34,6 +35,17 @@ class ServedModel:
     :attr:`gateway.order.Order.adapter`, ``list()`` what there is."""
 
 
+class Offer(Protocol):
+    """What an order is made of and checked against: by a gateway, and for the lines of a batch."""
+
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def settings(self) -> OrderSettings: ...
+    @property
+    def max_input_tokens(self) -> int: ...
+
+
 @dataclass(slots=True)
 class Services:
     name: str
@@ -53,9 +65,13 @@ class Services:
 
     @property
     def max_input_tokens(self) -> int:
-        """Longest prompt: one token less than what it makes with its answer, or the operator's."""
-        longest = self.model.max_total_tokens - 1
-        return min(self.settings.max_input_tokens or longest, longest)
+        return longest_prompt(self.model, self.settings)
+
+
+def longest_prompt(model: ServedModel, settings: OrderSettings) -> int:
+    """In tokens: one less than what it makes with its answer, or the operator's limit."""
+    longest = model.max_total_tokens - 1
+    return min(settings.max_input_tokens or longest, longest)
 
 
 def services_of(request: Request) -> Services:

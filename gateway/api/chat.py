@@ -16,7 +16,7 @@ from gateway.api.openai import OpenAiBody, Wanted, lane_of, num_choices, order
 from gateway.api.tools import Said, SaidCall, ToolUse, render, said_call, tool_use
 from gateway.bodies import MAX_NEW_TOKENS, check_range, read_body, refuse_unsupported, unsupported
 from gateway.order import LOGPROBS, Order
-from gateway.services import Services, services_of
+from gateway.services import Offer, services_of
 
 ROLES = {
     "system": "system",
@@ -101,16 +101,16 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     return await answer(request, await order_of(services_of(request), body))
 
 
-async def order_of(services: Services, body: ChatBody) -> Order:
+async def order_of(offer: Offer, body: ChatBody) -> Order:
     """Raises: Failure, for what the caller can put right."""
     refuse_unsupported(body, _NEUTRAL)
     wanted = _wanted(body)
-    text = await templated(services, body)
-    prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
-    return order(services, body, "chat", prompt, wanted, num_prompt_characters=len(text))
+    text = await templated(offer, body)
+    prompt = await offer.model.tokenizer.encode_async(text, add_special_tokens=False)
+    return order(offer, body, "chat", prompt, wanted, num_prompt_characters=len(text))
 
 
-async def templated(services: Services, body: ChatBody) -> str:
+async def templated(offer: Offer, body: ChatBody) -> str:
     """The prompt that the model's template makes of a conversation.
 
     Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, TEMPLATE_ERROR.
@@ -119,7 +119,7 @@ async def templated(services: Services, body: ChatBody) -> str:
     if not said:
         raise Failure("BAD_REQUEST", "`messages` must not be empty", field="messages")
     continues = said[-1].role == "assistant" and not said[-1].calls
-    return await render(services, said, _tool_use(body), continues=continues)
+    return await render(offer, said, _tool_use(body), continues=continues)
 
 
 def _tool_use(body: ChatBody) -> ToolUse | None:

@@ -15,7 +15,7 @@ from gateway.answer import answer, turn_away_early
 from gateway.api.openai import OpenAiBody, Wanted, lane_of, num_choices, order
 from gateway.bodies import MAX_NEW_TOKENS, check_range, max_prompt_items, read_body, unsupported
 from gateway.order import ECHO, LOGPROBS, Order
-from gateway.services import Services, services_of
+from gateway.services import Offer, services_of
 
 MAX_LOGPROBS = 5
 
@@ -42,7 +42,7 @@ async def answer_completion(request: Request, body: CompletionBody) -> Response:
     return await answer(request, *await orders_of(services_of(request), body))
 
 
-async def orders_of(services: Services, body: CompletionBody) -> list[Order]:
+async def orders_of(offer: Offer, body: CompletionBody) -> list[Order]:
     """One for each prompt.
 
     Raises: Failure BAD_REQUEST, UNSUPPORTED_PARAMETER, CONTEXT_LENGTH_EXCEEDED.
@@ -52,14 +52,14 @@ async def orders_of(services: Services, body: CompletionBody) -> list[Order]:
             "suffix", "is not supported and can be achieved by preprocessing the prompt."
         )
     wanted = _wanted(body)
-    prompts = _prompts(body.prompt, services.settings.max_client_batch_size)
+    prompts = _prompts(body.prompt, offer.settings.max_client_batch_size)
     if len(prompts) > 1 and body.stream:
         raise unsupported("stream", "is not supported for more than one prompt")
-    return [await _order(services, body, prompt, wanted) for prompt in prompts]
+    return [await _order(offer, body, prompt, wanted) for prompt in prompts]
 
 
-async def _order(services: Services, body: CompletionBody, prompt: Any, wanted: Wanted) -> Order:
-    tokenizer = services.model.tokenizer
+async def _order(offer: Offer, body: CompletionBody, prompt: Any, wanted: Wanted) -> Order:
+    tokenizer = offer.model.tokenizer
     if isinstance(prompt, str):
         tokens = await tokenizer.encode_async(prompt)
     else:
@@ -71,7 +71,7 @@ async def _order(services: Services, body: CompletionBody, prompt: Any, wanted: 
     if body.echo:
         echoed = text or tokenizer.decode(tokens, skip_special_tokens=False)
     return order(
-        services,
+        offer,
         body,
         "completion",
         tokens,

@@ -13,7 +13,7 @@ import msgspec
 from common.broker import MAX_CHOICES
 from common.failures import Failure
 from common.messages import Grammar, Lane, Sampling
-from common.settings import GatewaySettings
+from common.settings import OrderSettings
 from gateway.api.grammars import grammar_of
 from gateway.api.tools import ToolUse
 from gateway.bodies import (
@@ -31,7 +31,7 @@ from gateway.bodies import (
     unsupported,
 )
 from gateway.order import INCLUDE_USAGE, SHOW_TIER, TOOLS, Api, Order
-from gateway.services import ServedModel, Services
+from gateway.services import Offer, ServedModel
 
 TIERS: dict[str, Lane] = {
     "auto": "default",
@@ -93,7 +93,7 @@ class Wanted:
 
 
 def order(
-    services: Services,
+    offer: Offer,
     body: OpenAiBody,
     api: Api,
     prompt: list[int],
@@ -107,7 +107,7 @@ def order(
     return Order(
         api=api,
         prompt=prompt,
-        sampling=_sampling(services, body, len(prompt), wanted),
+        sampling=_sampling(offer, body, len(prompt), wanted),
         stream=bool(body.stream),
         flags=wanted.flags
         | INCLUDE_USAGE * include_usage
@@ -116,7 +116,7 @@ def order(
         prompt_text=prompt_text,
         num_prompt_characters=num_prompt_characters,
         lane=lane_of(body.service_tier),
-        adapter=_adapter(services.model, body.model),
+        adapter=_adapter(offer.model, body.model),
         num_choices=wanted.num_choices,
         num_best=wanted.num_best,
     )
@@ -147,12 +147,10 @@ def lane_of(service_tier: str | None) -> Lane:
     return TIERS[service_tier]
 
 
-def _sampling(
-    services: Services, body: OpenAiBody, num_prompt_tokens: int, wanted: Wanted
-) -> Sampling:
+def _sampling(offer: Offer, body: OpenAiBody, num_prompt_tokens: int, wanted: Wanted) -> Sampling:
     _check_ranges(body)
-    vocab_size = services.model.tokenizer.vocab_size
-    max_new_tokens = _room(services, num_prompt_tokens, wanted.max_tokens)
+    vocab_size = offer.model.tokenizer.vocab_size
+    max_new_tokens = _room(offer, num_prompt_tokens, wanted.max_tokens)
     if body.min_tokens is not None and body.min_tokens > max_new_tokens:
         raise Failure(
             "BAD_REQUEST",
@@ -169,8 +167,8 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=logit_bias("logit_bias", body.logit_bias, vocab_size),
-        grammar=_grammar(body, services.settings, wanted.tools),
-        stop=_stops(body.stop, services.settings.max_stop_sequences),
+        grammar=_grammar(body, offer.settings, wanted.tools),
+        stop=_stops(body.stop, offer.settings.max_stop_sequences),
         stop_token_ids=check_stop_tokens("stop_token_ids", body.stop_token_ids or [], vocab_size),
         keep_stop=False,
         ignore_eos=bool(body.ignore_eos),
@@ -217,7 +215,7 @@ def _stops(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _grammar(body: OpenAiBody, settings: GatewaySettings, tools: ToolUse | None) -> Grammar | None:
+def _grammar(body: OpenAiBody, settings: OrderSettings, tools: ToolUse | None) -> Grammar | None:
     guided = {
         name: getattr(body, name)
         for name in (
@@ -234,12 +232,12 @@ def _grammar(body: OpenAiBody, settings: GatewaySettings, tools: ToolUse | None)
     return tools.grammar(grammar)
 
 
-def _room(services: Services, num_prompt_tokens: int, max_tokens: int | None) -> int:
-    limit = services.model.max_total_tokens
-    if num_prompt_tokens > services.max_input_tokens:
+def _room(offer: Offer, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    limit = offer.model.max_total_tokens
+    if num_prompt_tokens > offer.max_input_tokens:
         raise Failure(
             "CONTEXT_LENGTH_EXCEEDED",
-            f"A prompt may have at most {services.max_input_tokens} of the {limit} tokens of this "
+            f"A prompt may have at most {offer.max_input_tokens} of the {limit} tokens of this "
             f"model's maximum context length; this one has {num_prompt_tokens}.",
             field="messages",
         )

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from common.broker import Attachment
+from common.broker import Attachment, Broker
 from common.failures import Failure
 from common.ids import generation_id, is_request_id, request_of
 from common.logs import get_logger
@@ -44,7 +44,7 @@ from gateway.responses import (
     response_object,
     subject_of,
 )
-from gateway.services import Services, services_of
+from gateway.services import Offer, Services, services_of
 from gateway.stream import Stream
 
 log = get_logger()
@@ -97,28 +97,34 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
 }
 
-_decoder = msgspec.json.Decoder(ResponseBody)
+decoder = msgspec.json.Decoder(ResponseBody)
 
 
 async def create_response(request: Request) -> Response:
-    body = await read_body(request, _decoder)
-    await turn_away_early(request, lane_of(body.service_tier))
-    return await answer(request, await _order(request, body))
-
-
-async def _order(request: Request, body: ResponseBody) -> Order:
-    """Raises: Failure, for what the caller can put right."""
     services = services_of(request)
+    body = await read_body(request, decoder)
+    await turn_away_early(request, lane_of(body.service_tier))
+    made = await order_of(services, services.broker, caller_of(request).tenant, body)
+    if made.document is not None and made.document.is_stored:
+        made = replace(made, retention_s=services.settings.response_retention_s)
+    return await answer(request, made)
+
+
+async def order_of(offer: Offer, broker: Broker, tenant: str, body: ResponseBody) -> Order:
+    """``broker`` knows the responses of ``tenant`` that this one may follow on.
+
+    Raises: Failure, for what the caller can put right.
+    """
     refuse_unsupported(body, _NEUTRAL)
     _check(body)
     tells_logprobs = body.top_logprobs is not None or _LOGPROBS in (body.include or [])
-    items = [*await _conversation(request, body.previous_response_id), *items_of(body.input)]
+    before = await _conversation(offer, broker, tenant, body.previous_response_id)
+    items = [*before, *items_of(body.input)]
     use = tool_use(*chat_form(body.tools, body.tool_choice), parallel=body.parallel_tool_calls)
     instructions = [Said("system", body.instructions)] if body.instructions else []
-    text = await render(services, instructions + said_by(items), use, continues=False)
-    prompt = await services.model.tokenizer.encode_async(text, add_special_tokens=False)
+    text = await render(offer, instructions + said_by(items), use, continues=False)
+    prompt = await offer.model.tokenizer.encode_async(text, add_special_tokens=False)
     body.response_format = _format(body.text)
-    is_stored = body.store is not False
     wanted = Wanted(
         max_tokens=body.max_output_tokens,
         num_choices=1,
@@ -126,18 +132,15 @@ async def _order(request: Request, body: ResponseBody) -> Order:
         top_logprobs=body.top_logprobs or 0,
         tools=use,
     )
-    made = order(services, body, "response", prompt, wanted, num_prompt_characters=len(text))
-    return replace(
-        made,
-        document=ResponseDocument(
-            tenant=caller_of(request).tenant,
-            echo=_echo(body, made),
-            items=items,
-            is_background=bool(body.background),
-            is_stored=is_stored,
-        ),
-        retention_s=services.settings.response_retention_s if is_stored else None,
+    made = order(offer, body, "response", prompt, wanted, num_prompt_characters=len(text))
+    document = ResponseDocument(
+        tenant=tenant,
+        echo=_echo(body, made),
+        items=items,
+        is_background=bool(body.background),
+        is_stored=body.store is not False,
     )
+    return replace(made, document=document)
 
 
 def _check(body: ResponseBody) -> None:
@@ -152,10 +155,11 @@ def _check(body: ResponseBody) -> None:
     for name in body.include or []:
         if name not in _INCLUDED:
             raise unsupported("include", f"names {name[:80]!r}, which is not supported")
-    _check_metadata(body.metadata)
+    check_metadata(body.metadata)
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> None:
+    """Raises: Failure BAD_REQUEST."""
     if metadata is None:
         return
     if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
@@ -221,7 +225,9 @@ def _echo(body: ResponseBody, made: Order) -> dict[str, Any]:
 # What was made before ----------------------------------------------------------------------------
 
 
-async def _conversation(request: Request, previous_id: str | None) -> list[dict[str, Any]]:
+async def _conversation(
+    offer: Offer, broker: Broker, tenant: str, previous_id: str | None
+) -> list[dict[str, Any]]:
     """The items before, and the answer to them, where this one follows on a response.
 
     Raises: Failure BAD_REQUEST, where that cannot be followed on.
@@ -230,15 +236,14 @@ async def _conversation(request: Request, previous_id: str | None) -> list[dict[
         return []
     field = "previous_response_id"
     try:
-        found = await _find(request, previous_id)
+        found = await _find(offer, broker, tenant, previous_id)
     except Failure as failure:
         message = f"Previous response with id {previous_id[:80]!r} not found."
         raise Failure("BAD_REQUEST", message, field=field) from failure
     if not found.whole.finish.reason:
         message = f"The response {previous_id[:80]!r} has not ended yet."
         raise Failure("BAD_REQUEST", message, field=field)
-    tokenizer = services_of(request).model.tokenizer
-    answer = output_items(found.subject, found.whole, tokenizer)
+    answer = output_items(found.subject, found.whole, offer.model.tokenizer)
     return [*document_of(found.subject).items, *answer]
 
 
@@ -254,26 +259,36 @@ class _Found:
         )
 
 
-async def _find(request: Request, response_id: str) -> _Found:
+async def _find(offer: Offer, broker: Broker, tenant: str, response_id: str) -> _Found:
     """Raises: Failure NOT_FOUND, also for another tenant's and for one that was not stored."""
-    services = services_of(request)
-    request_id, document = await _load(request, response_id)
-    found = await read_log(services.broker, generation_id(request_id))
+    request_id, document = await _load(broker, tenant, response_id)
+    found = await read_log(broker, generation_id(request_id))
     if found is None:
         raise _not_found(response_id)
     whole, state = found
-    return _Found(subject_of(services, request_id, document), whole, state)
+    return _Found(subject_of(offer, request_id, document), whole, state)
 
 
-async def _load(request: Request, response_id: str) -> tuple[str, ResponseDocument]:
+async def _found(request: Request, response_id: str) -> _Found:
+    services = services_of(request)
+    return await _find(services, services.broker, caller_of(request).tenant, response_id)
+
+
+async def _loaded(request: Request) -> tuple[str, ResponseDocument]:
+    """Of the response that the path names."""
+    broker, tenant = services_of(request).broker, caller_of(request).tenant
+    return await _load(broker, tenant, request.path_params["id"])
+
+
+async def _load(broker: Broker, tenant: str, response_id: str) -> tuple[str, ResponseDocument]:
     """The request that made a response, and its document.
 
     Raises: Failure NOT_FOUND, also for another tenant's and for one that was not stored.
     """
     request_id = response_id.removeprefix(PREFIX)
     if response_id.startswith(PREFIX) and is_request_id(request_id):
-        document = await read_document(services_of(request), request_id)
-        if document and document.is_stored and document.tenant == caller_of(request).tenant:
+        document = await read_document(broker, request_id)
+        if document and document.is_stored and document.tenant == tenant:
             return request_id, document
     raise _not_found(response_id)
 
@@ -290,13 +305,13 @@ async def show_response(request: Request) -> Response:
     query = request.query_params
     if query.get("stream") in ("true", "1"):
         return await _stream(request, _number(query.get("starting_after"), "starting_after"))
-    found = await _find(request, request.path_params["id"])
+    found = await _found(request, request.path_params["id"])
     return JSONResponse(found.shown(services_of(request)))
 
 
 async def _stream(request: Request, after: int) -> Response:
     services = services_of(request)
-    request_id, document = await _load(request, request.path_params["id"])
+    request_id, document = await _loaded(request)
     stream = services.relay.open(generation_id(request_id), caller_of(request).tenant)
     try:
         attachment = await _attach(services, stream)
@@ -347,7 +362,7 @@ async def list_input_items(request: Request) -> Response:
 
     Raises: Failure NOT_FOUND, BAD_REQUEST.
     """
-    _, document = await _load(request, request.path_params["id"])
+    _, document = await _loaded(request)
     query = request.query_params
     limit = _number(query.get("limit", str(DEFAULT_ITEMS_PAGE)), "limit")
     check_range("limit", limit, 1, MAX_ITEMS_PAGE)
@@ -379,12 +394,12 @@ async def cancel_response(request: Request) -> Response:
     Raises: Failure NOT_FOUND, BAD_REQUEST, BROKER_UNAVAILABLE.
     """
     services = services_of(request)
-    request_id, document = await _load(request, request.path_params["id"])
+    request_id, document = await _loaded(request)
     if not document.is_background:
         raise Failure("BAD_REQUEST", "Only a response in the background can be cancelled.")
     state = await services.relay.cancel(request_id, document.tenant)
     log.info("generation.cancelled", stream_id=request_id, state=state, cause="asked")
-    found = await _find(request, PREFIX + request_id)
+    found = await _found(request, PREFIX + request_id)
     return JSONResponse(found.shown(services))
 
 
@@ -394,7 +409,7 @@ async def delete_response(request: Request) -> Response:
     Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE.
     """
     services = services_of(request)
-    request_id, document = await _load(request, request.path_params["id"])
+    request_id, document = await _loaded(request)
     await services.broker.forget(generation_id(request_id), document.tenant)
     log.info("response.deleted", stream_id=request_id)
     return JSONResponse({"id": PREFIX + request_id, "object": "response", "deleted": True})

@@ -155,7 +155,7 @@ async def _frames(
     """The frames behind ``cursors``, in the format of the API that the request came through."""
     tokenizer, request_id = services.model.tokenizer, subject.request_id
     if subject.presentation.api == "response":
-        document = await read_document(services, request_id)
+        document = await read_document(services.broker, request_id)
         if document is None:
             raise Failure("STREAM_EXPIRED")
         before = await _before(services, generation_id(request_id), cursors[0])

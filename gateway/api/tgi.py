@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from common.failures import Failure
 from common.messages import Grammar, Sampling, Watermark
-from common.settings import GatewaySettings
+from common.settings import OrderSettings
 from gateway.answer import answer, turn_away_early
 from gateway.api import chat
 from gateway.api.grammars import tgi_grammar
@@ -38,7 +38,7 @@ from gateway.bodies import (
     read_body,
 )
 from gateway.order import AS_LIST, DETAILS, FULL_TEXT, PREFILL, Order
-from gateway.services import ServedModel, Services, services_of
+from gateway.services import Offer, ServedModel, services_of
 
 
 class Parameters(msgspec.Struct):
@@ -177,15 +177,13 @@ async def info(request: Request) -> Response:
     )
 
 
-async def order_of(
-    services: Services, body: GenerateBody, *, stream: bool, flags: int = 0
-) -> Order:
+async def order_of(offer: Offer, body: GenerateBody, *, stream: bool, flags: int = 0) -> Order:
     """Raises: Failure, for the first of TGI's rules that the body breaks."""
-    p, model = body.parameters, services.model
-    _check_parameters(p, services.settings, stream=stream)
+    p, model = body.parameters, offer.model
+    _check_parameters(p, offer.settings, stream=stream)
     if not body.inputs:
         raise _invalid("inputs", "cannot be empty")
-    max_input = services.max_input_tokens
+    max_input = offer.max_input_tokens
     if p.truncate is not None and not 0 < p.truncate <= max_input:
         raise _invalid(
             "truncate", f"must be strictly positive and less than {max_input}. Given: {p.truncate}"
@@ -197,7 +195,7 @@ async def order_of(
     max_new_tokens = _new_tokens(len(prompt), p.max_new_tokens, max_input, model.max_total_tokens)
     num_choices = p.best_of or 1
     with _as_validation():
-        sampling = _sampling(services, p, max_new_tokens)
+        sampling = _sampling(offer, p, max_new_tokens)
         adapter = _adapter(model, p.adapter_id)
     return Order(
         api="tgi",
@@ -216,7 +214,7 @@ async def order_of(
     )
 
 
-def _check_parameters(p: Parameters, settings: GatewaySettings, *, stream: bool) -> None:
+def _check_parameters(p: Parameters, settings: OrderSettings, *, stream: bool) -> None:
     """TGI's rules in its order and words, then the bounds that its number types set."""
     if stream and p.best_of not in (None, 1):
         raise _invalid("best_of", "!= 1 is not supported when streaming tokens")
@@ -247,7 +245,7 @@ def _check_choosing(p: Parameters) -> None:
             raise _invalid(name, "must be strictly positive")
 
 
-def _check_limits(p: Parameters, settings: GatewaySettings) -> None:
+def _check_limits(p: Parameters, settings: OrderSettings) -> None:
     max_stops = settings.max_stop_sequences
     if len(p.stop) > max_stops:
         raise _invalid("stop", f"supports up to {max_stops} stop sequences. Given: {len(p.stop)}")
@@ -305,8 +303,8 @@ def _new_tokens(num_prompt: int, wished: int | None, max_input: int, max_total: 
     return num_new
 
 
-def _sampling(services: Services, p: Parameters, max_new_tokens: int) -> Sampling:
-    settings, vocab_size = services.settings, services.model.tokenizer.vocab_size
+def _sampling(offer: Offer, p: Parameters, max_new_tokens: int) -> Sampling:
+    settings, vocab_size = offer.settings, offer.model.tokenizer.vocab_size
     watermark = Watermark(settings.watermark_gamma, settings.watermark_delta)
     return Sampling(
         max_new_tokens=max_new_tokens,
@@ -343,7 +341,7 @@ def _is_sampling(p: Parameters) -> bool:
     )
 
 
-def _grammar(asked: Any, settings: GatewaySettings) -> Grammar | None:
+def _grammar(asked: Any, settings: OrderSettings) -> Grammar | None:
     if asked is not None and settings.disable_grammar_support:
         raise Failure("BAD_REQUEST", "grammar is not supported", field="grammar")
     return tgi_grammar("grammar", asked)

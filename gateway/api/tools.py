@@ -15,7 +15,7 @@ from common.failures import Failure
 from common.messages import Grammar
 from gateway.api.grammars import MAX_GRAMMAR_BYTES
 from gateway.bodies import unsupported
-from gateway.services import Services
+from gateway.services import Offer
 from gateway.tool_calls import Tool, call_text, calls_grammar, instructions, result_text
 
 MAX_TOOLS = 128
@@ -221,13 +221,13 @@ def said_call(field: str, id: Any, name: Any, arguments: Any) -> SaidCall:
 
 
 async def render(
-    services: Services, conversation: Sequence[Said], use: ToolUse | None, *, continues: bool
+    offer: Offer, conversation: Sequence[Said], use: ToolUse | None, *, continues: bool
 ) -> str:
     """The prompt's text for ``conversation``.
 
     Raises: Failure TEMPLATE_ERROR.
     """
-    template = services.model.chat_template
+    template = offer.model.chat_template
     if template.takes_tools:
         messages = [_native(message, conversation) for message in conversation]
         shown = [tool.shown() for tool in use.tools] if use else None
