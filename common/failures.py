@@ -92,6 +92,15 @@ KINDS: dict[str, FailureKind] = {
             "The body is larger than the limit.",
         ),
         _kind(
+            "BODY_TIMEOUT",
+            408,
+            _INVALID,
+            "validation",
+            True,
+            Actor.CALLER,
+            "The body of the request did not come in time.",
+        ),
+        _kind(
             "HEADER_TOO_LARGE",
             431,
             _INVALID,

@@ -6,10 +6,12 @@ signal ends it at once.
 """
 
 import asyncio
+import gc
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -26,7 +28,7 @@ from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings, first_error
 from gateway.app import Brokers, create_app, drain
-from gateway.http_server import BoundedHttp
+from gateway.http_server import BoundedHttp, IdleConnections
 from gateway.services import ServedModel, Services
 
 log = logs.get_logger()
@@ -96,8 +98,9 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
         await app.state.services.callers.check()
         if gap := await brokers.commands.durability_gap():
             log.warning("durability.missing", reason=gap)
-        server = Server(_uvicorn_config(app), app.state.services)
+        server = Server(_uvicorn_config(app, settings), app.state.services)
         announcing = asyncio.create_task(_announce(server, url))
+        _keep_for_good()
         await server.serve(sockets=[listener])
         announcing.cancel()
     finally:
@@ -113,6 +116,14 @@ def _share_interpreter() -> None:
     helpers = ThreadPoolExecutor(HELPER_THREADS, thread_name_prefix="helper")
     asyncio.get_running_loop().set_default_executor(helpers)
     sys.setswitchinterval(SWITCH_S)
+
+
+def _keep_for_good() -> None:
+    """Leave out of the collector's rounds all that there is by now: modules, routes, types. To walk
+    over them took 50 to 90 ms, in which no stream went on.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:
@@ -163,10 +174,12 @@ def main() -> int:
     return run(settings)
 
 
-def _uvicorn_config(app: object) -> uvicorn.Config:
+def _uvicorn_config(app: object, settings: GatewaySettings) -> uvicorn.Config:
+    idle = IdleConnections(settings.max_idle_connections)
+    http = partial(BoundedHttp, idle=idle, limit_s=settings.arrival_limit_s)
     return uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType] - uvicorn names ASGI types of its own
-        http=BoundedHttp,
+        http=http,  # pyright: ignore[reportArgumentType] - called like the class it wants
         ws="none",
         lifespan="on",
         log_config=None,

@@ -140,7 +140,11 @@ def create_app(
             Middleware(HeadLimit, refuse=_answer_failure),
             *_cors(settings),
             Middleware(Identification, callers=callers, tokens=tokens, refuse=_answer_failure),
-            Middleware(PayloadLimit, max_bytes=settings.payload_limit),
+            Middleware(
+                PayloadLimit,
+                max_bytes=settings.payload_limit,
+                limit_s=settings.arrival_limit_s,
+            ),
         ],
         exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},
         lifespan=_lifespan,

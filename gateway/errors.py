@@ -112,8 +112,8 @@ def failure_response(
         headers |= rate_limit_headers(failure.quota)
     if failure.kind.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
-    if failure.code == "DRAINING":
-        headers["connection"] = "close"  # the retry must find another gateway
+    if failure.code in ("DRAINING", "BODY_TIMEOUT"):
+        headers["connection"] = "close"  # to find another gateway; and not to wait for the rest
     return Response(
         json.dumps(envelope(failure, wire)),
         status_code=status or status_of(failure, wire),

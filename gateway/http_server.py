@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol with an end to a request's head: in bytes, and in time.
+"""uvicorn's HTTP protocol with an end to a request's head, in bytes and in time, and to how many
+connections may be open for nothing.
 
 The parser collects a head until it is whole, however long that takes; nothing of the application
 has seen it by then, so no middleware could refuse it.
@@ -16,21 +17,49 @@ from gateway.errors import envelope
 MAX_HEAD_BYTES = 64 * 1024
 """Above the application's own limit, whose answer is the better one; a piece from the network may
 be as long again."""
-HEAD_LIMIT_S = 30.0
+
+
+class IdleConnections:
+    """The connections on which no request is being answered, the longest idle first.
+
+    Above ``most`` of them that one is closed: to hold connections open costs a caller nothing.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._idle: dict[BoundedHttp, None] = {}
+
+    def add(self, connection: "BoundedHttp") -> None:
+        self._idle.pop(connection, None)
+        self._idle[connection] = None
+        if len(self._idle) > self._most:
+            longest = next(iter(self._idle))
+            self.discard(longest)
+            longest.transport.close()
+
+    def discard(self, connection: "BoundedHttp") -> None:
+        self._idle.pop(connection, None)
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Closes a connection whose next head is too long, or not there in time."""
+    """Closes a connection whose next head is too long, or not there within ``limit_s``."""
 
     _head_bytes = 0
     _is_in_head = False
     _deadline: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, idle: IdleConnections, limit_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle = idle
+        self._limit_s = limit_s
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+        self._idle.add(self)
+        self._deadline = self.loop.call_later(self._limit_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._idle.discard(self)
         self._end_deadline()
         super().connection_lost(exc)
 
@@ -46,13 +75,19 @@ class BoundedHttp(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+            self._deadline = self.loop.call_later(self._limit_s, self._give_up)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         self._end_deadline()
+        self._idle.discard(self)
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        if not self.pipeline and not self.transport.is_closing():
+            self._idle.add(self)
+        super().on_response_complete()
 
     def _end_deadline(self) -> None:
         if self._deadline is not None:

@@ -1,5 +1,6 @@
 """What happens to every request and answer, as pure ASGI: ids, headers, limits, last resort."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 
@@ -19,6 +20,9 @@ log = get_logger()
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
+
+_UPLOADS = "/v1/files"
+"""There a body is a file, which may take its time."""
 
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,200}")
 """What a client may name its request: visible ASCII, so it fits a header and a log line."""
@@ -105,29 +109,71 @@ def _is_long(scope: Scope) -> bool:
 
 
 class PayloadLimit:
-    """Refuses bodies above ``max_bytes``, by their announced length or as they come."""
+    """Refuses bodies above ``max_bytes``, by their announced length or as they come, and those that
+    are not there ``limit_s`` after their head.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    What a client still sends once its answer has begun cannot be refused: then it counts as gone.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
-        is_announced = length.isdigit() and int(length) > self._max_bytes
-        taken = 0
+        body = _Body(receive, Headers(scope=scope), self._max_bytes)
+        if not scope["path"].startswith(_UPLOADS):
+            body.due_s = scope["headrace.arrived_at"] + self._limit_s
+        has_answered = False
 
         async def limited() -> Message:
-            nonlocal taken
-            message = {} if is_announced else await receive()
-            taken += len(message.get("body", b""))
-            if is_announced or taken > self._max_bytes:
-                raise _too_large(self._max_bytes)
-            return message
+            if body.is_whole:
+                return await receive()
+            try:
+                return await body.next()
+            except Failure:
+                if has_answered:
+                    return {"type": "http.disconnect"}
+                raise
 
-        await self._app(scope, limited, send)
+        async def noted(message: Message) -> None:
+            nonlocal has_answered
+            has_answered = True
+            await send(message)
+
+        await self._app(scope, limited, noted)
+
+
+class _Body:
+    """The body of one request, as it comes."""
+
+    def __init__(self, receive: Receive, headers: Headers, max_bytes: int) -> None:
+        self.is_whole = False
+        self.due_s: float | None = None
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        length = headers.get("content-length", "")
+        self._is_announced_too_long = length.isdigit() and int(length) > max_bytes
+
+    async def next(self) -> Message:
+        """Raises: Failure BODY_TOO_LARGE, BODY_TIMEOUT."""
+        if self._is_announced_too_long:
+            raise _too_large(self._max_bytes)
+        left_s = None if self.due_s is None else max(0.0, self.due_s - monotonic_s())
+        try:
+            async with asyncio.timeout(left_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise Failure("BODY_TIMEOUT") from error
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        self.is_whole = not message.get("more_body", False)
+        return message
 
 
 def _too_large(limit_bytes: int) -> Failure:

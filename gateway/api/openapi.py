@@ -308,7 +308,7 @@ _MEANINGS = {
     "watermark": "Mark the text, to be recognised as generated.",
 }
 _OF_ANY_BODY = ("BAD_REQUEST", "UNSUPPORTED_PARAMETER", "TEMPLATE_ERROR", "BODY_TOO_LARGE",
-                "UNSUPPORTED_MEDIA_TYPE")  # fmt: skip
+                "BODY_TIMEOUT", "UNSUPPORTED_MEDIA_TYPE")  # fmt: skip
 _OF_ANY_ROUTE = ("INTERNAL", "ACCESS_MISCONFIGURED", "BROKER_UNAVAILABLE")
 _STATUSES_OF_ANY_ROUTE = {401, 403, 431}
 """Who asks is checked before what is asked."""

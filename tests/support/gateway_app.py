@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from common.ids import new_process_name
 from common.settings import GatewaySettings
 from gateway.__main__ import listen, load_model
 from gateway.app import Brokers, create_app
-from gateway.http_server import BoundedHttp
+from gateway.http_server import BoundedHttp, IdleConnections
 from gateway.services import Services
 from tests.support.models import simulated
 from tests.support.scripted_worker import ScriptedWorker
@@ -81,7 +82,7 @@ async def running_gateway(
         inbox=Broker(connect(redis_url, blocking=True), model.name),
     )
     app = create_app(chosen, name=new_process_name("gateway"), brokers=brokers, model=model)
-    async with _served(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with _served(app, chosen) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
         yield RunningGateway(url, client, app)
         # What still streams is cut off, as by a client that leaves.
     for broker in (brokers.commands, brokers.ordered, brokers.inbox):
@@ -96,11 +97,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _served(app: Callable[..., Any]) -> AsyncGenerator[str]:
+async def _served(app: Callable[..., Any], settings: GatewaySettings) -> AsyncGenerator[str]:
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(
-        app, http=BoundedHttp, ws="none", log_config=None, timeout_graceful_shutdown=2
-    )
+    idle = IdleConnections(settings.max_idle_connections)
+    http: Any = partial(BoundedHttp, idle=idle, limit_s=settings.arrival_limit_s)
+    config = uvicorn.Config(app, http=http, ws="none", log_config=None, timeout_graceful_shutdown=2)
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await wait_until(lambda: server.started or serving.done(), what="the server's start")
