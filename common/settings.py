@@ -92,6 +92,53 @@ class OrderSettings(Settings):
 
     payload_limit: int = Field(default=2_000_000, ge=1)
     """Largest body in bytes."""
+    max_input_tokens: int = Field(default=0, ge=0)
+    """Longest prompt in tokens; 0: all of ``max_total_tokens`` but one."""
+    max_stop_sequences: int = Field(default=4, ge=0)
+    """Most stop strings in one request."""
+    max_best_of: int = Field(default=2, ge=1, le=16)
+    """Most answers that TGI's ``best_of`` may choose from; OpenAI's ``n`` and ``best_of`` may be up
+    to 16."""
+    max_top_n_tokens: int = Field(default=5, ge=0, le=20)
+    """Most of the likeliest tokens that TGI's ``top_n_tokens`` may ask for with each token."""
+    max_client_batch_size: int = Field(default=32, ge=1, le=256)
+    """Most prompts in one request to ``/v1/completions``; each is queued as its own request."""
+    disable_grammar_support: bool = False
+    """Refuse requests that constrain their answer by a grammar or a schema."""
+    watermark_gamma: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the vocabulary that is green behind each token, where a watermark is asked for."""
+    watermark_delta: float = Field(default=2.0, ge=0, le=100)
+    """What a watermark adds to the scores of green tokens."""
+    run_limit_s: float = Field(default=600.0, gt=0)
+    """Longest run of a generation after its first claim."""
+    lane_cap_tokens: int = Field(default=4_000_000, ge=1)
+    """Most tokens of work (prompt plus allowed new tokens) that may wait in one lane."""
+    lane_cap_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    """Most bytes of prompts that may wait in one lane."""
+
+    @model_validator(mode="after")
+    def _leave_room_for_an_answer(self) -> "OrderSettings":
+        if self.max_input_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"max_input_tokens must be < max_total_tokens, got {self.max_input_tokens} "
+                f"and {self.max_total_tokens}"
+            )
+        return self
+
+
+class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for every network interface."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0: a free one."""
+    api_key: SecretStr = SecretStr("")
+    """One key for everything, as TGI's: whoever sends it is the tenant ``public`` and may do all.
+    Better: ``headrace keys create``."""
+    allow_anonymous: bool = False
+    """Serve whoever sends no key as the tenant ``public``. Unset: only as long as there are no keys
+    and the address is a loopback one; on any other a gateway without keys does not start."""
     arrival_limit_s: float = Field(default=60.0, gt=0)
     """Most time that the head of a request may take to come, and then its body; files that are
     uploaded only have to make progress."""
@@ -101,3 +148,111 @@ class OrderSettings(Settings):
     max_concurrent_requests: int = Field(default=0, ge=0)
     """Most generations that one gateway has open at once, waiting ones too; who comes on top is
     refused with 429. 0: no limit but those of the queue."""
+    queue_limit_s: float = Field(default=60.0, gt=0)
+    """Longest wait in the queue; who would wait longer is refused at once with 429."""
+    retention_s: float = Field(default=600.0, gt=0)
+    """How long an ended stream can still be read."""
+    response_retention_s: float = Field(default=3600.0, gt=0)
+    """How long an ended response (``/v1/responses``) that asks to be stored can still be read."""
+    disconnect_grace_s: float = Field(default=5.0, ge=0)
+    """How long a generation goes on without a reader, unless the request says otherwise."""
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    """Silence after which a comment is sent on a stream."""
+    cors_allow_origin: tuple[str, ...] = ()
+    """Origins that a browser may call from; empty: only the gateway's own page."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long open streams may go on after SIGTERM."""
+
+
+class WorkerSettings(Settings):
+    """The engine side."""
+
+    engine: Literal["torch", "simulated"] = "torch"
+    """``simulated`` answers with scripted text and set latencies, without a model or torch."""
+    dtype: Dtype = "auto"
+    """``auto``: bfloat16 where the device has it in hardware, else float32. ``float16`` is for
+    CUDA."""
+    quantize: Quantize = "none"
+    """``int8``: weights in 8 bits, a scale for each 32 of them. They take half of the memory, and
+    few generations at once run up to twice as fast. Needs one of the native ways. Such a worker
+    does not go on with what one without it began."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto``."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Devices that one copy of the model is spread over, each with a process of its own: for models
+    that do not fit one. GPUs of this machine, or, to try it, its processor. Such a worker does not
+    go on with what one of another number began."""
+    engine_way: EngineWay = "auto"
+    """How a step is computed on a processor (on CUDA ``auto`` is paged attention in recorded steps,
+    and ``plain`` torch as it is): ``step``, the whole of it in own kernels;
+    ``operations``, own kernels inside the model's modules; ``modules``, torch with packed weights;
+    ``plain``, torch as it is; ``auto``: the first of these that takes the model on this machine."""
+    num_threads: int = Field(default=0, ge=0)
+    """Threads that compute; 0: one per core, or this worker's share of them."""
+    max_batch_size: int = Field(default=32, ge=1, le=256)
+    """Most generations in one step; also the number of cache slots."""
+    max_batch_total_tokens: int = Field(default=65_536, ge=2)
+    """Most tokens of cache promised to running generations (prompt plus allowed new tokens)."""
+    cuda_memory_share: float = Field(default=0.85, gt=0, le=1)
+    """On CUDA: share of the memory free after loading that the cache takes. It holds as much as
+    fits there, unless ``max_batch_total_tokens`` is set and needs less."""
+    max_step_tokens: int = Field(default=512, ge=1)
+    """Most tokens in one forward pass: decode rows first, then as much of new prompts as does not
+    hold up those who read."""
+    max_adapters: int = Field(default=16, ge=1)
+    """Most LoRA adapters in memory; the one that was longest without work gives way to another."""
+    speculation: Literal["auto", "off"] = "auto"
+    """``auto``: where text of the prompt or the answer seems to come again, several tokens are
+    guessed and checked in one step, if that is measured to be worth its time here; the answers are
+    the same. ``off``: one token per step."""
+    prefix_cache: PrefixCache = "tenant"
+    """Whose computed prompts a new prompt may begin with: ``tenant``, those of the same tenant;
+    ``shared``, everybody's: a common preamble is computed once, but from how soon a first token
+    comes, a tenant can tell whether another has lately sent a prompt that begins alike; ``off``,
+    nobody's."""
+    grammar_max_bytes: int = Field(default=256 * 1024, ge=1)
+    """Largest JSON schema, regular expression or EBNF that an answer may have to match."""
+    grammar_compile_s: float = Field(default=2.0, gt=0)
+    """Most processor time that one may take to compile, in a process apart."""
+    lease_ms: int = Field(default=5000, ge=500)
+    """Time without a beat after which this worker counts as dead."""
+    beat_ms: int = Field(default=1500, ge=100)
+    """Time between beats; well under a third of the lease."""
+    drain_s: float = Field(default=20.0, ge=0)
+    """How long running generations may finish here after SIGTERM before they are handed over."""
+    step_timeout_s: float = Field(default=20.0, gt=0)
+    """A step that takes longer is a stall: beats stop and the process exits."""
+    simulated_first_token_ms: float = Field(default=20.0, ge=0)
+    """Simulated engine: time from claim to first token."""
+    simulated_inter_token_ms: float = Field(default=10.0, ge=0)
+    """Simulated engine: time between tokens."""
+
+
+class BackgroundSettings(OrderSettings, StorageSettings):
+    """The arq side: what has minutes."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_open_redis(redis_url: str) -> bool:
+    """Whether the URL leads to another host and shows neither a password nor a certificate."""
+    url = urlsplit(redis_url)
+    if url.scheme not in ("redis", "rediss") or is_loopback(url.hostname or "localhost"):
+        return False
+    shown = parse_qs(url.query)
+    return not (url.password or "password" in shown or "ssl_certfile" in shown)
+
+
+def first_error(error: ValidationError) -> str:
+    """One line that names the offending setting as an option and as an environment variable."""
+    detail = error.errors()[0]
+    if not detail["loc"]:  # about several settings, which the message names
+        return detail["msg"].removeprefix("Value error, ")
+    name = str(detail["loc"][0])
+    return f"{name} (HEADRACE_{name.upper()}): {detail['msg']}, got {detail.get('input')!r}"
