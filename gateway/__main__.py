@@ -91,6 +91,7 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
         ),
         ordered=Broker(connect(settings.redis_url, single=True), model.name),
         inbox=Broker(connect(settings.redis_url, blocking=True), model.name),
+        changes=Broker(connect(settings.redis_url, blocking=True), model.name),
     )
     try:
         await brokers.commands.load()
@@ -105,7 +106,7 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
         announcing.cancel()
     finally:
         listener.close()
-        for broker in (brokers.commands, brokers.ordered, brokers.inbox):
+        for broker in (brokers.commands, brokers.ordered, brokers.inbox, brokers.changes):
             await broker.close()
         log.info("gateway.stopped")
         logs.flush()

@@ -16,14 +16,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from common.broker import Broker
+from common.broker import BatchWatch, Broker
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.logs import get_logger
 from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
+from common.storage import open_storage
 from gateway.admission import Admissions
 from gateway.api import (
+    batch_events,
     chat,
     completions,
     health,
@@ -88,15 +90,16 @@ _APIS = {
 
 @dataclass(frozen=True, slots=True)
 class Brokers:
-    """The pool on three connections, because two of them must not share.
+    """The pool on four connections, because three of them must not share.
 
     ``commands`` is any pool of connections; ``ordered`` sends one command after the other (attach
-    and detach); ``inbox`` may block.
+    and detach); ``inbox`` and ``changes``, of batches, may block.
     """
 
     commands: Broker
     ordered: Broker
     inbox: Broker
+    changes: Broker
 
 
 def create_app(
@@ -122,6 +125,7 @@ def create_app(
     )
     callers = Callers(settings, brokers.commands.key_store)
     tokens = StreamTokens(brokers.commands)
+    storage = open_storage(settings.storage_url, settings.data_dir)
     app = Starlette(
         routes=[
             *tgi.routes,
@@ -130,6 +134,7 @@ def create_app(
             *platforms.routes,
             *responses.routes,
             *streams.routes,
+            *batch_events.routes,
             *models.routes,
             *health.routes,
             *openapi.routes_for(settings, _version()),
@@ -157,6 +162,8 @@ def create_app(
         relay=relay,
         callers=callers,
         stream_tokens=tokens,
+        storage=storage,
+        batch_watch=BatchWatch(brokers.changes.batch_store),
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
         version=_version(),

@@ -132,10 +132,7 @@ class Callers:
         Raises: Failure AUTH_MISSING, AUTH_INVALID, AUTH_EXPIRED, SCOPE_DENIED; BROKER_UNAVAILABLE,
             ACCESS_MISCONFIGURED when that can not be found out.
         """
-        caller = await self._identified(headers)
-        if needed not in caller.scopes:
-            raise Failure("SCOPE_DENIED", f"This API key has no scope {needed}")
-        return caller
+        return checked(await self._identified(headers), needed)
 
     async def _identified(self, headers: Headers) -> Caller:
         sent = headers.get("authorization", "")
@@ -257,7 +254,15 @@ class Identification:
         stream = token_in(scope) if "authorization" not in headers else None
         if stream is None:
             return await self._callers.identify(headers, needed)
-        return await self._callers.of_key(await self._tokens.key_of(*stream))
+        caller = await self._callers.of_key(await self._tokens.key_of(*stream))
+        return checked(caller, needed)
+
+
+def checked(caller: Caller, needed: keys.Scope) -> Caller:
+    """The caller, who may do what needs this scope. Raises: Failure SCOPE_DENIED."""
+    if needed not in caller.scopes:
+        raise Failure("SCOPE_DENIED", f"This API key has no scope {needed}")
+    return caller
 
 
 def _caller(key: ApiKey) -> Caller:

@@ -5,12 +5,13 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-from common.broker import Broker
+from common.broker import BatchWatch, Broker
 from common.metrics import GatewayMetrics
 from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings, OrderSettings
+from common.storage import Storage
 from gateway.admission import Admissions
 from gateway.callers import Callers
 from gateway.relay import Relay
@@ -56,6 +57,9 @@ class Services:
     relay: Relay
     callers: Callers
     stream_tokens: StreamTokens
+    storage: Storage
+    batch_watch: BatchWatch
+    """Tells who follows a batch when it changes."""
     admissions: Admissions
     metrics: GatewayMetrics
     version: str

@@ -25,6 +25,12 @@ SEND_LIMIT_S = 60.0
 """A client that takes nothing for so long is disconnected; it may resume from its last id."""
 RETRY_MS = 500
 """How soon a browser's EventSource comes back."""
+EVENT_STREAM_HEADERS = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",
+}
+"""So that nothing between here and the client gathers events, or changes them."""
 
 
 class EventStream(Response):
@@ -52,14 +58,7 @@ class EventStream(Response):
         self._on_close = on_close
         self._is_reconnecting = is_reconnecting
         self._sending_since_s: float | None = None
-        self.init_headers(
-            {
-                "content-type": "text/event-stream",
-                "cache-control": "no-cache, no-transform",
-                "x-accel-buffering": "no",
-                **headers,
-            }
-        )
+        self.init_headers({**EVENT_STREAM_HEADERS, **headers})
 
     async def __call__(
         self,

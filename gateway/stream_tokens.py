@@ -1,4 +1,5 @@
-"""Stream tokens: whoever has one may read one stream for a while, and do nothing else.
+"""Stream tokens: whoever has one may read one stream, or the events of one batch, for a while, and
+do nothing else.
 
 For a browser's EventSource, which can send no header: a page asks for a token with its key, or has
 its own server ask, and puts it into the address. A token is signed for the stream, for the key that
@@ -12,6 +13,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Scope
@@ -23,7 +25,7 @@ from common.failures import Failure
 LIFETIME_S = 900
 """Longer than a generation runs by default. A connection that is open when it ends goes on."""
 
-_PATH = re.compile(r"/v1/streams/([^/]+)")
+_PATH = re.compile(r"/v1/streams/([^/]+)|/v1/batches/([^/]+)/events")
 _TOKEN = re.compile(r"([0-9]{1,12})\.([A-Za-z0-9]{0,64})\.([A-Za-z0-9_-]{43})")
 
 
@@ -32,6 +34,16 @@ class StreamToken:
     text: str
     expires_at: int
     """In seconds since 1970."""
+
+    def shown(self, id: str, path: str) -> dict[str, Any]:
+        """As it is answered; ``path`` is what it opens."""
+        return {
+            "id": id,
+            "object": "stream.token",
+            "token": self.text,
+            "expires_at": self.expires_at,
+            "url": f"{path}?token={self.text}",
+        }
 
 
 class StreamTokens:
@@ -50,9 +62,17 @@ class StreamTokens:
         secret = await self._broker.stream_secret(secrets.token_hex(32), request_id, tenant)
         if secret is None:
             raise Failure("NOT_FOUND", "No such stream")
-        expires_at = (wall_ms() // 1000 if now_s is None else now_s) + LIFETIME_S
-        signature = _sign(secret, request_id, expires_at, key_id)
-        return StreamToken(f"{expires_at}.{key_id}.{signature}", expires_at)
+        return _signed(secret, request_id, key_id, now_s)
+
+    async def issue_for_batch(self, batch_id: str, key_id: str) -> StreamToken:
+        """A token for the events of a batch, for whoever was found to have it.
+
+        Raises: Failure BROKER_UNAVAILABLE.
+        """
+        secret = await self._broker.stream_secret(secrets.token_hex(32))
+        if secret is None:
+            raise Failure("BROKER_UNAVAILABLE")
+        return _signed(secret, batch_id, key_id)
 
     async def key_of(self, request_id: str, text: str) -> str:
         """The id of the key that a token for this stream was asked for with; may be empty.
@@ -78,7 +98,13 @@ def token_in(scope: Scope) -> tuple[str, str] | None:
     if found is None or scope["method"] not in ("GET", "HEAD"):
         return None
     token = Request(scope).query_params.get("token")
-    return None if token is None else (found[1], token)
+    return None if token is None else (found[1] or found[2], token)
+
+
+def _signed(secret: bytes, id: str, key_id: str, now_s: int | None = None) -> StreamToken:
+    expires_at = (wall_ms() // 1000 if now_s is None else now_s) + LIFETIME_S
+    signature = _sign(secret, id, expires_at, key_id)
+    return StreamToken(f"{expires_at}.{key_id}.{signature}", expires_at)
 
 
 def _sign(secret: bytes, request_id: str, expires_at: int, key_id: str) -> str:

@@ -222,6 +222,25 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=shapes.CancelledStream,
         codes=("NOT_FOUND", *_OF_A_LOG),
     ),
+    ("GET", "/v1/batches/{id}/events"): Operation(
+        tag="Batches",
+        summary="A batch as it is worked off: counts, and lines as they finish, from any place.",
+        event="text/event-stream",
+        more=(204,),
+        codes=("BAD_REQUEST", "NOT_FOUND", "STREAM_EXPIRED"),
+        parameters=(
+            ("Last-Event-ID", "header", "Only what is behind the event of this id."),
+            ("starting_after", "query", "The same, for clients that can send no header."),
+            ("lines", "query", "`0`: without the lines."),
+            ("token", "query", "A token for this batch, instead of an API key."),
+        ),
+    ),
+    ("POST", "/v1/batches/{id}/token"): Operation(
+        tag="Batches",
+        summary="A token to read these events with, for clients that can send no header.",
+        answer=shapes.StreamToken,
+        codes=("NOT_FOUND",),
+    ),
     ("GET", "/health"): Operation(
         tag="Operation", summary="200 while this process lives.", more=(200,)
     ),

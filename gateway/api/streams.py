@@ -189,14 +189,7 @@ async def make_token(request: Request) -> Response:
     request_id, caller = _request_id(request), caller_of(request)
     token = await services_of(request).stream_tokens.issue(request_id, caller.tenant, caller.key_id)
     return JSONResponse(
-        {
-            "id": request_id,
-            "object": "stream.token",
-            "token": token.text,
-            "expires_at": token.expires_at,
-            "url": f"/v1/streams/{request_id}?token={token.text}",
-        },
-        headers={"cache-control": "no-store"},
+        token.shown(request_id, f"/v1/streams/{request_id}"), headers={"cache-control": "no-store"}
     )
 
 

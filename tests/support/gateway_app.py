@@ -80,12 +80,13 @@ async def running_gateway(
         commands=Broker(connect(redis_url), model.name, durable_replicas=chosen.durable_replicas),
         ordered=Broker(connect(redis_url, single=True), model.name),
         inbox=Broker(connect(redis_url, blocking=True), model.name),
+        changes=Broker(connect(redis_url, blocking=True), model.name),
     )
     app = create_app(chosen, name=new_process_name("gateway"), brokers=brokers, model=model)
     async with _served(app, chosen) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
         yield RunningGateway(url, client, app)
         # What still streams is cut off, as by a client that leaves.
-    for broker in (brokers.commands, brokers.ordered, brokers.inbox):
+    for broker in (brokers.commands, brokers.ordered, brokers.inbox, brokers.changes):
         await broker.close()
 
 

@@ -1,0 +1,175 @@
+"""``/v1/batches/{id}/events``: a batch as it is worked off, resumable at every line.
+
+Events are ``batch``, the batch as ``GET`` shows it, whenever it has changed; ``line``, a line just
+as it will stand in the output or the error file, whose id is the number of lines up to and with it;
+and ``done``, the batch at its end. They are replayed behind ``Last-Event-ID`` (or
+``?starting_after=``); ``?lines=0`` leaves the lines out. 204 to who has seen the end, so that a
+browser's EventSource stops. ``POST …/token`` makes a token that stands in the address, as
+``?token=``, instead of a key.
+"""
+
+import asyncio
+import re
+from contextlib import aclosing
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from common.batches import BatchRecord
+from common.clock import monotonic_s
+from common.failures import Failure
+from common.logs import get_logger
+from common.parts import Parts
+from gateway.batch_tail import END, BatchTail
+from gateway.callers import caller_of
+from gateway.errors import envelope
+from gateway.middleware import arrival_of
+from gateway.services import services_of
+from gateway.sse import EVENT_STREAM_HEADERS, SEND_LIMIT_S
+
+log = get_logger()
+
+_CURSOR = re.compile(rf"(\d{{1,9}})({END})?")
+
+
+async def read_events(request: Request) -> Response:
+    """Raises: Failure NOT_FOUND, also for another tenant's; STREAM_EXPIRED; BAD_REQUEST."""
+    services, record = services_of(request), await _find(request)
+    position, has_seen_end = _cursor(request)
+    shows_lines = _shows_lines(request)
+    if has_seen_end and record.is_final:
+        return Response(status_code=204)
+    if request.method == "HEAD":
+        return Response(headers=EVENT_STREAM_HEADERS)
+    tail = BatchTail(
+        record,
+        position,
+        store=services.broker.batch_store,
+        watch=services.batch_watch,
+        parts=Parts(services.storage, record.id),
+        shows_lines=shows_lines,
+        keep_alive_s=services.settings.keep_alive_s,
+        is_stopping=lambda: services.is_draining,
+    )
+    if record.is_final and shows_lines:
+        await tail.check()
+    return _TailResponse(tail, record.id, arrival_of(request))
+
+
+async def make_token(request: Request) -> Response:
+    """Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE."""
+    record, caller = await _find(request), caller_of(request)
+    token = await services_of(request).stream_tokens.issue_for_batch(record.id, caller.key_id)
+    return JSONResponse(
+        token.shown(record.id, f"/v1/batches/{record.id}/events"),
+        headers={"cache-control": "no-store"},
+    )
+
+
+async def _find(request: Request) -> BatchRecord:
+    batch_id = request.path_params["id"]
+    record = await services_of(request).broker.batch_store.get(batch_id, caller_of(request).tenant)
+    if record is None:
+        raise Failure("NOT_FOUND", f"No batch found with id '{batch_id[:80]}'.")
+    return record
+
+
+def _cursor(request: Request) -> tuple[int, bool]:
+    """How many lines were seen, and whether the end was.
+
+    The header is fresher than the query, which a reconnecting EventSource repeats unchanged.
+
+    Raises: Failure BAD_REQUEST.
+    """
+    field, text = "Last-Event-ID", request.headers.get("last-event-id", "")
+    if not text:
+        field, text = "starting_after", request.query_params.get("starting_after", "0")
+    found = _CURSOR.fullmatch(text.strip())
+    if found is None:
+        raise Failure(
+            "BAD_REQUEST", f"{field} must be the id of an event, as 57: {text[:40]!r}", field=field
+        )
+    return int(found[1]), found[2] is not None
+
+
+def _shows_lines(request: Request) -> bool:
+    """Raises: Failure BAD_REQUEST."""
+    text = request.query_params.get("lines", "1")
+    if text not in ("0", "1"):
+        raise Failure("BAD_REQUEST", "lines must be 0 or 1", field="lines")
+    return text == "1"
+
+
+class _TailResponse(Response):
+    """Writes a tail until its end, or until the client leaves or takes nothing any more."""
+
+    def __init__(self, tail: BatchTail, batch_id: str, arrived_at: float) -> None:
+        self.status_code = 200
+        self.background = None
+        self._tail = tail
+        self._batch_id = batch_id
+        self._arrived_at = arrived_at
+        self._resumed_from = tail.position
+        self.init_headers(EVENT_STREAM_HEADERS)
+
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002 - ASGI's signature
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        tasks = [asyncio.create_task(self._write(send)), asyncio.create_task(_left(receive))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            log.info(
+                "stream.closed",
+                batch_id=self._batch_id,
+                resumed_from=self._resumed_from,
+                position=self._tail.position,
+                duration=round(monotonic_s() - self._arrived_at, 6),
+            )
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async with aclosing(self._tail.frames()) as frames:
+                async for data in frames:
+                    async with asyncio.timeout(SEND_LIMIT_S):
+                        await _send(send, data)
+        except TimeoutError:
+            return
+        except Failure as failure:
+            await _send(send, _error(failure))
+        except Exception as error:
+            log.exception("request.failed", batch_id=self._batch_id)
+            await _send(send, _error(Failure("INTERNAL", type(error).__name__)))
+        await _send(send, b"", more=False)
+
+
+async def _send(send: Send, data: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error(failure: Failure) -> bytes:
+    return b"data: %b\n\n" % orjson.dumps(envelope(failure, "openai"))
+
+
+routes = [
+    Route("/v1/batches/{id}/events", read_events, methods=["GET"]),
+    Route("/v1/batches/{id}/token", make_token, methods=["POST"]),
+]
