@@ -228,8 +228,12 @@ class WorkerSettings(Settings):
     """Simulated engine: time between tokens."""
 
 
-class BackgroundSettings(OrderSettings, StorageSettings):
+class BackgroundSettings(KeySettings, OrderSettings, StorageSettings):
     """The arq side: what has minutes."""
+
+    allow_private_webhooks: bool = False
+    """Send webhooks to private addresses, over plain HTTP and to any port, too: for receivers in
+    the same closed network. Whoever may add endpoints then reaches whatever this process does."""
 
 
 def is_loopback(host: str) -> bool:

@@ -274,6 +274,7 @@ def admission_of(
             seed=order.sampling.seed if shows_seed else None,
             num_choices=order.num_choices,
             prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
+            is_background=order.document is not None and order.document.is_background,
         ),
         gateway="",
         lane=order.lane,

@@ -39,6 +39,8 @@ _PACKAGES_OF_EXTRAS = {
     "arq": "worker",
     "gguf": "worker",
     "httpx": "dev",
+    "httpx2": "worker",
+    "standardwebhooks": "worker",
     "matplotlib": "bench",
     "safetensors": "worker",
     "torch": "worker",
@@ -302,6 +304,28 @@ def keys_group() -> None:
 
     Without --redis-url, those of the `headrace up` that runs on DATA_DIR. Gateways on loopback ask
     for keys as soon as there is one, others always.
+    """
+
+
+_WEBHOOKS = {
+    "add": "ops.webhooks:add",
+    "dead": "ops.webhooks:show_dead",
+    "deliveries": "ops.webhooks:show_deliveries",
+    "enable": "ops.webhooks:enable",
+    "list": "ops.webhooks:show_list",
+    "remove": "ops.webhooks:remove",
+    "resend": "ops.webhooks:resend",
+    "rotate-secret": "ops.webhooks:rotate_secret",
+    "test": "ops.webhooks:send_test",
+}
+
+
+@cli.group("webhooks", cls=LazyGroup, places=_WEBHOOKS)
+def webhooks_group() -> None:
+    """Webhooks: where a tenant is told that its batches and background responses have ended.
+
+    Events are OpenAI's, signed as Standard Webhooks says. A background worker sends them, again and
+    again for 72 hours where nobody takes them.
     """
 
 

@@ -74,7 +74,7 @@ async def examine(settings: DoctorSettings, *, loads: bool = False) -> list[Find
 
 async def _of_redis(settings: DoctorSettings, *, loads: bool) -> AsyncIterator[Finding]:
     redis_url = runfile.redis_url_of(settings)
-    broker = Broker(connect(redis_url), settings.model)
+    broker = Broker(connect(redis_url), settings.model, durable_replicas=settings.durable_replicas)
     try:
         async with asyncio.timeout(_ANSWER_LIMIT_S):
             facts = await broker.facts()

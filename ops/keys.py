@@ -30,7 +30,7 @@ class NoSuchKey(click.ClickException):
     """No key has that id."""
 
 
-def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def seconds(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Of ``90s``, ``15m``, ``12h`` or ``30d``. Raises: click.BadParameter."""
     if value is None:
         return None
@@ -40,7 +40,7 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> int | 
     return int(found[1]) * _UNITS_S[found[2]]
 
 
-def _tenant(_: click.Context, __: click.Parameter, value: str) -> str:
+def tenant_name(_: click.Context, __: click.Parameter, value: str) -> str:
     """Raises: click.BadParameter."""
     if not keys.is_tenant(value):
         raise click.BadParameter(f"{value!r} must be up to 40 of a-z, 0-9, _ and -")
@@ -48,7 +48,7 @@ def _tenant(_: click.Context, __: click.Parameter, value: str) -> str:
 
 
 @click.command("create")
-@click.argument("tenant", callback=_tenant)
+@click.argument("tenant", callback=tenant_name)
 @click.option("--name", default="", help="For people: whose, or what for.")
 @click.option(
     "--scope",
@@ -82,7 +82,7 @@ def _tenant(_: click.Context, __: click.Parameter, value: str) -> str:
     type=click.IntRange(0),
     help="Prompts at once, waiting or running; 0: no limit.",
 )
-@click.option("--expires-in", "expires_in_s", callback=_seconds, help="Such as 12h or 30d.")
+@click.option("--expires-in", "expires_in_s", callback=seconds, help="Such as 12h or 30d.")
 @options_of(KeySettings)
 def create(
     tenant: str,
@@ -133,7 +133,7 @@ def create(
     "overlap_s",
     default="24h",
     show_default=True,
-    callback=_seconds,
+    callback=seconds,
     help="How long the secret before is still taken.",
 )
 @options_of(KeySettings)

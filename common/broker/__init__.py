@@ -10,6 +10,7 @@ from common.broker.steps import (
     Attachment,
     ClaimAnswer,
     Claimed,
+    Ended,
     GatewayBeat,
     GatewayState,
     LimitReached,
@@ -27,6 +28,7 @@ from common.broker.steps import (
     WorkerPresence,
     WorkerState,
 )
+from common.broker.webhook_store import WebhookStore
 
 __all__ = [
     "MAX_CHOICES",
@@ -39,6 +41,7 @@ __all__ = [
     "ClaimAnswer",
     "Claimed",
     "Client",
+    "Ended",
     "GatewayBeat",
     "GatewayState",
     "KeyStore",
@@ -54,6 +57,7 @@ __all__ = [
     "QuotaState",
     "Refusal",
     "ServerFacts",
+    "WebhookStore",
     "WorkerPresence",
     "WorkerState",
     "connect",

@@ -175,6 +175,19 @@ class BatchStore:
         with mapped_errors():
             await self._redis.zrem(keys.active_batches(pool), batch_id)
 
+    # Ends that webhooks tell of ------------------------------------------------------------------
+
+    async def untold(self, limit: int = 100) -> list[tuple[str, int]]:
+        """Batches whose end has to be told yet, and when it was in seconds."""
+        with mapped_errors():
+            found = await self._redis.zrange(keys.UNTOLD_BATCHES, 0, limit - 1, withscores=True)
+        return [(id.decode(), int(at_s)) for id, at_s in found]
+
+    async def note_told(self, batch_id: str) -> None:
+        """Webhooks have been made of its end."""
+        with mapped_errors():
+            await self._redis.zrem(keys.UNTOLD_BATCHES, batch_id)
+
     # What is left of those that have ended -------------------------------------------------------
 
     async def ended_before(self, at_s: int, limit: int = 100) -> list[str]:
@@ -223,6 +236,8 @@ def _write(pipe: Any, record: BatchRecord) -> None:
         pipe.zrem(active, record.id)
         pipe.zadd(keys.ENDED_BATCHES, {record.id: wall_ms() // 1000}, nx=True)
         pipe.pexpire(keys.ENDED_BATCHES, _KEPT_MS)
+        pipe.zadd(keys.UNTOLD_BATCHES, {record.id: wall_ms() // 1000})
+        pipe.pexpire(keys.UNTOLD_BATCHES, _KEPT_MS)
     else:
         pipe.zadd(active, {record.id: record.created_at})
         pipe.pexpire(active, _KEPT_MS)

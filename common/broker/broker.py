@@ -21,6 +21,7 @@ from common.broker.steps import (
     Attachment,
     ClaimAnswer,
     Claimed,
+    Ended,
     GatewayBeat,
     GatewayState,
     LimitReached,
@@ -38,6 +39,7 @@ from common.broker.steps import (
     WorkerPresence,
     WorkerState,
 )
+from common.broker.webhook_store import WebhookStore
 from common.clock import wall_ms
 from common.failures import Failure
 from common.messages import LANES, GenerationSpec, Lane, LogEntry, Timing, TokenRecord
@@ -50,6 +52,8 @@ _BELL_TTL_MS = 60_000
 _DISK_LIMIT_MS = 4000
 """Longest wait for a disk: the server gives up before the 5 s that any command may take."""
 _LONGEST_READ_MS = 30 * 60_000
+_CURSOR_TTL_MS = 2 * 24 * 3600 * 1000
+"""Longer than what it points at."""
 _CANNOT_TELL = ("unknown command", "appendonly is disabled", "no permissions")
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -77,6 +81,11 @@ class Broker:
     def key_store(self) -> KeyStore:
         """The API keys on the same server; they hold for all its pools."""
         return KeyStore(self._redis)
+
+    @property
+    def webhook_store(self) -> WebhookStore:
+        """The webhooks on the same server, of all its pools."""
+        return WebhookStore(self._redis)
 
     @property
     def batch_store(self) -> BatchStore:
@@ -476,6 +485,29 @@ class Broker:
             ]
         return after, items
 
+    # Ends ----------------------------------------------------------------------------------------
+
+    async def read_ended(self, after: str, limit: int = 500) -> list[Ended]:
+        """What ended behind the cursor ``after`` ("" for the beginning), in order, at most a day
+        and 100,000 ends back.
+        """
+        start = f"({after}" if after else "-"
+        with mapped_errors():
+            rows: Any = await self._redis.execute_command(
+                "XRANGE", keys.ended(self._prefix), start, "+", "COUNT", limit
+            )
+        return [_ended(cursor, fields) for cursor, fields in rows]
+
+    async def told_cursor(self) -> str:
+        """The end up to which webhooks have been made; "" at first."""
+        with mapped_errors():
+            kept = await self._redis.get(keys.told(self._prefix))
+        return kept.decode() if kept else ""
+
+    async def keep_told_cursor(self, cursor: str) -> None:
+        with mapped_errors():
+            await self._redis.set(keys.told(self._prefix), cursor, px=_CURSOR_TTL_MS)
+
     # Everybody -----------------------------------------------------------------------------------
 
     async def reap(self) -> list[Moved]:
@@ -502,6 +534,19 @@ class Broker:
             oldest_wait_ms=oldest,
             drain_rate=float(rate),
         )
+
+
+def _ended(cursor: bytes, fields: dict[bytes, bytes]) -> Ended:
+    shown = fields.get(b"shown")
+    return Ended(
+        cursor=_text(cursor),
+        id=_text(fields[b"id"]),
+        tenant=_text(fields[b"tenant"]),
+        reason=_text(fields[b"reason"]),
+        code=_text(fields[b"code"]),
+        at_ms=int(cursor.partition(b"-")[0]),
+        presentation=_presentation(shown) if shown else None,
+    )
 
 
 def _text(value: bytes) -> str:

@@ -30,6 +30,7 @@
 --   worker:<worker>     hash    presence                                15 s
 --   inbox:<gateway>     stream  packed records                          30 s
 --   bell                list    wakes workers                           1 min
+--   told                string  up to where `ended` became webhooks        2 days
 --   mark                string  written to wait for the disk behind it  4 s
 
 local PROTOCOL = 1
@@ -332,7 +333,7 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   post(outbox, g.subs, id, record, timing)
   for _, gateway in ipairs(names(g.subs)) do redis.call('SREM', P .. 'subs:' .. gateway, id) end
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
-    'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '')
+    'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '', 'shown', g.out or '')
   keep(P .. 'ended')
   settle_key(P, id, g, reason, code, is_last)
   g.st = 'T'

@@ -18,6 +18,10 @@ def bell(prefix: str) -> str:
     return f"{prefix}bell"
 
 
+def ended(prefix: str) -> str:
+    return f"{prefix}ended"
+
+
 def mark(prefix: str) -> str:
     """What is written before waiting for the disk."""
     return f"{prefix}mark"
@@ -66,3 +70,32 @@ def batches_of(tenant: str) -> str:
 def active_batches(pool: str) -> str:
     """zset: batch of this pool that has not ended -> when it was created, in seconds."""
     return f"hr:{{batches}}:active:{pool}"
+
+
+# Webhooks, likewise: see webhook_store.py. Endpoints have no time to live.
+
+WEBHOOK_ENDPOINTS = "hr:{webhooks}:endpoints"
+"""hash: endpoint id -> the endpoint, without its secret."""
+WEBHOOK_DELIVERIES = "hr:{webhooks}:deliveries"
+"""zset: delivery -> when its event was, in seconds."""
+DUE_WEBHOOKS = "hr:{webhooks}:due"
+"""zset: delivery that waits -> when it is sent next, in milliseconds."""
+DEAD_WEBHOOKS = "hr:{webhooks}:dead"
+"""zset: delivery that was given up -> when, in seconds."""
+UNTOLD_BATCHES = "hr:{batches}:untold"
+"""zset: batch whose end no webhook has been made of -> when it ended, in seconds."""
+
+
+def webhook_delivery(delivery_id: str) -> str:
+    """string: the record."""
+    return f"hr:{{webhooks}}:delivery:{delivery_id}"
+
+
+def webhook_lease(delivery_id: str) -> str:
+    """string: somebody sends it right now."""
+    return f"hr:{{webhooks}}:lease:{delivery_id}"
+
+
+def told(prefix: str) -> str:
+    """string: up to which end of a generation webhooks have been made."""
+    return f"{prefix}told"

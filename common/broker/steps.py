@@ -25,6 +25,8 @@ class Presentation(msgspec.Struct, frozen=True, array_like=True):
     num_choices: int = 1
     prompt_characters: int = 0
     """Length of the prompt where the answer begins with it."""
+    is_background: bool = False
+    """A response that nobody waits for: its end is told by webhooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,21 @@ class GatewayBeat:
     """The inbox did not exist: everything must be attached again."""
     last_id: str
     """Where to read the inbox from when it was recreated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One end of a generation, as the pool's outbox keeps it for a day."""
+
+    cursor: str
+    id: str
+    tenant: str
+    reason: str
+    """A finish reason; ``failed`` with a failure's code."""
+    code: str
+    at_ms: int
+    presentation: Presentation | None
+    """None in records of before there were webhooks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A real server for the tests: Valkey from its wheel or Debian's Redis, on a free port.
 
 One server per test process; each test starts on an empty database and must leave no key without a
-time to live, API keys aside.
+time to live, API keys and webhook endpoints aside.
 """
 
 import shutil
@@ -22,6 +22,8 @@ RawRedis = Any
 """A plain asyncio client: redis-py annotates its asynchronous commands as synchronous ones."""
 
 _START_TIMEOUT_S = 15.0
+_LASTING = (b"hr:{access}:", b"hr:{webhooks}:endpoints")
+"""Keys that stay until somebody removes them."""
 
 
 def free_port() -> int:
@@ -97,7 +99,7 @@ class RedisServer:
             return sorted(
                 name.decode()
                 for name in names
-                if probe.pttl(name) == -1 and not name.startswith(b"hr:{access}:")
+                if probe.pttl(name) == -1 and not name.startswith(_LASTING)
             )
 
     def flush(self) -> None:

@@ -25,6 +25,8 @@ from common.reaping import keep_reaping
 from common.settings import BackgroundSettings
 from workers import exit_codes
 from workers.background.jobs import Context, broker_of, context, scheduled
+from workers.background.post import Poster
+from workers.background.webhooks import Deliverer, keep_telling
 
 log = get_logger()
 
@@ -72,12 +74,22 @@ async def _run(settings: BackgroundSettings) -> int:
 
 async def _serve(settings: BackgroundSettings, broker: Broker) -> None:
     """Run arq until SIGTERM, over any number of losses of Redis."""
-    reaping = asyncio.create_task(keep_reaping(broker))
+    beside = [
+        asyncio.create_task(keep_reaping(broker)),
+        asyncio.create_task(keep_telling(broker)),
+        asyncio.create_task(_deliverer(settings, broker).run()),
+    ]
     try:
         while not await _work(create_worker(settings, broker)):
             await _until_back(broker)
     finally:
-        reaping.cancel()
+        for task in beside:
+            task.cancel()
+
+
+def _deliverer(settings: BackgroundSettings, broker: Broker) -> Deliverer:
+    poster = Poster(allow_private=settings.allow_private_webhooks)
+    return Deliverer(broker.webhook_store, poster, settings)
 
 
 async def _until_back(broker: Broker) -> None:
