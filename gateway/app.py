@@ -49,6 +49,7 @@ from gateway.stream_tokens import StreamTokens
 log = get_logger()
 
 JOIN_LIMIT_S = 10.0
+MAX_SHOWN_PATH = 100
 LAST_WORDS_S = 2.0
 """How long streams that a drain ended get to say so."""
 
@@ -216,13 +217,19 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
     """A refusal before the first byte: a real status code, one log line, one count."""
     wire = wire_of(request.url.path)
     if isinstance(error, HTTPException):
-        code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "BAD_REQUEST")
-        return failure_response(
-            Failure(code), wire, status=error.status_code, headers=error.headers
-        )
+        failure = _unserved(request, error)
+        return failure_response(failure, wire, status=error.status_code, headers=error.headers)
     failure = error if isinstance(error, Failure) else Failure("INTERNAL")
     _note_rejection(request, failure, status_of(failure, wire))
     return failure_response(failure, wire)
+
+
+def _unserved(request: Request, error: HTTPException) -> Failure:
+    code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code)
+    if code is None:
+        return Failure("BAD_REQUEST")
+    asked = f"{request.method} {request.url.path[:MAX_SHOWN_PATH]}"
+    return Failure(code, f"{asked} is not served here; /docs tells what is.")
 
 
 def _note_rejection(request: Request, failure: Failure, status: int) -> None:

@@ -34,6 +34,7 @@ MAX_TOP_LOGPROBS = 20
 class Part(msgspec.Struct):
     type: str
     text: str = ""
+    refusal: str = ""
 
 
 class CalledFunction(msgspec.Struct):
@@ -55,6 +56,10 @@ class Message(msgspec.Struct):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
+    # Known, and supported only as null:
+    audio: Any = None
+    function_call: Any = None
 
 
 class ChatBody(OpenAiBody, kw_only=True):
@@ -70,6 +75,7 @@ class ChatBody(OpenAiBody, kw_only=True):
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
+    moderation: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
     store: Any = None
@@ -82,6 +88,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "store": (False,),
@@ -167,11 +174,15 @@ def _said(field: str, message: Message) -> Said:
             f"`{field}.tool_calls`: only the assistant calls tools",
             field=f"{field}.tool_calls",
         )
-    if message.content is None and not calls:
+    for name in ("audio", "function_call"):
+        if getattr(message, name) is not None:
+            raise unsupported(f"{field}.{name}")
+    content = message.refusal if message.content is None else message.content
+    if content is None and not calls:
         raise Failure(
             "BAD_REQUEST", f"`{field}.content` must not be null", field=f"{field}.content"
         )
-    text = _text(field, message.content or "")
+    text = _text(field, content or "")
     return Said(ROLES[message.role], text, calls, message.tool_call_id or "")
 
 
@@ -185,9 +196,9 @@ def _text(field: str, content: str | list[Part]) -> str:
     if isinstance(content, str):
         return content
     for part in content:
-        if part.type != "text":
+        if part.type not in ("text", "refusal"):
             raise unsupported(f"{field}.content", f"has a part of type {part.type!r}; only text is")
-    return "".join(part.text for part in content)
+    return "".join(part.text or part.refusal for part in content)
 
 
 routes = [Route("/v1/chat/completions", chat_completions, methods=["POST"])]

@@ -43,7 +43,12 @@ TIERS: dict[str, Lane] = {
 
 
 class StreamOptions(msgspec.Struct):
+    """``include_obfuscation`` may be false: sizes of events are not hidden here, so nobody who
+    relies on it is told that they are.
+    """
+
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class OpenAiBody(msgspec.Struct, kw_only=True):
@@ -103,14 +108,16 @@ def order(
     num_prompt_characters: int = 0,
 ) -> Order:
     """Raises: Failure BAD_REQUEST, CONTEXT_LENGTH_EXCEEDED, UNSUPPORTED_PARAMETER."""
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options or StreamOptions()
+    if options.include_obfuscation:
+        raise unsupported("stream_options.include_obfuscation")
     return Order(
         api=api,
         prompt=prompt,
         sampling=_sampling(offer, body, len(prompt), wanted),
         stream=bool(body.stream),
         flags=wanted.flags
-        | INCLUDE_USAGE * include_usage
+        | INCLUDE_USAGE * options.include_usage
         | SHOW_TIER * (body.service_tier is not None)
         | TOOLS * (wanted.tools is not None),
         prompt_text=prompt_text,

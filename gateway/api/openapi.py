@@ -154,6 +154,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         event=shapes.ResponseEvent,
         generates=True,
     ),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        tag="OpenAI",
+        summary="How many tokens a response would read.",
+        body=responses.ResponseBody,
+        answer=shapes.InputTokens,
+        codes=_OF_A_LOG,
+    ),
     ("GET", "/v1/responses/{id}"): Operation(
         tag="OpenAI",
         summary="A response as it is now, or its events.",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,7 +22,7 @@ from gateway.answer import answer, event_stream, turn_away_early
 from gateway.api.chat import MAX_TOP_LOGPROBS
 from gateway.api.items import items_of, said_by
 from gateway.api.openai import OpenAiBody, Wanted, lane_of, order
-from gateway.api.tools import Said, chat_form, render, tool_use
+from gateway.api.tools import Said, ToolUse, chat_form, render, tool_use
 from gateway.bodies import (
     MAX_NEW_TOKENS,
     check_range,
@@ -82,15 +83,25 @@ class ResponseBody(OpenAiBody, kw_only=True):
     prompt_cache_key: str | None = None
     user: str | None = None
     # Known, and supported only with a value that changes nothing:
+    access_programs: Any = None
+    background_options: Any = None
+    context_management: Any = None
     conversation: Any = None
+    moderation: Any = None
+    personality: Any = None
     prompt: Any = None
     reasoning: Any = None
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
+    "background_options": ({}, {"completion_window": "soonest"}),
+    "context_management": ([],),
     "conversation": (),
     "max_tokens": (),
+    "moderation": (),
     "n": (1,),
+    "personality": (),
     "prompt": (),
     "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "response_format": (),
@@ -118,29 +129,64 @@ async def order_of(offer: Offer, broker: Broker, tenant: str, body: ResponseBody
     refuse_unsupported(body, _NEUTRAL)
     _check(body)
     tells_logprobs = body.top_logprobs is not None or _LOGPROBS in (body.include or [])
-    before = await _conversation(offer, broker, tenant, body.previous_response_id)
-    items = [*before, *items_of(body.input)]
-    use = tool_use(*chat_form(body.tools, body.tool_choice), parallel=body.parallel_tool_calls)
-    instructions = [Said("system", body.instructions)] if body.instructions else []
-    text = await render(offer, instructions + said_by(items), use, continues=False)
-    prompt = await offer.model.tokenizer.encode_async(text, add_special_tokens=False)
+    put_in = await _put_in(offer, broker, tenant, body)
     body.response_format = _format(body.text)
     wanted = Wanted(
         max_tokens=body.max_output_tokens,
         num_choices=1,
         flags=LOGPROBS * tells_logprobs,
         top_logprobs=body.top_logprobs or 0,
-        tools=use,
+        tools=put_in.use,
     )
-    made = order(offer, body, "response", prompt, wanted, num_prompt_characters=len(text))
+    made = order(
+        offer,
+        body,
+        "response",
+        put_in.prompt,
+        wanted,
+        num_prompt_characters=put_in.num_characters,
+    )
     document = ResponseDocument(
         tenant=tenant,
         echo=_echo(body, made),
-        items=items,
+        items=put_in.items,
         is_background=bool(body.background),
         is_stored=body.store is not False,
     )
     return replace(made, document=document)
+
+
+@dataclass(frozen=True, slots=True)
+class _PutIn:
+    """What a body puts in, and the prompt that it becomes."""
+
+    items: list[dict[str, Any]]
+    use: ToolUse | None
+    prompt: list[int]
+    num_characters: int
+
+
+async def _put_in(offer: Offer, broker: Broker, tenant: str, body: ResponseBody) -> _PutIn:
+    before = await _conversation(offer, broker, tenant, body.previous_response_id)
+    items = [*before, *items_of(body.input)]
+    use = tool_use(*chat_form(body.tools, body.tool_choice), parallel=body.parallel_tool_calls)
+    instructions = [Said("system", body.instructions)] if body.instructions else []
+    text = await render(offer, instructions + said_by(items), use, continues=False)
+    prompt = await offer.model.tokenizer.encode_async(text, add_special_tokens=False)
+    return _PutIn(items, use, prompt, len(text))
+
+
+async def count_input_tokens(request: Request) -> Response:
+    """How many tokens a response would read; nothing is queued.
+
+    Raises: Failure, as a response with this body would.
+    """
+    services = services_of(request)
+    body = await read_body(request, decoder)
+    refuse_unsupported(body, _NEUTRAL)
+    _check(body)
+    put_in = await _put_in(services, services.broker, caller_of(request).tenant, body)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(put_in.prompt)})
 
 
 def _check(body: ResponseBody) -> None:
@@ -152,10 +198,21 @@ def _check(body: ResponseBody) -> None:
         raise Failure(
             "BAD_REQUEST", "`background` needs `store`: nobody could fetch it", field="background"
         )
-    for name in body.include or []:
+    _check_included(body.include or [])
+    check_metadata(body.metadata)
+
+
+def _check_included(names: list[str]) -> None:
+    for name in names:
         if name not in _INCLUDED:
             raise unsupported("include", f"names {name[:80]!r}, which is not supported")
-    check_metadata(body.metadata)
+
+
+def _check_query(query: QueryParams) -> None:
+    """What a ``GET`` may ask for beside pages and events; SDKs write a list as ``include[]``."""
+    _check_included(query.getlist("include") + query.getlist("include[]"))
+    if query.get("include_obfuscation", "false") not in ("false", "0"):
+        raise unsupported("include_obfuscation")
 
 
 def check_metadata(metadata: Any) -> None:
@@ -303,6 +360,7 @@ async def show_response(request: Request) -> Response:
     Raises: Failure NOT_FOUND, BAD_REQUEST.
     """
     query = request.query_params
+    _check_query(query)
     if query.get("stream") in ("true", "1"):
         return await _stream(request, _number(query.get("starting_after"), "starting_after"))
     found = await _found(request, request.path_params["id"])
@@ -364,6 +422,7 @@ async def list_input_items(request: Request) -> Response:
     """
     _, document = await _loaded(request)
     query = request.query_params
+    _check_query(query)
     limit = _number(query.get("limit", str(DEFAULT_ITEMS_PAGE)), "limit")
     check_range("limit", limit, 1, MAX_ITEMS_PAGE)
     order = query.get("order", "desc")
@@ -417,6 +476,7 @@ async def delete_response(request: Request) -> Response:
 
 routes = [
     Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
     Route("/v1/responses/{id}", show_response, methods=["GET"]),
     Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
     Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),

@@ -326,6 +326,11 @@ class DeletedResponse(msgspec.Struct):
     deleted: bool
 
 
+class InputTokens(msgspec.Struct):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class InputItems(msgspec.Struct):
     object: Literal["list"]
     data: list[dict[str, Any]]
