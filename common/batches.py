@@ -37,7 +37,7 @@ FINAL: frozenset[Status] = frozenset({"failed", "completed", "expired", "cancell
 """No step leads on from these."""
 
 MAX_LINES = 50_000
-MAX_FILE_BYTES = 200_000_000
+MAX_FILE_BYTES = 200 * 1024 * 1024
 MAX_ERRORS = 100
 """Of a file that is refused; whoever has more mends these first."""
 WINDOW_S = 24 * 3600

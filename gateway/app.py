@@ -16,9 +16,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common.batches import MAX_FILE_BYTES
 from common.broker import BatchWatch, Broker
 from common.clock import monotonic_s
 from common.failures import Failure
+from common.files import Files
 from common.logs import get_logger
 from common.metrics import GatewayMetrics
 from common.settings import GatewaySettings
@@ -28,6 +30,7 @@ from gateway.api import (
     batch_events,
     chat,
     completions,
+    files,
     health,
     models,
     openapi,
@@ -85,8 +88,13 @@ _APIS = {
     "/vertex": "tgi",
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
+    "/v1/files": "file",
     "/v1/responses": "response",
 }
+
+
+_FORM_BYTES = 64 * 1024
+"""What a form may hold beside its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,7 @@ def create_app(
             *completions.routes,
             *platforms.routes,
             *responses.routes,
+            *files.routes,
             *streams.routes,
             *batch_events.routes,
             *models.routes,
@@ -149,6 +158,7 @@ def create_app(
             Middleware(
                 PayloadLimit,
                 max_bytes=settings.payload_limit,
+                max_upload_bytes=MAX_FILE_BYTES + _FORM_BYTES,
                 limit_s=settings.arrival_limit_s,
             ),
         ],
@@ -164,6 +174,7 @@ def create_app(
         callers=callers,
         stream_tokens=tokens,
         storage=storage,
+        files=Files(storage, brokers.commands.file_store),
         batch_watch=BatchWatch(brokers.changes.batch_store),
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
@@ -173,21 +184,24 @@ def create_app(
 
 
 async def drain(services: Services, limit_s: float) -> None:
-    """Refuse new generations, let open streams go on for up to ``limit_s``, then end them.
+    """Refuse new generations and files, let open streams and uploads go on for up to ``limit_s``,
+    then end them.
 
     What is ended that way stays in Redis for its grace time, to be resumed on another gateway.
     """
     services.is_draining = True
     log.info("gateway.draining", streams=services.relay.num_streams, limit_s=limit_s)
-    await _until_no_streams(services, limit_s)
+    await _until_idle(services, limit_s)
     if services.relay.num_streams:
         services.relay.fail_all(Failure("DRAINING"))
-        await _until_no_streams(services, LAST_WORDS_S)
+        await _until_idle(services, LAST_WORDS_S)
 
 
-async def _until_no_streams(services: Services, limit_s: float) -> None:
+async def _until_idle(services: Services, limit_s: float) -> None:
     end_at = monotonic_s() + limit_s
-    while services.relay.num_streams and monotonic_s() < end_at:
+    while (services.relay.num_streams or services.upload_places.num_taken) and (
+        monotonic_s() < end_at
+    ):
         await asyncio.sleep(0.05)
 
 
@@ -211,6 +225,7 @@ async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
         with suppress(asyncio.CancelledError):
             await relaying
         await services.relay.leave()
+        services.storage.close()
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:

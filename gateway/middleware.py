@@ -22,7 +22,7 @@ MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
 
 _UPLOADS = "/v1/files"
-"""There a body is a file, which may take its time."""
+"""There a body is a file, which may be large, and may take its time."""
 
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,200}")
 """What a client may name its request: visible ASCII, so it fits a header and a log line."""
@@ -110,22 +110,28 @@ def _is_long(scope: Scope) -> bool:
 
 class PayloadLimit:
     """Refuses bodies above ``max_bytes``, by their announced length or as they come, and those that
-    are not there ``limit_s`` after their head.
+    are not there ``limit_s`` after their head. For files, which nobody collects in memory and whose
+    pace is watched where they are read, it is ``max_upload_bytes`` and no such time.
 
     What a client still sends once its answer has begun cannot be refused: then it counts as gone.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int, limit_s: float
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
         self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, Headers(scope=scope), self._max_bytes)
-        if not scope["path"].startswith(_UPLOADS):
+        is_upload = scope["path"].startswith(_UPLOADS)
+        max_bytes = self._max_upload_bytes if is_upload else self._max_bytes
+        body = _Body(receive, Headers(scope=scope), max_bytes)
+        if not is_upload:
             body.due_s = scope["headrace.arrived_at"] + self._limit_s
         has_answered = False
 

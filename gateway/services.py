@@ -6,6 +6,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from common.broker import BatchWatch, Broker
+from common.files import Files
 from common.metrics import GatewayMetrics
 from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
@@ -16,6 +17,7 @@ from gateway.admission import Admissions
 from gateway.callers import Callers
 from gateway.relay import Relay
 from gateway.stream_tokens import StreamTokens
+from gateway.uploads import UploadPlaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,14 @@ class Services:
     callers: Callers
     stream_tokens: StreamTokens
     storage: Storage
+    files: Files
     batch_watch: BatchWatch
     """Tells who follows a batch when it changes."""
     admissions: Admissions
     metrics: GatewayMetrics
     version: str
     """Of the product."""
+    upload_places: UploadPlaces = field(default_factory=UploadPlaces)
     is_draining: bool = False
     """SIGTERM came: no new generations; what is open goes on."""
 

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 from common.broker import keys, library
 from common.broker.batch_store import BatchStore
 from common.broker.connection import Client, mapped_errors
+from common.broker.file_store import FileStore
 from common.broker.key_store import KeyStore
 from common.broker.steps import (
     Admission,
@@ -91,6 +92,11 @@ class Broker:
     def batch_store(self) -> BatchStore:
         """The batches on the same server, of all its pools."""
         return BatchStore(self._redis)
+
+    @property
+    def file_store(self) -> FileStore:
+        """The records of files on the same server, of all its pools."""
+        return FileStore(self._redis)
 
     async def load(self) -> None:
         """Load the function library unless it is there.

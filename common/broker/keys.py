@@ -99,3 +99,19 @@ def webhook_lease(delivery_id: str) -> str:
 def told(prefix: str) -> str:
     """string: up to which end of a generation webhooks have been made."""
     return f"{prefix}told"
+
+
+# Files, likewise: see file_store.py.
+
+FILES_DUE = "hr:{files}:due"
+"""zset: file, or what is being written to become one -> when it is to be removed, in seconds."""
+
+
+def file(file_id: str) -> str:
+    """string: the record."""
+    return f"hr:{{files}}:file:{file_id}"
+
+
+def files_of(tenant: str) -> str:
+    """zset: file -> when it was created, in milliseconds."""
+    return f"hr:{{files}}:of:{tenant}"

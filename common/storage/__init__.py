@@ -36,10 +36,10 @@ def check_storage_url(url: str) -> str:
 def open_storage(url: str, data_dir: Path) -> Storage:
     """``files`` in the data directory where ``url`` is empty; ``file:///…``, another directory;
     ``s3://bucket/prefix``, ``gs://…`` or ``az://…``, an object store, reached with what its own
-    variables in the environment say (``AWS_…``, ``GOOGLE_…``, ``AZURE_…``). Nothing is sent yet.
+    variables in the environment say (``AWS_…``, ``GOOGLE_…``, ``AZURE_…``). Nothing is opened yet.
 
-    Raises: ValueError for another URL; Failure STORAGE_UNAVAILABLE for a directory that can not be
-    made or a store that lacks what it needs.
+    Raises: ValueError for another URL; Failure STORAGE_UNAVAILABLE for a store whose variables in
+        the environment make no sense.
     """
     check_storage_url(url)
     place = urlsplit(url)

@@ -38,14 +38,7 @@ class LocalStorage(Storage):
         self.root = root
         self._drafts = root / ".drafts"
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
-        try:
-            root.parent.mkdir(parents=True, exist_ok=True)
-            for directory in (root, self._drafts):
-                directory.mkdir(mode=0o700, exist_ok=True)
-            self._sweep()
-        except OSError as error:
-            why = f"Files cannot be kept in {root}: {error.strerror}"
-            raise Failure("STORAGE_UNAVAILABLE", why) from error
+        self._is_ready = False
 
     async def put(self, name: str, body: bytes, *, only_if_absent: bool = False) -> bool:
         return await self._run(self._put, checked(name), body, only_if_absent)
@@ -85,7 +78,7 @@ class LocalStorage(Storage):
             )
 
     async def list(self, prefix: str, after: str = "") -> Names:
-        return await self._run(self._list, checked(prefix) if prefix else "", after)
+        return await self._run(self._list, checked(prefix.rstrip("/")) if prefix else "", after)
 
     async def delete(self, *names: str) -> None:
         await self._run(self._delete, [self.root / checked(name) for name in names])
@@ -100,10 +93,20 @@ class LocalStorage(Storage):
         """In a thread of ours: a disk may take its time."""
         with _mapped_os_errors(reads=reads):
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, partial(call, *arguments)
+                self._threads, partial(self._in_place, call, *arguments)
             )
 
     # In threads:
+
+    def _in_place(self, call: Callable[..., T], *arguments: object) -> T:
+        """Who never keeps a file needs no directory, and so may have one that cannot be made."""
+        if not self._is_ready:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            for directory in (self.root, self._drafts):
+                directory.mkdir(mode=0o700, exist_ok=True)
+            self._sweep()
+            self._is_ready = True
+        return call(*arguments)
 
     def _open(self, name: str) -> BinaryIO:
         return (self.root / name).open("rb")

@@ -115,7 +115,7 @@ class ObjectStorage(Storage):
             return bytes(await result.bytes_async())
 
     async def list(self, prefix: str, after: str = "") -> Names:
-        within = checked(prefix) if prefix else None
+        within = checked(prefix.rstrip("/")) if prefix else None
         with self._mapped_errors():
             pages = obstore.list(self._store, within, offset=after or None, chunk_size=1000)
             names = [str(found["path"]) async for page in pages for found in page]

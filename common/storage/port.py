@@ -53,8 +53,8 @@ class Storage(ABC):
 
     @abstractmethod
     async def list(self, prefix: str, after: str = "") -> Names:
-        """Sorted full names of all objects under ``prefix`` (whole words: ``a/b`` has ``a/b/c``
-        under it, not ``a/bc``; empty: everything), those behind the full name ``after`` only.
+        """Sorted full names of all objects under ``prefix`` (whole words: ``a/b``, or ``a/b/``, has
+        ``a/b/c`` under it, not ``a/bc``; empty: everything), those behind the full name ``after``.
         """
 
     @abstractmethod

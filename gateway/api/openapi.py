@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from common.broker import MAX_CHOICES
 from common.failures import KINDS, Failure
+from common.files import MAX_LIFE_S, MIN_LIFE_S
 from common.settings import GatewaySettings
 from gateway import bodies
 from gateway.api import chat, completions, platforms, responses, shapes, tgi
@@ -39,13 +40,15 @@ class Operation:
     tag: str
     summary: str
     body: Any = None
+    media_type: str = "application/json"
+    """Of the body."""
     answer: Any = None
     event: Any = None
     generates: bool = False
     codes: tuple[str, ...] = ()
     """Failures beside those that its kind of route has."""
     more: tuple[int, ...] = ()
-    """Statuses without a body."""
+    """Statuses that need no schema."""
     not_ready: bool = False
     parameters: tuple[tuple[str, str, str], ...] = ()
     """Name, place and meaning of what is neither in the path nor in the body."""
@@ -68,6 +71,8 @@ _OF_EVENTS = (
 )
 
 _OF_A_LOG = ("STREAM_EXPIRED", "STREAM_DIVERGED", "PROTOCOL_TOO_NEW", "DRAINING")
+
+_OF_STORAGE = ("STORAGE_UNAVAILABLE", "STORAGE_FULL")
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): Operation(
@@ -195,6 +200,43 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             ("after", "query", "The id of the last item of the page before."),
         ),
     ),
+    ("POST", "/v1/files"): Operation(
+        tag="Files",
+        summary="Upload a file, for a batch.",
+        body=shapes.FileForm,
+        media_type="multipart/form-data",
+        answer=shapes.File,
+        codes=("DRAINING", *_OF_STORAGE),
+    ),
+    ("GET", "/v1/files"): Operation(
+        tag="Files",
+        summary="The files that are there, page by page.",
+        answer=shapes.Files,
+        codes=("BAD_REQUEST",),
+        parameters=(
+            ("purpose", "query", "Only files of this purpose."),
+            ("limit", "query", "Most files of a page."),
+            ("order", "query", "`asc` or `desc`, which is the newest first."),
+            ("after", "query", "The id of the last file of the page before."),
+        ),
+    ),
+    ("GET", "/v1/files/{id}"): Operation(
+        tag="Files", summary="What is known of a file.", answer=shapes.File, codes=("NOT_FOUND",)
+    ),
+    ("GET", "/v1/files/{id}/content"): Operation(
+        tag="Files",
+        summary="The bytes of a file.",
+        answer="application/octet-stream",
+        codes=("NOT_FOUND", "STORAGE_UNAVAILABLE"),
+        more=(206, 416),
+        parameters=(("Range", "header", "One range of bytes."),),
+    ),
+    ("DELETE", "/v1/files/{id}"): Operation(
+        tag="Files",
+        summary="Remove a file.",
+        answer=shapes.DeletedFile,
+        codes=("NOT_FOUND", "STORAGE_UNAVAILABLE"),
+    ),
     ("GET", "/v1/models"): Operation(
         tag="OpenAI", summary="The model that is served, and its adapters.", answer=shapes.Models
     ),
@@ -282,6 +324,7 @@ _MEANINGS = {
     "details": "Tell tokens, seed and finish reason.",
     "do_sample": "Draw tokens by chance; also whenever a warper is set.",
     "echo": "Begin the text with the prompt.",
+    "file": "The file itself, with its name.",
     "frequency_penalty": "Lower the score of a token for each time it has occurred.",
     "grammar": "What the answer must match: an object of `type` json, json_schema, regex or ebnf, "
     "and `value`.",
@@ -402,7 +445,7 @@ def _described(
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
-            "content": _content("application/json", operation.body, references),
+            "content": _content(operation.media_type, operation.body, references),
         }
     return described
 
@@ -450,6 +493,8 @@ def _responses(path: str, operation: Operation, references: dict[str, Schema]) -
 
 _WITHOUT_BODY = {
     200: "Yes; the body is empty.",
+    206: "The range that was asked for.",
+    416: "The range lies behind the end.",
     204: "Nothing is missing: the stream was read to its end.",
     307: "To the page, for a browser.",
 }
@@ -568,6 +613,10 @@ def _bounds(settings: GatewaySettings) -> dict[str, dict[str, Schema]]:
             "top_n_tokens": _between(0, settings.max_top_n_tokens),
         },
         "GenerateBody": {"inputs": {"minLength": 1}},
+        "FileForm": {
+            "file": {"format": "binary"},
+            "expires_after[seconds]": _between(MIN_LIFE_S, MAX_LIFE_S),
+        },
         "VertexBody": {
             "instances": {
                 "minItems": 1,

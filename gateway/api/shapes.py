@@ -339,6 +339,43 @@ class InputItems(msgspec.Struct):
     has_more: bool
 
 
+class FileForm(msgspec.Struct):
+    """The fields of an upload; ``file`` comes with its name."""
+
+    file: str
+    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"]
+    anchor: Literal["created_at"] = msgspec.field(
+        name="expires_after[anchor]", default="created_at"
+    )
+    seconds: int = msgspec.field(name="expires_after[seconds]", default=30 * 24 * 3600)
+
+
+class File(msgspec.Struct):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: None
+
+
+class Files(msgspec.Struct):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(msgspec.Struct):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
 class Model(msgspec.Struct):
     """An adapter is a model that has a ``parent``."""
 

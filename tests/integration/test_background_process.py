@@ -10,14 +10,16 @@ from arq.connections import ArqRedis
 from structlog.testing import capture_logs
 
 from common.broker import Broker, connect
+from common.files import Files
 from common.settings import BackgroundSettings
+from common.storage import open_storage
 from tests.support.fault_proxy import fault_proxy
 from tests.support.generations import ScriptedClaims
 from tests.support.processes import Processes
 from tests.support.waiting import wait_until
 from tests.support.worker_pool import POOL, WorkerPool
 from workers import exit_codes
-from workers.background.jobs import context, measure_pool, scheduled
+from workers.background.jobs import context, expire_files, measure_pool, scheduled
 from workers.background.process import QUEUE, create_worker
 
 
@@ -59,18 +61,40 @@ async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> Non
     assert background.errors().count("\n") == 1
 
 
-async def test_the_pool_is_measured_once_a_minute(broker: Broker) -> None:
+def files_of(broker: Broker, folder: Path) -> Files:
+    return Files(open_storage(f"file://{folder}", folder), broker.file_store)
+
+
+async def test_the_pool_is_measured_once_a_minute(broker: Broker, tmp_path: Path) -> None:
     """One line with what an autoscaler would look at."""
     claims = ScriptedClaims(broker)
     await claims.beat()
     with capture_logs() as lines:
-        await measure_pool(context(broker))
+        await measure_pool(context(broker, files_of(broker, tmp_path)))
     [line] = lines
     assert (line["event"], line["pool"], line["workers"]) == ("pool.measured", broker.pool, 1)
     assert line["waiting"] == {"priority": 0, "default": 0, "flex": 0, "batch": 0}
-    [job] = scheduled()
-    assert (job.name, job.second, job.unique) == ("measure_pool", 0, True)
+    job = {job.name: job for job in scheduled()}["measure_pool"]
+    assert (job.second, job.unique) == (0, True)
     assert job.minute is None, "each minute"
+
+
+async def test_files_are_removed_at_their_end(broker: Broker, tmp_path: Path) -> None:
+    """Each minute those whose time is over, and no others."""
+    files = files_of(broker, tmp_path)
+
+    async def rows() -> AsyncIterator[bytes]:
+        yield b"rows"
+
+    for life_s in (-1, 3600):
+        await files.create("public", "a", "batch", rows(), expires_s=life_s)
+    with capture_logs() as lines:
+        for _ in range(2):
+            await expire_files(context(broker, files))
+    assert lines == [{"event": "file.expired", "count": 1, "log_level": "info"}]
+    assert len(list((tmp_path / "files").iterdir())) == 1
+    job = {job.name: job for job in scheduled()}["expire_files"]
+    assert (job.unique, job.minute) == (True, None)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ async def test_no_process_tells_a_prompt_or_a_key(
     gateway = started.gateway(model="simulated", **settings)
     worker = await started.worker(simulated_first_token_ms=1, simulated_inter_token_ms=1).ready()
     await gateway.ready()
-    key = await make_key(stand.broker, "a", scopes=("generate", "metrics"))
+    key = await make_key(stand.broker, "a", scopes=("generate", "batch", "metrics"))
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
     refusals: list[str] = []
     async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as client:
@@ -105,6 +105,12 @@ async def test_no_process_tells_a_prompt_or_a_key(
             answer = await client.post(path, json=body, headers=bearer(key))
             assert 400 <= answer.status_code < 500, (path, body, answer.text)
             refusals.append(answer.text)
+        for form, status in ((FILE, 200), (FILE | {"other": ("b", b"c")}, 200), ({}, 400)):
+            answer = await client.post(
+                "/v1/files", files=form or {"x": FILE["file"]}, data=PURPOSE, headers=bearer(key)
+            )
+            assert answer.status_code == status
+            refusals.append(answer.text.replace(f"{CANARY}.jsonl", ""))
         broken = f'{{"inputs": "{CANARY}", '.encode()
         headers = bearer(key) | {"content-type": "application/json"}
         refusals.append((await client.post("/generate", content=broken, headers=headers)).text)
@@ -126,6 +132,8 @@ def _logged(process: Process) -> str:
     return "".join(path.read_text() for path in process.folder.iterdir() if path.is_file())
 
 
+FILE = {"file": (f"{CANARY}.jsonl", CANARY.encode())}
+PURPOSE = {"purpose": "batch"}
 _SAID = [{"role": "user", "content": CANARY}]
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"inputs": CANARY, "parameters": {"max_new_tokens": 4, "stop": [CANARY]}}),

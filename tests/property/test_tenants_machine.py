@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from common.broker import Broker, connect
+from common.files import new_file_id
 from common.ids import new_request_id, request_of
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.depth import searched
@@ -84,9 +85,11 @@ class Tenant:
     def __init__(self, world: World, name: str) -> None:
         self.name = f"{name}-{secrets.token_hex(4)}"
         self.secret = f"secret-of-{secrets.token_hex(8)}"
-        self.headers = bearer(world.do(make_key(world.broker, self.name)))
+        scopes = ("generate", "batch")
+        self.headers = bearer(world.do(make_key(world.broker, self.name, scopes=scopes)))
         self.ids: list[str] = []
         """Requests that were admitted."""
+        self.files: list[str] = []
         world.secrets[self.name] = self.secret
 
 
@@ -142,6 +145,33 @@ class TenantsMachine(RuleBasedStateMachine):
             answer = self._do(who, door, "HEAD", f"/v1/streams/{id}")
             assert answer.status_code in (200, 204)
 
+    @rule(who=tenants, door=doors)
+    def uploads(self, who: int, door: int) -> None:
+        """A file that holds the secret, under a name that does, too."""
+        tenant = self.tenants[who]
+        form = {"file": (f"{tenant.secret}.jsonl", tenant.secret.encode())}
+        purpose = {"purpose": "batch"}
+        answer = self._do(who, door, "POST", "/v1/files", files=form, data=purpose)
+        assert answer.status_code == 200, answer.text
+        tenant.files.append(answer.json()["id"])
+
+    @rule(who=tenants, door=doors, which=picks)
+    def deletes(self, who: int, door: int, which: int) -> None:
+        files = self.tenants[who].files
+        if files:
+            id = files.pop(which % len(files))
+            assert self._do(who, door, "DELETE", f"/v1/files/{id}").status_code == 200
+
+    @rule(who=tenants, door=doors)
+    def lists(self, who: int, door: int) -> None:
+        """Its own files, all of them, as they were, and no others."""
+        tenant = self.tenants[who]
+        answer = self._do(who, door, "GET", "/v1/files?order=asc")
+        assert [file["id"] for file in answer.json()["data"]] == tenant.files
+        for id in tenant.files[-2:]:
+            content = self._do(who, door, "GET", f"/v1/files/{id}/content")
+            assert content.text == tenant.secret
+
     # What each tries with what is the other's ----------------------------------------------------
 
     @precondition(lambda self: any(tenant.ids for tenant in self.tenants))
@@ -186,6 +216,35 @@ class TenantsMachine(RuleBasedStateMachine):
         self._check(who, answer, sent=id)
         return answer
 
+    @precondition(lambda self: any(tenant.files for tenant in self.tenants))
+    @rule(
+        who=tenants,
+        door=doors,
+        which=picks,
+        what=st.sampled_from(
+            (
+                ("GET", "/v1/files/{}", None),
+                ("HEAD", "/v1/files/{}", None),
+                ("GET", "/v1/files/{}/content", None),
+                ("DELETE", "/v1/files/{}", None),
+                ("GET", "/v1/files?after={}", None),
+            )
+        ),
+    )
+    def intrudes_on_files(
+        self, who: int, door: int, which: int, what: tuple[str, str, Any]
+    ) -> None:
+        files = self.tenants[1 - who].files
+        if not files:
+            return
+        id, never = files[which % len(files)], new_file_id()
+        theirs, nobodys = self._try(who, door, id, what), self._try(who, door, never, what)
+        assert theirs.status_code == nobodys.status_code
+        assert theirs.status_code in (400, 404)
+        assert theirs.text.replace(id, never) == nobodys.text
+        assert _shown(theirs) == _shown(nobodys)
+        assert self._do(1 - who, door, "GET", f"/v1/files/{id}").status_code == 200
+
     @rule(
         who=tenants, door=doors, path=st.sampled_from(("/v1/models", "/info", "/ready", "/health"))
     )
@@ -219,7 +278,7 @@ class TenantsMachine(RuleBasedStateMachine):
         told = answer.text + repr(answer.headers.raw)
         assert other.secret not in told
         assert other.name not in told
-        assert not [id for id in other.ids if id in told and id != sent]
+        assert not [id for id in other.ids + other.files if id in told and id != sent]
 
     def _note(self, who: int, answer: httpx.Response) -> None:
         id = answer.headers["x-headrace-stream-id"]

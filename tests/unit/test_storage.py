@@ -31,7 +31,7 @@ async def chunks_of(*chunks: bytes) -> AsyncIterator[bytes]:
 
 
 def drafts(storage: LocalStorage) -> list[Path]:
-    return list((storage.root / ".drafts").iterdir())
+    return list(storage.root.glob(".drafts/*"))
 
 
 async def test_what_was_put_is_there_to_get(storage: Storage) -> None:
@@ -139,6 +139,7 @@ async def test_a_list_is_sorted_and_goes_on_behind_a_name(storage: Storage) -> N
     for name in names:
         await storage.put(name, b"")
     assert await storage.list("a/p") == ["a/p/00000001", "a/p/00000002", "a/p/00000010"]
+    assert await storage.list("a/p/") == await storage.list("a/p")
     assert await storage.list("a/p", "a/p/00000001") == ["a/p/00000002", "a/p/00000010"]
     assert await storage.list("") == sorted(names)
     assert await storage.list("nothing/here") == []
@@ -216,13 +217,26 @@ async def test_a_disk_that_refuses_is_a_failure_and_leaves_nothing(
 
 async def test_drafts_of_the_dead_are_swept(storage: LocalStorage) -> None:
     """Those of the living are not."""
+    await storage.put("a", b"")
     dead, alive = (storage.root / ".drafts" / name for name in ("dead", "alive"))
     for path in (dead, alive):
         path.write_bytes(b"x")
     long_ago = time.time() - 90_000
     os.utime(dead, (long_ago, long_ago))
-    open_storage(f"file://{storage.root}", storage.root).close()
+    other = LocalStorage(storage.root)
+    assert await other.list("") == ["a"]
+    other.close()
     assert drafts(storage) == [alive]
+
+
+async def test_a_directory_that_can_not_be_is_a_failure(tmp_path: Path) -> None:
+    """Of who needs it: a gateway serves without one."""
+    (tmp_path / "file").write_bytes(b"")
+    storage = open_storage("", tmp_path / "file")
+    with pytest.raises(Failure) as raised:
+        await storage.put("a", b"")
+    assert raised.value.code == "STORAGE_UNAVAILABLE"
+    storage.close()
 
 
 @pytest.mark.parametrize(
@@ -239,10 +253,3 @@ async def test_drafts_of_the_dead_are_swept(storage: LocalStorage) -> None:
 def test_another_place_is_refused_with_what_would_do(url: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         open_storage(url, tmp_path)
-
-
-def test_a_directory_that_can_not_be_is_a_failure(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(Failure) as raised:
-        open_storage("", tmp_path / "file")
-    assert raised.value.code == "STORAGE_UNAVAILABLE"

@@ -10,6 +10,7 @@ from arq import cron
 from arq.cron import CronJob
 
 from common.broker import Broker
+from common.files import Files
 from common.logs import get_logger
 
 log = get_logger()
@@ -18,10 +19,11 @@ Context = dict[Any, Any]
 """arq's: a plain dictionary."""
 
 _BROKER = "broker"
+_FILES = "files"
 
 
-def context(broker: Broker) -> Context:
-    return {_BROKER: broker}
+def context(broker: Broker, files: Files) -> Context:
+    return {_BROKER: broker, _FILES: files}
 
 
 def broker_of(ctx: Context) -> Broker:
@@ -46,6 +48,16 @@ async def measure_pool(ctx: Context) -> None:
     )
 
 
+async def expire_files(ctx: Context) -> None:
+    """Remove files at their end, and what was begun and never became one."""
+    num_removed = await cast(Files, ctx[_FILES]).expire()
+    if num_removed:
+        log.info("file.expired", count=num_removed)
+
+
 def scheduled() -> list[CronJob]:
     """Each job runs once per time, however many background workers there are."""
-    return [cron(measure_pool, name="measure_pool", second=0)]
+    return [
+        cron(measure_pool, name="measure_pool", second=0),
+        cron(expire_files, name="expire_files", second=30),
+    ]

@@ -19,10 +19,12 @@ from common import logs
 from common.broker import Broker, connect
 from common.broker.connection import mapped_errors
 from common.failures import Failure
+from common.files import Files
 from common.ids import new_process_name
 from common.logs import get_logger
 from common.reaping import keep_reaping
 from common.settings import BackgroundSettings
+from common.storage import open_storage
 from workers import exit_codes
 from workers.background.jobs import Context, broker_of, context, scheduled
 from workers.background.post import Poster
@@ -129,6 +131,7 @@ def create_worker(
         job_deserializer=_decode,
         default_queue_name=QUEUE,
     )
+    storage = open_storage(settings.storage_url, settings.data_dir)
     return Worker(
         queue_name=QUEUE,
         redis_pool=pool,
@@ -137,7 +140,7 @@ def create_worker(
         cron_jobs=scheduled(),
         on_startup=_say_ready,
         handle_signals=handle_signals,
-        ctx=context(broker),
+        ctx=context(broker, Files(storage, broker.file_store)),
         health_check_interval=_HEALTH_INTERVAL_S,
         job_completion_wait=_FINISH_S,
         log_results=False,

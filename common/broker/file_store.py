@@ -1,0 +1,120 @@
+"""The records of files in Redis, and when each file is due to be removed.
+
+All keys lie in one slot, beside the pools. ``due`` holds every file from before its first byte is
+written until after its last one is removed, so that nothing in storage is ever forgotten.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from common.broker import keys
+from common.broker.connection import Client, mapped_errors
+from common.clock import wall_ms
+from common.files import MAX_LIFE_S, FileRecord
+
+_KEPT_MS = 2 * MAX_LIFE_S * 1000
+"""How long what names files outlives the newest of them: background workers may be away so long."""
+_PAGE = 500
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(FileRecord).decode
+
+
+class FileStore:
+    """All methods raise Failure BROKER_UNAVAILABLE or BROKER_FULL for what Redis answers."""
+
+    def __init__(self, redis: Client) -> None:
+        self._redis: Any = redis
+
+    async def begin(self, file_id: str, due_s: int) -> None:
+        """Bytes are going to be written; unless they become a file they go at ``due_s``."""
+        with mapped_errors():
+            pipe = self._redis.pipeline(transaction=True)
+            # What is a file already stays one, also while it is written again.
+            pipe.zadd(keys.FILES_DUE, {file_id: due_s}, nx=True)
+            pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
+            await pipe.execute()
+
+    async def add(self, record: FileRecord) -> None:
+        """Record a file, in the place of what had its id."""
+        of_tenant = keys.files_of(record.tenant)
+        with mapped_errors():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.set(keys.file(record.id), _pack(record), px=_KEPT_MS)
+            pipe.zadd(of_tenant, {record.id: wall_ms()}, nx=True)
+            pipe.pexpire(of_tenant, _KEPT_MS)
+            pipe.zadd(keys.FILES_DUE, {record.id: record.expires_at})
+            pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
+            await pipe.execute()
+
+    async def get(self, file_id: str) -> FileRecord | None:
+        with mapped_errors():
+            packed = await self._redis.get(keys.file(file_id))
+        return _unpack(packed) if packed else None
+
+    async def page(
+        self,
+        tenant: str,
+        *,
+        limit: int,
+        after: str,
+        is_wanted: Callable[[FileRecord], bool],
+        newest_first: bool,
+    ) -> tuple[list[FileRecord], bool] | None:
+        """Files of a tenant that are wanted, and whether there are more. None: no ``after``."""
+        of_tenant = keys.files_of(tenant)
+        rank_of, ids_in = (
+            (self._redis.zrevrank, self._redis.zrevrange)
+            if newest_first
+            else (self._redis.zrank, self._redis.zrange)
+        )
+        found: list[FileRecord] = []
+        with mapped_errors():
+            first = 0
+            if after:
+                rank = await rank_of(of_tenant, after)
+                if rank is None:
+                    return None
+                first = rank + 1
+            while len(found) <= limit:
+                ids = await ids_in(of_tenant, first, first + _PAGE - 1)
+                if not ids:
+                    break
+                first += len(ids)
+                packed = await self._redis.mget([keys.file(id.decode()) for id in ids])
+                records = [_unpack(record) for record in packed if record]
+                found += [record for record in records if is_wanted(record)]
+        return found[:limit], len(found) > limit
+
+    async def remove(self, file_id: str) -> None:
+        """Forget the record; the bytes are due at once."""
+        record = await self.get(file_id)
+        with mapped_errors():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.delete(keys.file(file_id))
+            if record is not None:
+                pipe.zrem(keys.files_of(record.tenant), file_id)
+            pipe.zadd(keys.FILES_DUE, {file_id: 0})
+            pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
+            await pipe.execute()
+
+    async def forget_unrecorded(self, file_id: str) -> None:
+        """Nothing is in storage any more, unless there is a record of it."""
+        record = keys.file(file_id)
+
+        async def forget(pipe: Any) -> None:
+            is_recorded = await pipe.exists(record)
+            pipe.multi()
+            if not is_recorded:
+                pipe.zrem(keys.FILES_DUE, file_id)
+
+        with mapped_errors():
+            await self._redis.transaction(forget, record)
+
+    async def due(self, now_s: int, limit: int) -> list[str]:
+        """Files, and bytes that became none, whose time is over."""
+        with mapped_errors():
+            ids = await self._redis.zrangebyscore(keys.FILES_DUE, "-inf", now_s, 0, limit)
+        return [id.decode() for id in ids]
