@@ -543,7 +543,6 @@ class Broker:
 
 
 def _ended(cursor: bytes, fields: dict[bytes, bytes]) -> Ended:
-    shown = fields.get(b"shown")
     return Ended(
         cursor=_text(cursor),
         id=_text(fields[b"id"]),
@@ -551,7 +550,7 @@ def _ended(cursor: bytes, fields: dict[bytes, bytes]) -> Ended:
         reason=_text(fields[b"reason"]),
         code=_text(fields[b"code"]),
         at_ms=int(cursor.partition(b"-")[0]),
-        presentation=_presentation(shown) if shown else None,
+        is_background=fields.get(b"background") == b"1",
     )
 
 

@@ -332,8 +332,10 @@ local function close(P, id, g, now, outbox, reason, code, message, record)
   settle(P, id, g, is_last)
   post(outbox, g.subs, id, record, timing)
   for _, gateway in ipairs(names(g.subs)) do redis.call('SREM', P .. 'subs:' .. gateway, id) end
+  local as = cmsgpack.unpack(g.out)   -- api, …, and eighth whether it is a response in the background
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 100000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
-    'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '', 'shown', g.out or '')
+    'in', number(g.cost - g.room), 'out', number(g.next), 'reason', reason, 'code', code, 'quota', g.quota or '', 'api', as[1],
+    'background', as[8] and '1' or '0')
   keep(P .. 'ended')
   settle_key(P, id, g, reason, code, is_last)
   g.st = 'T'

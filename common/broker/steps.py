@@ -9,7 +9,7 @@ from common.keys import Limits
 from common.messages import GenerationSpec, Lane, LogEntry, TokenRecord
 
 
-class Presentation(msgspec.Struct, frozen=True, array_like=True):
+class Presentation(msgspec.Struct, frozen=True, array_like=True):  # close() reads it by place
     """How the answer of a request is shown, so that any gateway can show it alike (field ``out``).
 
     ``api`` is ``tgi``, ``chat`` or ``completion``; ``created`` is in seconds; ``flags`` are the
@@ -233,8 +233,8 @@ class Ended:
     """A finish reason; ``failed`` with a failure's code."""
     code: str
     at_ms: int
-    presentation: Presentation | None
-    """None in records of before there were webhooks."""
+    is_background: bool
+    """A response that nobody waits for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -308,6 +308,8 @@ class Reference:
                 "reason": expected.reason,
                 "code": expected.code,
                 "quota": "",
+                "api": admission.presentation.api,
+                "background": "0",
             }
         poisoned = [it.id for it in self.of_state("T") if it.code == "POISON_REQUEST"]
         quarantined = [row["id"].decode() for row in snapshot.streams.get("dead", [])]

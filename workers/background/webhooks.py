@@ -77,7 +77,7 @@ async def tell_responses(broker: Broker) -> bool:
     if not ends:
         return False
     for end in ends:
-        if end.presentation is not None and end.presentation.is_background:
+        if end.is_background:
             response_id = f"{_RESPONSE_PREFIX}{request_of(end.id)}"
             at_s = end.at_ms // 1000
             await broker.webhook_store.enqueue(event_of(end), end.tenant, response_id, at_s)
