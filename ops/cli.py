@@ -25,7 +25,7 @@ from common.settings import (
 )
 from ops.launcher import launcher_options
 from ops.options import build, options_of
-from ops.processes import DoctorSettings, UpSettings
+from ops.processes import DoctorSettings, ForgetSettings, UpSettings
 
 if TYPE_CHECKING:
     from ops.bench.dialects import ApiName
@@ -179,6 +179,26 @@ def doctor_command(*, as_json: bool, loads: bool, **given: Any) -> int:
     from ops.doctor import doctor
 
     return doctor(build(DoctorSettings, given), as_json=as_json, loads=loads)
+
+
+@cli.command("forget")
+@click.argument("tenant")
+@click.option("--dry-run", is_flag=True, help="Only say what there is.")
+@click.option("--keys", "takes_keys", is_flag=True, help="Its API keys and webhooks, too.")
+@click.option("--yes", "is_sure", is_flag=True, help="Do not ask.")
+@options_of(ForgetSettings)
+def forget_command(
+    tenant: str, *, dry_run: bool, takes_keys: bool, is_sure: bool, **given: Any
+) -> None:
+    """Remove all that is kept of TENANT: streams, responses, and what its keys have used.
+
+    What still runs is ended first. It cannot be undone. Logs and figures hold none of it but names
+    of tenants and keys.
+    """
+    from ops.forget import forget
+
+    settings = build(ForgetSettings, given)
+    forget(settings, tenant, only_looks=dry_run, takes_keys=takes_keys, is_sure=is_sure)
 
 
 @cli.command("probe")

@@ -28,6 +28,7 @@ from common.broker.steps import (
     WorkerPresence,
     WorkerState,
 )
+from common.broker.tenant_store import Holdings, TenantStore
 from common.broker.webhook_store import WebhookStore
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Ended",
     "GatewayBeat",
     "GatewayState",
+    "Holdings",
     "KeyStore",
     "LimitReached",
     "Look",
@@ -57,6 +59,7 @@ __all__ = [
     "QuotaState",
     "Refusal",
     "ServerFacts",
+    "TenantStore",
     "WebhookStore",
     "WorkerPresence",
     "WorkerState",

@@ -35,6 +35,18 @@ def document(prefix: str, request_id: str) -> str:
     return f"{prefix}doc:{request_id}"
 
 
+def tenants(prefix: str) -> str:
+    return f"{prefix}tenants"
+
+
+def quota(prefix: str, key_id: str) -> str:
+    return f"{prefix}quota:{key_id}"
+
+
+def using(prefix: str, key_id: str) -> str:
+    return f"{prefix}using:{key_id}"
+
+
 # Beside the pools, in one slot, and without a time to live: see key_store.py.
 
 API_KEYS = "hr:{access}:keys"

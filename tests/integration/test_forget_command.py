@@ -1,0 +1,169 @@
+"""`headrace forget`: nothing of a tenant is left, and of others everything."""
+
+import asyncio
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from common.broker import Broker, WorkerPresence, connect
+from common.keys import Limits
+from ops import cli as command
+from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.gateway_app import RunningGateway, Stand
+from tests.support.generations import admit
+from tests.support.scripted_worker import saying
+
+LIMITS = Limits(requests_per_minute=100, tokens_per_minute=1_000_000, streams=10)
+OTHER, GONE = "other", "gone"
+
+Forget = Callable[..., Any]
+
+
+@pytest.fixture
+def forget(
+    stand: Stand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Forget:
+    """Runs `headrace forget …` beside the test's own event loop; exit code and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        options = ("--redis-url", stand.redis_url, "--data-dir", str(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["headrace", "forget", *arguments, *options])
+        with pytest.raises(SystemExit) as ending:
+            command.main()
+        captured = capsys.readouterr()
+        return int(str(ending.value.code)), captured.out + captured.err
+
+    async def beside(*arguments: str) -> tuple[int, str]:
+        return await asyncio.to_thread(run, *arguments)
+
+    return beside
+
+
+async def use_everything(stand: Stand, gateway: RunningGateway, tenant: str) -> dict[str, str]:
+    """As a tenant of every kind of thing that is kept: the ids, by kind, and its key."""
+    key = await make_key(stand.broker, tenant, limits=LIMITS)
+    headers = bearer(key)
+    client = gateway.client
+    body = {"prompt": f"secret of {tenant}", "max_tokens": 4, "n": 2}
+    stream = await client.post(
+        "/v1/completions", json=body, headers=headers | {"idempotency-key": "k"}
+    )
+    stored = await client.post("/v1/responses", json={"input": "hi"}, headers=headers)
+    assert (stream.status_code, stored.status_code) == (200, 200)
+    return {
+        "key": key,
+        "stream": stream.headers["x-headrace-stream-id"],
+        "response": stored.json()["id"],
+    }
+
+
+async def everything(redis_url: str) -> dict[bytes, bytes]:
+    """Every key with what it holds."""
+    redis: Any = Redis.from_url(redis_url)
+    try:
+        names = [name async for name in redis.scan_iter()]
+        return {name: await redis.dump(name) or b"" for name in names}
+    finally:
+        await redis.aclose()
+
+
+async def seen(client: httpx.AsyncClient, ids: dict[str, str]) -> list[int]:
+    headers = bearer(ids["key"])
+    paths = (f"/v1/streams/{ids['stream']}", f"/v1/responses/{ids['response']}")
+    return [(await client.get(path, headers=headers)).status_code for path in paths]
+
+
+async def test_nothing_of_a_tenant_is_left(stand: Stand, forget: Forget) -> None:
+    """Also what waits at that moment; another tenant's things are as before."""
+    worker = await stand.worker()
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    async with worker.acting(saying("a", "b")):
+        other = await use_everything(stand, gateway, OTHER)
+        gone = await use_everything(stand, gateway, GONE)
+    waiting = await gateway.client.post(
+        "/v1/responses", json={"input": "later", "background": True}, headers=bearer(gone["key"])
+    )
+    assert waiting.json()["status"] == "queued"
+    code, told = await forget(GONE, "--yes")
+    assert code == 0, told
+    assert "3 requests, with their answers" in told
+    assert "Its API keys are still taken" in told
+    assert sum((await stand.broker.state()).waiting.values()) == 0
+    assert await seen(gateway.client, gone) == [404, 404]
+    assert await seen(gateway.client, other) == [200, 200]
+    left = await everything(stand.redis_url)
+    ids = [gone["stream"], gone["response"].removeprefix("resp_")]
+    beside_records = [name for name in left if not name.endswith((b":ended", b":secret"))]
+    for name in beside_records:
+        assert not any(id.encode() in name for id in ids), name
+        assert b":gone:" not in name
+    code, told = await forget(GONE, "--dry-run")
+    assert (code, "0 requests" in told, "0 idempotency keys" in told) == (0, True, True)
+
+
+async def test_with_its_keys_nobody_comes_in_any_more(stand: Stand, forget: Forget) -> None:
+    worker = await stand.worker()
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    async with worker.acting(saying("a")):
+        other = await use_everything(stand, gateway, OTHER)
+        gone = await use_everything(stand, gateway, GONE)
+    code, told = await forget(GONE, "--keys", "--yes")
+    assert (code, "1 API keys" in told) == (0, True)
+    assert await seen(gateway.client, gone) == [401, 401]
+    assert await seen(gateway.client, other) == [200, 200]
+    assert [key.tenant for key, _ in await stand.broker.key_store.all()] == [OTHER]
+    left = await everything(stand.redis_url)
+    assert not [name for name in left if gone["key"].split("-")[2].encode() in name]
+
+
+async def test_a_look_changes_nothing(stand: Stand, forget: Forget) -> None:
+    worker = await stand.worker()
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    async with worker.acting(saying("a")):
+        gone = await use_everything(stand, gateway, GONE)
+    code, told = await forget(GONE, "--dry-run")
+    assert (code, "2 requests" in told) == (0, True)
+    assert await seen(gateway.client, gone) == [200, 200]
+
+
+async def test_it_asks_first(stand: Stand, forget: Forget, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await stand.worker()
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    async with worker.acting(saying("a")):
+        gone = await use_everything(stand, gateway, GONE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    code, told = await forget(GONE)
+    assert code != 0
+    assert "Remove all of it" in told
+    assert await seen(gateway.client, gone) == [200, 200]
+
+
+async def test_every_pool_is_looked_through(stand: Stand, forget: Forget) -> None:
+    """A server may hold those of several models."""
+    other_pool = Broker(connect(stand.redis_url), "another/model")
+    await other_pool.load()
+    presence = WorkerPresence(model_version="another/model@1", max_cost=100)
+    await other_pool.beat_worker("w", presence, seen=0, holding=(), lease_ms=60_000)
+    gone = await admit(other_pool, tenant=GONE)
+    kept = await admit(other_pool, tenant=OTHER)
+    code, told = await forget(GONE, "--yes")
+    assert (code, "1 requests" in told) == (0, True)
+    assert await other_pool.read(gone, 0) is None
+    assert await other_pool.read(kept, 0) is not None
+    await other_pool.close()
+
+
+@pytest.mark.parametrize("name", ["", "A", "../x", "a*"])
+async def test_what_is_no_name_is_refused(forget: Forget, name: str) -> None:
+    code, told = await forget(name, "--yes")
+    assert code == 2
+    assert "is no name of a tenant" in told
