@@ -190,7 +190,7 @@ def doctor_command(*, as_json: bool, loads: bool, **given: Any) -> int:
 def forget_command(
     tenant: str, *, dry_run: bool, takes_keys: bool, is_sure: bool, **given: Any
 ) -> None:
-    """Remove all that is kept of TENANT: streams, responses, and what its keys have used.
+    """Remove all that is kept of TENANT: streams, responses, files, batches, use of its keys.
 
     What still runs is ended first. It cannot be undone. Logs and figures hold none of it but names
     of tenants and keys.

@@ -201,6 +201,18 @@ class BatchStore:
         with mapped_errors():
             await self._redis.zrem(keys.ENDED_BATCHES, batch_id)
 
+    async def remove(self, record: BatchRecord) -> None:
+        """Forget a batch. Its folder is due to be cleared, whatever somebody still puts there."""
+        with mapped_errors():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.delete(keys.batch(record.id), keys.batch_lease(record.id))
+            pipe.zrem(keys.batches_of(record.tenant), record.id)
+            pipe.zrem(keys.active_batches(record.pool), record.id)
+            pipe.zrem(keys.UNTOLD_BATCHES, record.id)
+            pipe.zadd(keys.ENDED_BATCHES, {record.id: wall_ms() // 1000})
+            pipe.pexpire(keys.ENDED_BATCHES, _KEPT_MS)
+            await pipe.execute()
+
     # Changes -------------------------------------------------------------------------------------
 
     async def last_change(self) -> str:

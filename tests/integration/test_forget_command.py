@@ -4,15 +4,16 @@ import asyncio
 import io
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
+from common.batches import BatchRecord, folder, new_batch_id
 from common.broker import Broker, WorkerPresence, connect
 from common.keys import Limits
+from common.storage.local import LocalStorage
 from ops import cli as command
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.gateway_app import RunningGateway, Stand
@@ -28,14 +29,13 @@ Forget = Callable[..., Any]
 @pytest.fixture
 def forget(
     stand: Stand,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Forget:
     """Runs `headrace forget …` beside the test's own event loop; exit code and what it printed."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        options = ("--redis-url", stand.redis_url, "--data-dir", str(tmp_path))
+        options = ("--redis-url", stand.redis_url, "--data-dir", str(stand.data_dir))
         monkeypatch.setattr(sys, "argv", ["headrace", "forget", *arguments, *options])
         with pytest.raises(SystemExit) as ending:
             command.main()
@@ -50,7 +50,7 @@ def forget(
 
 async def use_everything(stand: Stand, gateway: RunningGateway, tenant: str) -> dict[str, str]:
     """As a tenant of every kind of thing that is kept: the ids, by kind, and its key."""
-    key = await make_key(stand.broker, tenant, limits=LIMITS)
+    key = await make_key(stand.broker, tenant, limits=LIMITS, scopes=("generate", "batch"))
     headers = bearer(key)
     client = gateway.client
     body = {"prompt": f"secret of {tenant}", "max_tokens": 4, "n": 2}
@@ -59,8 +59,12 @@ async def use_everything(stand: Stand, gateway: RunningGateway, tenant: str) -> 
     )
     stored = await client.post("/v1/responses", json={"input": "hi"}, headers=headers)
     assert (stream.status_code, stored.status_code) == (200, 200)
+    form = {"file": ("in.jsonl", b"secret"), "purpose": (None, "batch")}
+    file = await client.post("/v1/files", files=form, headers=headers)
+    assert file.status_code == 200, file.text
     return {
         "key": key,
+        "file": file.json()["id"],
         "stream": stream.headers["x-headrace-stream-id"],
         "response": stored.json()["id"],
     }
@@ -78,7 +82,11 @@ async def everything(redis_url: str) -> dict[bytes, bytes]:
 
 async def seen(client: httpx.AsyncClient, ids: dict[str, str]) -> list[int]:
     headers = bearer(ids["key"])
-    paths = (f"/v1/streams/{ids['stream']}", f"/v1/responses/{ids['response']}")
+    paths = (
+        f"/v1/streams/{ids['stream']}",
+        f"/v1/responses/{ids['response']}",
+        f"/v1/files/{ids['file']}/content",
+    )
     return [(await client.get(path, headers=headers)).status_code for path in paths]
 
 
@@ -98,8 +106,8 @@ async def test_nothing_of_a_tenant_is_left(stand: Stand, forget: Forget) -> None
     assert "3 requests, with their answers" in told
     assert "Its API keys are still taken" in told
     assert sum((await stand.broker.state()).waiting.values()) == 0
-    assert await seen(gateway.client, gone) == [404, 404]
-    assert await seen(gateway.client, other) == [200, 200]
+    assert await seen(gateway.client, gone) == [404, 404, 404]
+    assert await seen(gateway.client, other) == [200, 200, 200]
     left = await everything(stand.redis_url)
     ids = [gone["stream"], gone["response"].removeprefix("resp_")]
     beside_records = [name for name in left if not name.endswith((b":ended", b":secret"))]
@@ -118,8 +126,8 @@ async def test_with_its_keys_nobody_comes_in_any_more(stand: Stand, forget: Forg
         gone = await use_everything(stand, gateway, GONE)
     code, told = await forget(GONE, "--keys", "--yes")
     assert (code, "1 API keys" in told) == (0, True)
-    assert await seen(gateway.client, gone) == [401, 401]
-    assert await seen(gateway.client, other) == [200, 200]
+    assert await seen(gateway.client, gone) == [401, 401, 401]
+    assert await seen(gateway.client, other) == [200, 200, 200]
     assert [key.tenant for key, _ in await stand.broker.key_store.all()] == [OTHER]
     left = await everything(stand.redis_url)
     assert not [name for name in left if gone["key"].split("-")[2].encode() in name]
@@ -132,7 +140,7 @@ async def test_a_look_changes_nothing(stand: Stand, forget: Forget) -> None:
         gone = await use_everything(stand, gateway, GONE)
     code, told = await forget(GONE, "--dry-run")
     assert (code, "2 requests" in told) == (0, True)
-    assert await seen(gateway.client, gone) == [200, 200]
+    assert await seen(gateway.client, gone) == [200, 200, 200]
 
 
 async def test_it_asks_first(stand: Stand, forget: Forget, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +152,38 @@ async def test_it_asks_first(stand: Stand, forget: Forget, monkeypatch: pytest.M
     code, told = await forget(GONE)
     assert code != 0
     assert "Remove all of it" in told
-    assert await seen(gateway.client, gone) == [200, 200]
+    assert await seen(gateway.client, gone) == [200, 200, 200]
+
+
+async def test_batches_are_stopped_and_go_with_their_folders(
+    stand: Stand, forget: Forget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody steers them here, so that none says that it has stopped."""
+    monkeypatch.setattr("ops.forget.STOP_LIMIT_S", 0.3)
+    storage, batches = LocalStorage(stand.data_dir / "files"), stand.broker.batch_store
+    records = {tenant: batch_of(tenant) for tenant in (GONE, OTHER)}
+    for record in records.values():
+        await batches.create(record)
+        await storage.put(f"{folder(record.id)}parts/00000001", b"secret")
+    code, told = await forget(GONE, "--yes")
+    assert (code, "1 batches" in told) == (0, True)
+    assert await batches.get(records[GONE].id) is None
+    assert await batches.active("simulated") == [records[OTHER].id]
+    assert await storage.list(folder(records[GONE].id)) == []
+    assert len(await storage.list(folder(records[OTHER].id))) == 1
+    assert await batches.page(GONE, limit=10) == ([], False)
+
+
+def batch_of(tenant: str) -> BatchRecord:
+    return BatchRecord(
+        id=new_batch_id(),
+        tenant=tenant,
+        pool="simulated",
+        endpoint="/v1/completions",
+        input_file_id="file-x",
+        created_at=1,
+        expires_at=2,
+    )
 
 
 async def test_every_pool_is_looked_through(stand: Stand, forget: Forget) -> None:

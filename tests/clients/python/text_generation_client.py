@@ -1,8 +1,8 @@
 """What ``text-generation``, TGI's own client, gets from a server: JSON on standard output.
 
 Without streamed chats, which fail against TGI as well: its type of a chunk demands ``tool_calls``,
-which TGI leaves out of all but calls, and it reads the ``[DONE]`` that ends a stream as JSON. To leave
-that out would break every other client.
+which TGI leaves out of all but calls, and it reads the ``[DONE]`` that ends a stream as JSON. To
+leave that out would break every other client.
 """
 
 import asyncio
