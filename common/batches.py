@@ -73,6 +73,13 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
             self.output_tokens + other.output_tokens,
         )
 
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.input_tokens - other.input_tokens,
+            self.cached_tokens - other.cached_tokens,
+            self.output_tokens - other.output_tokens,
+        )
+
     def shown(self) -> dict[str, Any]:
         return {
             "input_tokens": self.input_tokens,
@@ -81,6 +88,9 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.input_tokens + self.output_tokens,
         }
+
+
+NO_USAGE = Usage()
 
 
 class BatchError(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,6 +138,8 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     expired_at: int = 0
     cancelling_at: int = 0
     cancelled_at: int = 0
+    is_late: bool = False
+    """Its time was over before all lines were finished."""
     model: str | None = None
     """As the lines name it."""
     models: tuple[str, ...] = ()
@@ -182,26 +194,30 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
             return None
         return _changed(self, status="cancelling", cancelling_at=now_s)
 
-    def finalizing(self, now_s: int) -> "BatchRecord | None":
-        """Every line is finished, or its time is over."""
+    def finalizing(self, now_s: int, *, is_late: bool = False) -> "BatchRecord | None":
+        """Every line is finished; or its time is over, and then the others expire."""
         if self.status != "in_progress":
             return None
-        return _changed(self, status="finalizing", finalizing_at=now_s)
+        return _changed(self, status="finalizing", finalizing_at=now_s, is_late=is_late)
 
     def ended(
-        self, output_file_id: str | None, error_file_id: str | None, now_s: int, *, expired: bool
+        self,
+        output_file_id: str | None,
+        error_file_id: str | None,
+        now_s: int,
+        error: BatchError | None = None,
     ) -> "BatchRecord | None":
-        """Its files are written."""
+        """Its files are written; ``error`` kept lines out of them that have no answer."""
+        if self.status not in ("cancelling", "finalizing"):
+            return None
         files = {"output_file_id": output_file_id, "error_file_id": error_file_id}
-        match self.status:
-            case "cancelling":
-                return _changed(self, status="cancelled", cancelled_at=now_s, **files)
-            case "finalizing" if expired:
-                return _changed(self, status="expired", expired_at=now_s, **files)
-            case "finalizing":
-                return _changed(self, status="completed", completed_at=now_s, **files)
-            case _:
-                return None
+        if error is not None:
+            return _changed(self, status="failed", failed_at=now_s, errors=(error,), **files)
+        if self.status == "cancelling":
+            return _changed(self, status="cancelled", cancelled_at=now_s, **files)
+        if self.is_late:
+            return _changed(self, status="expired", expired_at=now_s, **files)
+        return _changed(self, status="completed", completed_at=now_s, **files)
 
     # ---------------------------------------------------------------------------------------------
 

@@ -281,6 +281,15 @@ KINDS: dict[str, FailureKind] = {
             "The log was lost with its worker and the new attempt differs from what was shown.",
         ),
         _kind(
+            "BATCH_ENDED",
+            409,
+            _INVALID,
+            "validation",
+            False,
+            Actor.CALLER,
+            "The batch has ended, or is about to.",
+        ),
+        _kind(
             "QUEUE_FULL",
             429,
             _RATE,

@@ -231,9 +231,19 @@ class WorkerSettings(Settings):
 class BackgroundSettings(KeySettings, OrderSettings, StorageSettings):
     """The arq side: what has minutes."""
 
+    background_redis_url: str = ""
+    """Where background jobs wait; unset: ``redis_url``. arq can not use a Redis Cluster, so a
+    deployment on one needs a small server of its own for this. Nothing that must last lies there.
+    """
+
     allow_private_webhooks: bool = False
     """Send webhooks to private addresses, over plain HTTP and to any port, too: for receivers in
     the same closed network. Whoever may add endpoints then reaches whatever this process does."""
+
+    @field_validator("background_redis_url")
+    @classmethod
+    def _refuse_open_background(cls, redis_url: str, info: ValidationInfo) -> str:
+        return cls._refuse_open_redis(redis_url, info) if redis_url else ""
 
 
 def is_loopback(host: str) -> bool:

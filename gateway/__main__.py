@@ -10,7 +10,6 @@ import gc
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from functools import partial
 from types import FrameType
 
@@ -22,14 +21,10 @@ from common import logs
 from common.broker import Broker, connect
 from common.failures import Failure
 from common.ids import new_process_name
-from common.models.adapters import AdapterStore
-from common.models.chat_template import ChatTemplate
-from common.models.store import ModelStore
-from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings, first_error
 from gateway.app import Brokers, create_app, drain
 from gateway.http_server import BoundedHttp, IdleConnections
-from gateway.services import ServedModel, Services
+from gateway.services import Services, load_model
 
 log = logs.get_logger()
 
@@ -125,25 +120,6 @@ def _keep_for_good() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def load_model(settings: GatewaySettings) -> ServedModel:
-    """What a gateway needs of the model in the store.
-
-    Raises: Failure MODEL_NOT_FOUND, MODEL_LOAD_FAILED.
-    """
-    stored = ModelStore(settings.data_dir).get(settings.model)
-    manifest = stored.manifest
-    return ServedModel(
-        name=manifest.name,
-        version=manifest.version,
-        max_total_tokens=min(settings.max_total_tokens, manifest.max_position_embeddings),
-        tokenizer=Tokenizer.load(stored.path),
-        chat_template=ChatTemplate.load(stored.path),
-        dtype=manifest.dtype,
-        created=int(datetime.fromisoformat(manifest.created).timestamp()),
-        adapters=AdapterStore.beside(settings.data_dir, manifest.name),
-    )
 
 
 def listen(host: str, port: int) -> socket.socket:

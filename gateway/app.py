@@ -28,6 +28,7 @@ from common.storage import open_storage
 from gateway.admission import Admissions
 from gateway.api import (
     batch_events,
+    batches,
     chat,
     completions,
     files,
@@ -144,6 +145,7 @@ def create_app(
             *responses.routes,
             *files.routes,
             *streams.routes,
+            *batches.routes,
             *batch_events.routes,
             *models.routes,
             *health.routes,

@@ -168,7 +168,7 @@ class _Body:
     async def next(self) -> Message:
         """Raises: Failure BODY_TOO_LARGE, BODY_TIMEOUT."""
         if self._is_announced_too_long:
-            raise _too_large(self._max_bytes)
+            raise too_large(self._max_bytes)
         left_s = None if self.due_s is None else max(0.0, self.due_s - monotonic_s())
         try:
             async with asyncio.timeout(left_s):
@@ -177,12 +177,12 @@ class _Body:
             raise Failure("BODY_TIMEOUT") from error
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
-            raise _too_large(self._max_bytes)
+            raise too_large(self._max_bytes)
         self.is_whole = not message.get("more_body", False)
         return message
 
 
-def _too_large(limit_bytes: int) -> Failure:
+def too_large(limit_bytes: int) -> Failure:
     return Failure(
         "BODY_TOO_LARGE",
         "Failed to buffer the request body: length limit exceeded: it may have at most "

@@ -1,6 +1,7 @@
 """What a request handler can reach: the parts of one gateway process, joined in ``app.py``."""
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 
 from starlette.requests import Request
@@ -10,8 +11,9 @@ from common.files import Files
 from common.metrics import GatewayMetrics
 from common.models.adapters import AdapterStore
 from common.models.chat_template import ChatTemplate
+from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
-from common.settings import GatewaySettings, OrderSettings
+from common.settings import GatewaySettings, OrderSettings, Settings
 from common.storage import Storage
 from gateway.admission import Admissions
 from gateway.callers import Callers
@@ -80,6 +82,25 @@ def longest_prompt(model: ServedModel, settings: OrderSettings) -> int:
     """In tokens: one less than what it makes with its answer, or the operator's limit."""
     longest = model.max_total_tokens - 1
     return min(settings.max_input_tokens or longest, longest)
+
+
+def load_model(settings: Settings) -> ServedModel:
+    """What a gateway needs of the model in the store.
+
+    Raises: Failure MODEL_NOT_FOUND, MODEL_LOAD_FAILED.
+    """
+    stored = ModelStore(settings.data_dir).get(settings.model)
+    manifest = stored.manifest
+    return ServedModel(
+        name=manifest.name,
+        version=manifest.version,
+        max_total_tokens=min(settings.max_total_tokens, manifest.max_position_embeddings),
+        tokenizer=Tokenizer.load(stored.path),
+        chat_template=ChatTemplate.load(stored.path),
+        dtype=manifest.dtype,
+        created=int(datetime.fromisoformat(manifest.created).timestamp()),
+        adapters=AdapterStore.beside(settings.data_dir, manifest.name),
+    )
 
 
 def services_of(request: Request) -> Services:

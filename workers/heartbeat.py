@@ -54,6 +54,7 @@ class Heartbeat:
         beat_ms: int,
         lease_ms: int,
         free_tokens: Callable[[], int],
+        max_batch_size: int = 0,
     ) -> None:
         self._broker = broker
         self._name = name
@@ -64,6 +65,7 @@ class Heartbeat:
         self._beat_s = beat_ms / 1000
         self._lease_ms = lease_ms
         self._free_tokens = free_tokens
+        self._max_batch_size = max_batch_size
         self._rate = 0.0
         self._rated = (monotonic_s(), 0)
         self._beaten_s = 0.0
@@ -122,6 +124,7 @@ class Heartbeat:
             host=socket.gethostname(),
             free_tokens=self._free_tokens(),
             steps=self.num_steps,
+            max_batch_size=self._max_batch_size,
         )
 
     def _measure_rate(self) -> float:

@@ -116,6 +116,7 @@ class Worker:
             beat_ms=settings.beat_ms,
             lease_ms=settings.lease_ms,
             free_tokens=lambda: self._intake.free()[1],
+            max_batch_size=settings.max_batch_size,
         )
 
     async def run(self) -> None:

@@ -504,6 +504,22 @@ class Broker:
             )
         return [_ended(cursor, fields) for cursor, fields in rows]
 
+    async def last_end(self) -> str:
+        """The cursor behind all that has ended."""
+        with mapped_errors():
+            rows: Any = await self._redis.execute_command(
+                "XREVRANGE", keys.ended(self._prefix), "+", "-", "COUNT", 1
+            )
+        return _text(rows[0][0]) if rows else "0-0"
+
+    async def wait_for_ends(self, after: str, block_ms: int) -> list[Ended]:
+        """What ended behind ``after``, waiting for it; empty after ``block_ms``."""
+        with mapped_errors():
+            answer: Any = await self._redis.execute_command(
+                "XREAD", "COUNT", 500, "BLOCK", block_ms, "STREAMS", keys.ended(self._prefix), after
+            )
+        return [_ended(cursor, fields) for cursor, fields in (answer[0][1] if answer else ())]
+
     async def told_cursor(self) -> str:
         """The end up to which webhooks have been made; "" at first."""
         with mapped_errors():

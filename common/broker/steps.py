@@ -212,6 +212,8 @@ class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):
     free_tokens: int = 0
     steps: int = 0
     """Engine steps so far: progress, for ``/ready`` and for people."""
+    max_batch_size: int = 0
+    """Most generations in one step; 0: not said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from common.failures import KINDS, Failure
 from common.files import MAX_LIFE_S, MIN_LIFE_S
 from common.settings import GatewaySettings
 from gateway import bodies
-from gateway.api import chat, completions, platforms, responses, shapes, tgi
+from gateway.api import batches, chat, completions, platforms, responses, shapes, tgi
 from gateway.api.completions import MAX_LOGPROBS
 from gateway.errors import Wire, status_of, wire_of
 
@@ -270,6 +270,35 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Stop making an answer; what is there can still be read.",
         answer=shapes.CancelledStream,
         codes=("NOT_FOUND", *_OF_A_LOG),
+    ),
+    ("POST", "/v1/batches"): Operation(
+        tag="Batches",
+        summary="Answer every line of a file within a day, behind all who wait for an answer.",
+        body=batches.BatchBody,
+        answer=shapes.Batch,
+        codes=("MODEL_NOT_ALLOWED", "IDEMPOTENCY_CONFLICT", "DRAINING"),
+        parameters=(
+            ("Idempotency-Key", "header", "The same batch with the same key is made once."),
+        ),
+    ),
+    ("GET", "/v1/batches"): Operation(
+        tag="Batches",
+        summary="The batches that there are, the newest first, page by page.",
+        answer=shapes.Batches,
+        codes=("BAD_REQUEST",),
+        parameters=(
+            ("limit", "query", "Most batches of a page."),
+            ("after", "query", "The id of the last batch of the page before."),
+        ),
+    ),
+    ("GET", "/v1/batches/{id}"): Operation(
+        tag="Batches", summary="How a batch stands.", answer=shapes.Batch, codes=("NOT_FOUND",)
+    ),
+    ("POST", "/v1/batches/{id}/cancel"): Operation(
+        tag="Batches",
+        summary="End a batch early; what is finished is kept.",
+        answer=shapes.Batch,
+        codes=("NOT_FOUND", "BATCH_ENDED"),
     ),
     ("GET", "/v1/batches/{id}/events"): Operation(
         tag="Batches",

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from common.batches import Status
+
 
 class Timings(msgspec.Struct):
     """How it went, in seconds by one clock. All but ``finish_reason`` are there once it ended."""
@@ -365,6 +367,73 @@ class File(msgspec.Struct):
 class Files(msgspec.Struct):
     object: Literal["list"]
     data: list[File]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class BatchError(msgspec.Struct):
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(msgspec.Struct):
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class RequestCounts(msgspec.Struct):
+    total: int
+    completed: int
+    failed: int
+
+
+class CachedTokens(msgspec.Struct):
+    cached_tokens: int
+
+
+class ReasoningTokens(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class BatchUsage(msgspec.Struct):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class Batch(msgspec.Struct):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Status
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class Batches(msgspec.Struct):
+    object: Literal["list"]
+    data: list[Batch]
     first_id: str | None
     last_id: str | None
     has_more: bool

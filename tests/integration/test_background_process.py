@@ -101,7 +101,8 @@ async def test_files_are_removed_at_their_end(broker: Broker, tmp_path: Path) ->
 async def jobs(redis_url: str, tmp_path: Path) -> AsyncIterator[ArqRedis]:
     settings = BackgroundSettings(redis_url=redis_url, model=POOL, data_dir=tmp_path)
     broker = Broker(connect(redis_url), POOL)
-    worker = create_worker(settings, broker, handle_signals=False)
+    ctx = context(broker, files_of(broker, tmp_path))
+    worker = create_worker(settings, ctx, handle_signals=False)
     pool = worker.pool
     yield pool
     await cast(Any, pool.connection_pool).disconnect()

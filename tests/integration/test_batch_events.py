@@ -62,7 +62,7 @@ class Steered:
     async def end(self) -> None:
         await self.store.change(self.id, lambda record: record.finalizing(2000))
         await self.store.change(
-            self.id, lambda record: record.ended("file-o", None, 2001, expired=False)
+            self.id, lambda record: record.ended("file-o", None, 2001)
         )
 
 

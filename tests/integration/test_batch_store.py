@@ -97,7 +97,7 @@ def test_a_record_is_shown_as_openai_shows_a_batch() -> None:
 def test_states_are_left_by_their_own_steps_alone() -> None:
     """Whatever comes late, or twice, finds that it does not apply any more."""
     validating = new_record()
-    assert validating.ended(None, None, 5, expired=False) is None
+    assert validating.ended(None, None, 5) is None
     assert validating.finalizing(5) is None
     failed = validating.refused([BatchError("empty_file", "It is empty.")] * 200, 5)
     assert failed is not None
@@ -112,14 +112,14 @@ def test_states_are_left_by_their_own_steps_alone() -> None:
     cancelling = running.cancelling(7)
     assert cancelling is not None
     assert cancelling.finalizing(8) is None
-    cancelled = cancelling.ended("file-o", None, 9, expired=False)
+    cancelled = cancelling.ended("file-o", None, 9)
     assert cancelled is not None
     assert (cancelled.status, cancelled.output_file_id) == ("cancelled", "file-o")
-    finalizing = running.finalizing(8)
-    assert finalizing is not None
-    assert finalizing.cancelling(9) is None, "every line is finished"
-    for expired, status in ((False, "completed"), (True, "expired")):
-        ended = finalizing.ended("file-o", "file-e", 9, expired=expired)
+    for is_late, status in ((False, "completed"), (True, "expired")):
+        finalizing = running.finalizing(8, is_late=is_late)
+        assert finalizing is not None
+        assert finalizing.cancelling(9) is None, "there is nothing left to be cancelled"
+        ended = finalizing.ended("file-o", "file-e", 9)
         assert ended is not None
         assert ended.status == status
         assert ended.counted(9, Counts(3, 3), Usage()) is None

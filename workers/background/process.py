@@ -7,7 +7,8 @@ jobs are stored as msgpack: pickle would let whoever writes to Redis run code in
 import asyncio
 import random
 import sys
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 import msgspec
@@ -16,7 +17,7 @@ from arq.connections import ArqRedis
 from arq.worker import Worker
 
 from common import logs
-from common.broker import Broker, connect
+from common.broker import BatchStore, BatchWatch, Broker, connect
 from common.broker.connection import mapped_errors
 from common.failures import Failure
 from common.files import Files
@@ -24,10 +25,14 @@ from common.ids import new_process_name
 from common.logs import get_logger
 from common.reaping import keep_reaping
 from common.settings import BackgroundSettings
-from common.storage import open_storage
+from common.storage import Storage, open_storage
+from gateway.lines import load_offer
 from workers import exit_codes
-from workers.background.jobs import Context, broker_of, context, scheduled
+from workers.background.batches import Steers
+from workers.background.jobs import Context, asked, broker_of, context, scheduled
+from workers.background.pool import Ends, Window
 from workers.background.post import Poster
+from workers.background.running import Means
 from workers.background.webhooks import Deliverer, keep_telling
 
 log = get_logger()
@@ -50,17 +55,17 @@ def run(settings: BackgroundSettings, *, pretty: bool = False) -> int:
     name = new_process_name("background")
     logs.configure("background", name, log_dir=settings.log_dir, pretty=pretty)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_run(settings))
+        code = runner.run(_run(settings, name))
     logs.flush()
     return code
 
 
-async def _run(settings: BackgroundSettings) -> int:
+async def _run(settings: BackgroundSettings, name: str) -> int:
     log.info("background.started", model=settings.model)
     broker = Broker(connect(settings.redis_url), settings.model)
     try:
         await broker.load()
-        await _serve(settings, broker)
+        await _serve(settings, name, broker)
     except Failure as failure:
         log.error(  # noqa: TRY400 - the failure says all, its traceback would hide it
             "background.failed", code=failure.code, message=failure.message
@@ -74,19 +79,65 @@ async def _run(settings: BackgroundSettings) -> int:
     return exit_codes.OK
 
 
-async def _serve(settings: BackgroundSettings, broker: Broker) -> None:
+async def _serve(settings: BackgroundSettings, name: str, broker: Broker) -> None:
     """Run arq until SIGTERM, over any number of losses of Redis."""
+    storage = open_storage(settings.storage_url, settings.data_dir)
+    files = Files(storage, broker.file_store)
+    async with _steers(settings, name, broker, storage, files) as steers:
+        beside = [
+            asyncio.create_task(keep_reaping(broker)),
+            asyncio.create_task(keep_telling(broker)),
+            asyncio.create_task(_deliverer(settings, broker).run()),
+        ]
+        try:
+            while not await _work(create_worker(settings, context(broker, files, steers))):
+                await _until_back(broker)
+        finally:
+            for task in beside:
+                task.cancel()
+    storage.close()
+
+
+@asynccontextmanager
+async def _steers(
+    settings: BackgroundSettings, name: str, broker: Broker, storage: Storage, files: Files
+) -> AsyncGenerator[Steers | None]:
+    """What steers batches meanwhile; None where the store has not the model that makes requests of
+    their lines.
+    """
+    try:
+        offer = load_offer(settings)
+    except Failure as failure:
+        log.warning("steering.unavailable", code=failure.code, message=failure.message)
+        yield None
+        return
+    ends_redis, changes_redis = (connect(settings.redis_url, blocking=True) for _ in range(2))
+    ends = Ends(Broker(ends_redis, settings.model))
+    means = Means(
+        name=name,
+        broker=broker,
+        store=broker.batch_store,
+        watch=BatchWatch(BatchStore(changes_redis)),
+        storage=storage,
+        files=files,
+        offer=offer,
+        ends=ends,
+        window=Window(broker, broker.batch_store),
+    )
+    steers, queue = Steers(means), create_queue(settings)
     beside = [
-        asyncio.create_task(keep_reaping(broker)),
-        asyncio.create_task(keep_telling(broker)),
-        asyncio.create_task(_deliverer(settings, broker).run()),
+        asyncio.create_task(ends.run()),
+        asyncio.create_task(steers.keep_sweeping(queue)),
     ]
     try:
-        while not await _work(create_worker(settings, broker)):
-            await _until_back(broker)
+        yield steers
+        await steers.stop()
     finally:
         for task in beside:
             task.cancel()
+        for redis in (ends_redis, changes_redis, queue):
+            with suppress(Failure), mapped_errors():
+                await redis.aclose()
 
 
 def _deliverer(settings: BackgroundSettings, broker: Broker) -> Deliverer:
@@ -121,26 +172,31 @@ async def _work(worker: Worker) -> bool:
     return asked_to_stop.is_set()
 
 
-def create_worker(
-    settings: BackgroundSettings, broker: Broker, *, handle_signals: bool = True
-) -> Worker:
-    """A worker of arq, set up; it takes SIGTERM and SIGINT, and stops when its jobs have ended."""
-    pool = ArqRedis(
-        cast(Any, connect(settings.redis_url)).connection_pool,
+def create_queue(settings: BackgroundSettings) -> ArqRedis:
+    """Where jobs are put."""
+    redis_url = settings.background_redis_url or settings.redis_url
+    return ArqRedis(
+        cast(Any, connect(redis_url)).connection_pool,
         job_serializer=_encode,
         job_deserializer=_decode,
         default_queue_name=QUEUE,
     )
-    storage = open_storage(settings.storage_url, settings.data_dir)
+
+
+def create_worker(
+    settings: BackgroundSettings, ctx: Context, *, handle_signals: bool = True
+) -> Worker:
+    """A worker of arq, set up; it takes SIGTERM and SIGINT, and stops when its jobs have ended."""
     return Worker(
+        functions=asked(),
         queue_name=QUEUE,
-        redis_pool=pool,
+        redis_pool=create_queue(settings),
         job_serializer=_encode,
         job_deserializer=_decode,
         cron_jobs=scheduled(),
         on_startup=_say_ready,
         handle_signals=handle_signals,
-        ctx=context(broker, Files(storage, broker.file_store)),
+        ctx=ctx,
         health_check_interval=_HEALTH_INTERVAL_S,
         job_completion_wait=_FINISH_S,
         log_results=False,
