@@ -133,6 +133,10 @@ class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
     """Address to listen on; ``0.0.0.0`` for every network interface."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0: a free one."""
+    predict_route: str = Field(default="", pattern="^(/.*)?$")
+    """Path that answers a POST as ``/vertex`` does, beside it; empty: none."""
+    health_route: str = Field(default="", pattern="^(/.*)?$")
+    """Path that answers a GET as ``/ping`` does, beside it; empty: none."""
     api_key: SecretStr = SecretStr("")
     """One key for everything, as TGI's: whoever sends it is the tenant ``public`` and may do all.
     Better: ``headrace keys create``."""

@@ -44,7 +44,7 @@ from gateway.api import (
 from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.loop_watch import LoopWatch
-from gateway.middleware import HeadLimit, PayloadLimit, RequestContext, arrival_of
+from gateway.middleware import HeadLimit, PayloadLimit, PlatformRoutes, RequestContext, arrival_of
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.services import ServedModel, Services, services_of
@@ -153,6 +153,7 @@ def create_app(
             *pages.routes,
         ],
         middleware=[
+            *_platform_routes(settings),
             Middleware(RequestContext, model_version=model.version),
             Middleware(HeadLimit, refuse=_answer_failure),
             *_cors(settings),
@@ -270,6 +271,13 @@ def _note_rejection(request: Request, failure: Failure, status: int) -> None:
         duration=round(monotonic_s() - arrival_of(request), 6),
         model_version=services.model.version,
     )
+
+
+def _platform_routes(settings: GatewaySettings) -> list[Middleware]:
+    predict, health = settings.predict_route, settings.health_route
+    if not predict and not health:
+        return []
+    return [Middleware(PlatformRoutes, predict=predict, health=health)]
 
 
 def _cors(settings: GatewaySettings) -> list[Middleware]:

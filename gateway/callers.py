@@ -34,7 +34,16 @@ NOTE_USE_S = 60.0
 """How exactly it is known when a key was last used."""
 
 _OPEN_PATHS = frozenset(
-    {"/health", "/ping", "/ready", "/docs", "/openapi.json", "/api-doc/openapi.json"}
+    {
+        "/health",
+        "/ping",
+        "/ready",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/docs",
+        "/openapi.json",
+        "/api-doc/openapi.json",
+    }
 )
 """What says whether this gateway is well, and what there is; TGI asks for no key there either."""
 _PAGE = "/ui"

@@ -79,6 +79,23 @@ class RequestContext:
             headers["content-security-policy"] = _PAGE_POLICY
 
 
+class PlatformRoutes:
+    """Paths that a hosting platform chose, and the routes of ours that they mean: to all that comes
+    behind, they are those.
+    """
+
+    def __init__(self, app: ASGIApp, *, predict: str, health: str) -> None:
+        self._app = app
+        self._meant = {("POST", predict): "/vertex", ("GET", health): "/ping"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = self._meant.get((scope["method"], scope["path"]))
+            if path is not None:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self._app(scope, receive, send)
+
+
 class HeadLimit:
     """Refuses requests whose address and headers are too long or too many, before all else."""
 

@@ -128,7 +128,7 @@ FLAGS = (
     Flag("master-port", why=_ONE_MACHINE, is_shared=True),
     # The server
     Flag("hostname", "host", is_shared=True),
-    Flag("port", "port"),
+    Flag("port", "port", variables=("AIP_HTTP_PORT",)),
     Flag("api-key", "api_key"),
     Flag("cors-allow-origin", "cors_allow_origin"),
     Flag("graceful-termination-timeout", "drain_s"),
@@ -143,6 +143,11 @@ FLAGS = (
     Flag("ngrok-edge", why="put a proxy in front"),
 )
 """TGI 3.3, ``text-generation-launcher``."""
+PLATFORM_FLAGS = (
+    Flag("predict-route", "predict_route", variables=("AIP_PREDICT_ROUTE",), is_shared=True),
+    Flag("health-route", "health_route", variables=("AIP_HEALTH_ROUTE",), is_shared=True),
+)
+"""What Vertex AI says by variables alone, to TGI built for it. Here they are options as well."""
 
 _GIVEN = "tgi_"
 """Before the names of options that are TGI's and not ours."""
@@ -163,7 +168,7 @@ def launcher_options(
             return command(**translate(given, os.environ, own, *passed_on))
 
         translated: Command = run
-        for flag in reversed(FLAGS):
+        for flag in reversed(FLAGS + PLATFORM_FLAGS):
             if flag.field not in own.model_fields:
                 translated = _option(flag, own, *passed_on)(translated)
         return translated
@@ -179,7 +184,7 @@ def translate(
 ) -> dict[str, Any]:
     """The options ``given``, with TGI's put under our names; says what has no meaning."""
     taken = {name: value for name, value in given.items() if not name.startswith(_GIVEN)}
-    for flag in (_in_words_of(own, flag) for flag in FLAGS):
+    for flag in (_in_words_of(own, flag) for flag in FLAGS + PLATFORM_FLAGS):
         value = taken.get(flag.field) or given.get(_GIVEN + flag.field)
         place = _place(flag, own, *passed_on)
         if place is None:

@@ -135,6 +135,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         more=(200,),
         not_ready=True,
     ),
+    ("GET", "/v2/health/live"): Operation(
+        tag="Hosting platforms", summary="KServe: this gateway runs.", answer=shapes.KServeLive
+    ),
+    ("GET", "/v2/health/ready"): Operation(
+        tag="Hosting platforms",
+        summary="KServe: 200 once requests would be worked on.",
+        answer=shapes.KServeReady,
+        not_ready=True,
+    ),
     ("POST", "/v1/chat/completions"): Operation(
         tag="OpenAI",
         summary="Answer a conversation, in one piece or as a stream.",

@@ -1,4 +1,5 @@
-"""What hosting platforms call: SageMaker ``/invocations`` and ``/ping``, Vertex AI ``/vertex``.
+"""What hosting platforms call: SageMaker ``/invocations`` and ``/ping``, Vertex AI ``/vertex``, and
+KServe ``/v2/health``.
 
 Bodies and answers are those of TGI. Where we differ on purpose: all parameters of an instance
 count, not two of them, and what goes wrong has its own status and words.
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from common.failures import Failure
@@ -60,6 +61,17 @@ async def vertex(request: Request) -> Response:
     return await answer(request, *orders)
 
 
+async def live(_: Request) -> Response:
+    """KServe's V2 protocol: this process lives."""
+    return JSONResponse({"live": True})
+
+
+async def ready(request: Request) -> Response:
+    """KServe's V2 protocol: as ``/ready``."""
+    answer = await health.ping(request)
+    return answer if answer.status_code != 200 else JSONResponse({"ready": True})
+
+
 async def _order(services: Services, instance: bytes) -> Order:
     if _variant(instance, {"inputs", "messages"}, "VertexInstance") == "inputs":
         body = decoded(instance, tgi.decoder)
@@ -91,4 +103,6 @@ routes = [
     Route("/invocations", invocations, methods=["POST"]),
     Route("/vertex", vertex, methods=["POST"]),
     Route("/ping", health.ping, methods=["GET"]),
+    Route("/v2/health/live", live, methods=["GET"]),
+    Route("/v2/health/ready", ready, methods=["GET"]),
 ]

@@ -497,6 +497,14 @@ class StreamToken(msgspec.Struct):
     url: str
 
 
+class KServeLive(msgspec.Struct):
+    live: bool
+
+
+class KServeReady(msgspec.Struct):
+    ready: bool
+
+
 class Ready(msgspec.Struct):
     ready: bool
     workers: int

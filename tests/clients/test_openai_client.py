@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
-from tests.clients.conftest import System
+from tests.clients.conftest import SILENCE_S, System
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
@@ -257,5 +257,5 @@ async def test_an_error_in_mid_stream_is_raised(client: openai.AsyncOpenAI, syst
                 system.gateway.terminate()
 
     with pytest.raises(openai.APIError) as caught:
-        await asyncio.wait_for(read(), 30)
+        await asyncio.wait_for(read(), 30 + SILENCE_S)
     assert caught.value.code == "draining"

@@ -8,7 +8,7 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from tests.clients.conftest import System
+from tests.clients.conftest import SILENCE_S, System
 from tests.support.waiting import wait_until
 
 
@@ -71,7 +71,7 @@ async def test_in_the_background(client: openai.AsyncOpenAI) -> None:
         found.append(await client.responses.retrieve(promised.id))
         return found[-1].status not in ("queued", "in_progress")
 
-    await wait_until(has_ended, what="the response's end")
+    await wait_until(has_ended, what="the response's end", timeout_s=15 + SILENCE_S)
     assert found[-1].output_text
     endless = await client.responses.create(model="m", input="hello", background=True)
     cancelled = await client.responses.cancel(endless.id)

@@ -299,6 +299,35 @@ async def test_a_ping_is_answered_once_there_is_somebody_to_work(stand: Stand) -
     assert (ready.status_code, ready.content) == (200, b"")
 
 
+async def test_kserve_is_told_as_its_protocol_says(stand: Stand) -> None:
+    gateway = await stand.gateway()
+    live = await gateway.client.get("/v2/health/live")
+    assert (live.status_code, live.json()) == (200, {"live": True})
+    early = await gateway.client.get("/v2/health/ready")
+    assert (early.status_code, early.json()["ready"]) == (503, False)
+    await stand.worker()
+    ready = await gateway.client.get("/v2/health/ready")
+    assert (ready.status_code, ready.json()) == (200, {"ready": True})
+
+
+async def test_a_platform_may_choose_the_routes(stand: Stand) -> None:
+    """As Vertex AI does; they are those of ours in all they do, whatever they look like."""
+    predict, health = "/v1/endpoints/7:predict", "/v1/endpoints/7"
+    gateway = await stand.gateway(predict_route=predict, health_route=health, api_key="secret")
+    assert (await gateway.client.get(health)).status_code == 503
+    worker = await stand.worker()
+    assert (await gateway.client.get(health)).status_code == 200
+    body = {"instances": [{"inputs": "hi"}]}
+    assert (await gateway.client.post(predict, json=body)).status_code == 401
+    key = {"authorization": "Bearer secret"}
+    async with worker.acting(saying("a", "b")):
+        answer = await gateway.client.post(predict, json=body, headers=key)
+    assert answer.json() == {"predictions": ["ab"]}
+    refused = await gateway.client.post(predict, json={"instances": []}, headers=key)
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+    assert (await gateway.client.get(predict, headers=key)).status_code == 404
+
+
 # Shapes ------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common.settings import GatewaySettings, WorkerSettings
 from ops import cli as command
-from ops.launcher import FLAGS
+from ops.launcher import FLAGS, PLATFORM_FLAGS
 from ops.processes import UpSettings
 
 TGI_OPTIONS = """
@@ -57,7 +57,7 @@ class Started:
 
 @pytest.fixture
 def headrace(monkeypatch: pytest.MonkeyPatch) -> Started:
-    for flag in FLAGS:
+    for flag in FLAGS + PLATFORM_FLAGS:
         for name in flag.all_variables:
             monkeypatch.delenv(name, raising=False)
     # What a command puts into the environment is taken out again.
@@ -156,6 +156,10 @@ def test_a_variable_of_tgi_is_outranked_by_ours_and_both_by_an_option(
     ("name", "text", "place", "value"),
     [
         ("PORT", "3000", "gateway.port", 3000),
+        ("AIP_HTTP_PORT", "7080", "gateway.port", 7080),
+        ("AIP_HTTP_PORT", "7080", "up.port", 7080),
+        ("AIP_PREDICT_ROUTE", "/v1/e/1:predict", "gateway.predict_route", "/v1/e/1:predict"),
+        ("AIP_HEALTH_ROUTE", "/v1/e/1", "gateway.health_route", "/v1/e/1"),
         ("CORS_ALLOW_ORIGIN", "https://a, https://b", "gateway.cors_allow_origin",
          ("https://a", "https://b")),
         ("DISABLE_GRAMMAR_SUPPORT", "true", "gateway.disable_grammar_support", True),
@@ -166,7 +170,7 @@ def test_a_variable_of_tgi_is_outranked_by_ours_and_both_by_an_option(
         ("HOSTNAME", "3f2a99", "gateway.host", "127.0.0.1"),
     ],
 )  # fmt: skip
-def test_variables_of_tgi_and_of_sagemaker(
+def test_variables_of_tgi_and_of_hosting_platforms(
     headrace: Started,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -178,6 +182,13 @@ def test_variables_of_tgi_and_of_sagemaker(
     monkeypatch.setenv(name, text)
     role, _, field = place.partition(".")
     assert getattr(headrace(role), field) == value
+
+
+def test_up_hands_on_what_vertex_says(headrace: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIP_PREDICT_ROUTE", "/predict")
+    headrace("up", "--health-route", "/well")
+    assert headrace.environment["HEADRACE_PREDICT_ROUTE"] == "/predict"
+    assert headrace.environment["HEADRACE_HEALTH_ROUTE"] == "/well"
 
 
 def test_the_source_of_a_model_names_it(headrace: Started) -> None:
@@ -213,6 +224,7 @@ def test_what_has_no_meaning_is_said_in_one_line(
         (["gateway", "--max-input-tokens", "200", "--max-total-tokens", "200"],
          "max_input_tokens must be < max_total_tokens"),
         (["gateway", "--max-best-of", "0"], "max_best_of"),
+        (["gateway", "--predict-route", "predict"], "predict_route"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(headrace: Started, arguments: list[str], said: str) -> None:
