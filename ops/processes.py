@@ -44,6 +44,8 @@ class UpSettings(StorageSettings):
     """Number of gateways, on consecutive ports."""
     workers: int = Field(default=1, ge=0, le=64)
     """Number of workers, each with its own copy of the model."""
+    background: int = Field(default=1, ge=1, le=64)
+    """Number of background workers, which share the batches between them."""
     engine: Literal["torch", "simulated"] = "torch"
     """``simulated`` answers with scripted text and set latencies; needs no model and no torch."""
     dtype: Dtype = "auto"
@@ -105,7 +107,7 @@ class Processes:
     ports: list[int]
 
     def specs(self) -> list[ProcessSpec]:
-        return [*self._gateways(), *self._workers(), self._background()]
+        return [*self._gateways(), *self._workers(), *self._background()]
 
     def address(self, port: int) -> str:
         """Where a browser on this machine finds the gateway of ``port``."""
@@ -160,9 +162,10 @@ class Processes:
         gpus = [str(n) for n in range(total)] if given is None else given.split(",")
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[worker * count : (worker + 1) * count])}
 
-    def _background(self) -> ProcessSpec:
-        argv = _python("workers.background")
-        return ProcessSpec("background", "background", argv, self._env(), _BACKGROUND_STOP_S)
+    def _background(self) -> list[ProcessSpec]:
+        count, argv, env = self.settings.background, _python("workers.background"), self._env()
+        names = ["background"] if count == 1 else [f"background {n + 1}" for n in range(count)]
+        return [ProcessSpec("background", name, argv, env, _BACKGROUND_STOP_S) for name in names]
 
     def _env(self, **own: object) -> dict[str, str]:
         """The environment of this process, with our settings over it."""

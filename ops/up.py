@@ -157,7 +157,7 @@ class _Run:
         return [
             ("model", f"{settings.model} ({settings.engine} engine)"),
             ("server", without_password(settings.redis_url) or "embedded, on a private socket"),
-            ("processes", ", ".join([*parts, "1 background worker"])),
+            ("processes", ", ".join([*parts, _count(settings.background, "background worker")])),
             ("data", str(self._processes.data_dir)),
         ]
 
@@ -213,8 +213,11 @@ class _Run:
             level = "warning" if slot.state in (State.WAITING, State.FAILED) else "info"
             self._terminal.note(slot.spec.name, words, role=slot.spec.role, level=level)
         self._write_state()
-        if slot.spec.role == "worker" and slot.state is State.WAITING and slot.instance:
-            self._tasks.create_task(self._bury(slot.instance, slot.exit_code))
+        if slot.state is State.WAITING and slot.instance:
+            if slot.spec.role == "worker":
+                self._tasks.create_task(self._bury(slot.instance, slot.exit_code))
+            if slot.spec.role == "background":
+                self._tasks.create_task(self._free_batches(slot.instance))
         if slot.spec.role == "server" and slot.state is State.STARTING:
             self._tasks.create_task(self._watch_server(slot, slot.pid))
 
@@ -236,6 +239,18 @@ class _Run:
                     await broker.bury_worker(worker)
                     await broker.reap()
         except (Failure, TimeoutError) as error:  # then the lease ends it
+            log.warning("redis.disconnected", error=str(error))
+        finally:
+            await broker.close()
+
+    async def _free_batches(self, background: str) -> None:
+        """We saw it die: others steer its batches now, not when its leases end."""
+        broker = Broker(connect(self._processes.redis_url), self._settings.model)
+        store = broker.batch_store
+        try:
+            async with asyncio.timeout(_BURY_TIMEOUT_S):
+                await store.drop_leases(await store.active(self._settings.model), background)
+        except (Failure, TimeoutError) as error:
             log.warning("redis.disconnected", error=str(error))
         finally:
             await broker.close()

@@ -61,9 +61,7 @@ class Steered:
 
     async def end(self) -> None:
         await self.store.change(self.id, lambda record: record.finalizing(2000))
-        await self.store.change(
-            self.id, lambda record: record.ended("file-o", None, 2001)
-        )
+        await self.store.change(self.id, lambda record: record.ended("file-o", None, 2001))
 
 
 def line_of(number: int, padding: int = 0) -> bytes:
