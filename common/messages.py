@@ -122,7 +122,7 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """Name of the LoRA adapter that computes with the model; empty: none."""
 
 
-class Finish(msgspec.Struct, frozen=True, array_like=True):
+class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The end of a generation: a reason; for ``failed`` also a code and a message.
 
     ``cached_tokens`` of its prompt did not have to be computed, by the worker that ended it.
@@ -138,14 +138,14 @@ TopTokens = list[tuple[int, float]]
 """The likeliest tokens of one position, best first, with their log-probabilities."""
 
 
-class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One entry per token of the prompt; the first one has nothing before it, so it has None."""
 
     logprobs: list[float | None]
     tops: list[TopTokens | None] | None = None
 
 
-class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
+class TokenRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One entry of a token log: the tokens of one step, or the end, or both.
 
     ``start`` is the position of the first token, so the entry ends at ``start + len(tokens)``;
@@ -171,7 +171,7 @@ class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
         return self.start + len(self.tokens)
 
 
-class Timing(msgspec.Struct, frozen=True, array_like=True):
+class Timing(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Written by Redis with the end of each generation: one clock for all times (ms since 1970).
 
     ``claimed`` is the first claim and ``first_token`` the first publish; 0 if it never happened.
@@ -205,7 +205,7 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
         return num_tokens / self.generation_time_s if self.generation_time_s > 0 else 0.0
 
 
-class LogEntry(msgspec.Struct, frozen=True):
+class LogEntry(msgspec.Struct, frozen=True, gc=False):
     """A record as it is read back; ``timing`` stands with the terminal entry only."""
 
     record: TokenRecord

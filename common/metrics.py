@@ -5,9 +5,15 @@ Numbers of the whole pool are read from Redis when a gateway is scraped: with se
 their maximum, not their sum.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from common.broker import PoolState
@@ -27,6 +33,45 @@ _REQUEST_BUCKETS_S = (
     60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0)
+
+
+class Gaps(Collector):
+    """A histogram that costs a fifth of the library's, for what is observed with every token.
+
+    It has no locks: all of it belongs to the thread of the event loop.
+    """
+
+    def __init__(self, name: str, meaning: str, label: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._meaning, self._label = name, meaning, label
+        self._bounds = bounds
+        self._series: dict[str, GapSeries] = {}
+
+    def labels(self, value: str) -> "GapSeries":
+        return self._series.setdefault(value, GapSeries(self._bounds))
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._meaning, labels=[self._label])
+        for value, series in self._series.items():
+            family.add_metric([value], series.buckets(), series.sum)
+        yield family
+
+
+class GapSeries:
+    """Of one value of the label."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.sum = 0.0
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+
+    def observe(self, gap_s: float) -> None:
+        self.sum += gap_s
+        self._counts[bisect_left(self._bounds, gap_s)] += 1
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """How many there were up to each bound, as Prometheus counts them."""
+        bounds = [*map(str, self._bounds), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
 
 
 class GatewayMetrics:
@@ -55,13 +100,13 @@ class GatewayMetrics:
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
-        self.inter_token_s = Histogram(
+        self.inter_token_s = Gaps(
             "headrace_inter_token_latency_seconds",
             "Between two arrivals of tokens of one streamed answer, per token.",
-            ["api"],
-            buckets=_INTER_TOKEN_BUCKETS_S,
-            registry=registry,
+            "api",
+            _INTER_TOKEN_BUCKETS_S,
         )
+        registry.register(self.inter_token_s)
         self.queue_s = Histogram(
             "headrace_queue_time_seconds",
             "From admission to the first claim by a worker, by one clock: that of Redis.",

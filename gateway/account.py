@@ -41,19 +41,22 @@ class Account:
 
     def note_batch(self, batch: Batch) -> None:
         """Tokens or the end arrived at the gateway."""
-        now = monotonic_s()
         if batch.tokens:
-            self._ends[batch.choice] = batch.start + len(batch.tokens)
-            last_at = self._last_token_at.get(batch.choice)
-            if last_at is not None:
-                self._inter_token_s.observe((now - last_at) / len(batch.tokens))
-            if self._first_token_at is None:
-                self._first_token_at = now
-                if batch.start == 0:
-                    self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
-            self._last_token_at[batch.choice] = now
+            self._note_tokens(batch, monotonic_s())
         if batch.finish is not None and not self._has_failed:
             self._finish, self.timing = batch.finish, batch.timing
+
+    def _note_tokens(self, batch: Batch, now: float) -> None:
+        choice, num_tokens = batch.choice, len(batch.tokens)
+        self._ends[choice] = batch.start + num_tokens
+        last_at = self._last_token_at.get(choice)
+        self._last_token_at[choice] = now
+        if last_at is not None:
+            self._inter_token_s.observe((now - last_at) / num_tokens)
+        elif self._first_token_at is None:
+            self._first_token_at = now
+            if batch.start == 0:
+                self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
 
     @property
     def _num_tokens(self) -> int:

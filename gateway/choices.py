@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from gateway.stream import Batch, Stream
+from gateway.stream import Batch, Outlet, Stream
 
 
 class Choices:
@@ -26,6 +26,10 @@ class Choices:
     @property
     def heals(self) -> int:
         return sum(stream.heals for stream in self._streams)
+
+    def feed(self, outlet: Outlet | None) -> None:
+        for stream in self._streams:
+            stream.feed(outlet)
 
     async def next(self) -> Batch | None:
         """As :meth:`Stream.next`, of whichever stream has something."""

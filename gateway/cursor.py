@@ -11,10 +11,10 @@ A stream of several choices has a cursor for each, in order, joined: ``57-0a1b2c
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from zlib import crc32
 
 from common.broker import MAX_CHOICES
 from common.failures import Failure
-from common.messages import chain_next
 
 FINISH, USAGE, DONE = 1, 2, 3
 """Stages: which final frame a cursor stands behind; 0 is none of them."""
@@ -78,8 +78,8 @@ def chain_before(chain: int, tokens: Iterable[int]) -> int:
 def chains_after(chain: int, tokens: Iterable[int]) -> list[int]:
     """The chain behind each of ``tokens``, when ``chain`` stands before them."""
     chains: list[int] = []
-    for token in tokens:
-        chain = chain_next(chain, token)
+    for token in tokens:  # as `chain_next` says; a call for each is half of the time it takes
+        chain = crc32(token.to_bytes(4, "little"), chain)
         chains.append(chain)
     return chains
 

@@ -113,7 +113,7 @@ class Frames(ABC):
         if batch.finish is not None:
             frames += self.end(batch.finish, batch.timing)
             self.is_complete = True
-        return b"".join(frames)
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     @abstractmethod
     def tokens(self, batch: Batch) -> list[bytes]: ...
@@ -277,12 +277,11 @@ class _ChunkFrames(Frames):
             frames = self._tokens_with_logprobs(batch)
         else:
             opened, before, behind = self._id_open, self._before, self._behind
-            frames = [
-                b"%b%d-%08x%b%b%b" % (opened, position, chain, before, piece, behind)
-                for position, (piece, chain) in enumerate(
-                    zip(batch.pieces, batch.chains, strict=True), batch.start + 1
-                )
-            ]
+            frames: list[bytes] = []
+            position = batch.start
+            for piece, chain in zip(batch.pieces, batch.chains, strict=True):
+                position += 1
+                frames.append(b"%b%d-%08x%b%b%b" % (opened, position, chain, before, piece, behind))
         return frames if batch.start else self._opened(batch, frames)
 
     def _tokens_with_logprobs(self, batch: Batch) -> list[bytes]:

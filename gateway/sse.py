@@ -1,4 +1,7 @@
-"""Server-sent events: an answer written from its own task, one write for all that is there.
+"""Server-sent events: an answer with one write for all that is there.
+
+Its task writes the beginning, the end, keep-alives, and whatever a client that is slow has waiting.
+Tokens of a client that keeps up do not wake it: they go from the relay to the connection.
 
 Not sse-starlette's response: it runs three tasks per stream, its keep-alive ends in a blank line,
 which SDKs take for an empty event once ids are in use, and it hooks uvicorn's signals, which the
@@ -17,7 +20,8 @@ from common.failures import Failure
 from common.logs import get_logger
 from gateway.account import Account
 from gateway.frames import PING, Frames, Interleaved, queue_event
-from gateway.stream import Reader, ReaderGone
+from gateway.http_server import DirectBody, direct_body
+from gateway.stream import Batch, Reader, ReaderGone
 
 log = get_logger()
 
@@ -56,13 +60,15 @@ class EventStream(Response):
         self._frames = frames
         self._account = account
         self._on_close = on_close
-        self._is_reconnecting = is_reconnecting
+        self._is_reconnecting = self._is_first = is_reconnecting
+        self._direct: DirectBody | None = None
         self._sending_since_s: float | None = None
+        self._looking: asyncio.TimerHandle | None = None
         self.init_headers({**EVENT_STREAM_HEADERS, **headers})
 
     async def __call__(
         self,
-        scope: Scope,  # noqa: ARG002 - ASGI's signature
+        scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
@@ -74,6 +80,7 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
+            self._direct = direct_body(scope)
             with abandoned_on_disconnect([self._stream], receive):
                 await self._write_in_time(send)
         except ReaderGone:
@@ -84,49 +91,30 @@ class EventStream(Response):
             self._account.close(self.status_code)
 
     async def _write_in_time(self, send: Send) -> None:
-        """Raises: ReaderGone when a send takes longer than ``SEND_LIMIT_S``.
-
-        One timer looks after all sends: one for each would cost about as much as a send.
-        """
-        loop = asyncio.get_running_loop()
-
-        def look() -> None:
-            nonlocal timer
-            now_s = loop.time()
-            late_s = SEND_LIMIT_S + (self._sending_since_s or now_s)
-            if late_s <= now_s:
-                limit.reschedule(now_s)
-            else:
-                timer = loop.call_at(late_s, look)
-
-        timer = loop.call_later(SEND_LIMIT_S, look)
+        """Raises: ReaderGone when a send takes longer than ``SEND_LIMIT_S``."""
         try:
             async with asyncio.timeout(None) as limit:
+                self._look_at_sends(limit)
                 await self._write(send)
         except TimeoutError as error:
             raise ReaderGone from error
         finally:
-            timer.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
+
+    def _look_at_sends(self, limit: asyncio.Timeout) -> None:
+        """One timer looks after all sends: one for each would cost about as much as a send."""
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        late_s = SEND_LIMIT_S + (self._sending_since_s or now_s)
+        if late_s <= now_s:
+            limit.reschedule(now_s)
+        else:
+            self._looking = loop.call_at(late_s, self._look_at_sends, limit)
 
     async def _write(self, send: Send) -> None:
-        is_first = self._is_reconnecting
         try:
-            opening = self._frames.opening()
-            if opening:
-                await self._send(send, opening)
-            while not self._frames.is_complete:
-                batch = await self._stream.next()
-                if batch is None:
-                    await self._send(send, PING)
-                    continue
-                if batch.place is not None:
-                    data = queue_event(batch.place)
-                else:
-                    self._account.note_batch(batch)
-                    data = self._frames.render(batch)
-                if is_first and data:
-                    data, is_first = b"retry: %d\n%b" % (RETRY_MS, data), False
-                await self._send(send, data)
+            await self._write_frames(send)
         except Failure as failure:
             await self._say(failure, send)
         except ReaderGone:
@@ -135,6 +123,45 @@ class EventStream(Response):
             log.exception("request.failed", generation_id=self._stream.id)
             await self._say(Failure("INTERNAL", type(error).__name__), send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write_frames(self, send: Send) -> None:
+        """Batches that can go straight to the connection come to :meth:`give` meanwhile."""
+        opening = self._frames.opening()
+        if opening:
+            await self._send(send, opening)
+        if self._direct is not None:
+            self._stream.feed(self)
+        try:
+            while not self._frames.is_complete:
+                batch = await self._stream.next()
+                await self._send(send, PING if batch is None else self._render(batch))
+        finally:
+            self._direct = None
+            self._stream.feed(None)
+
+    @property
+    def has_room(self) -> bool:
+        return self._direct is not None and self._direct.has_room
+
+    def give(self, batch: Batch) -> None:
+        """What :meth:`_write` does with a batch, without waking its task."""
+        try:
+            data = self._render(batch)
+        except Exception as error:
+            log.exception("request.failed", generation_id=self._stream.id)
+            raise Failure("INTERNAL", type(error).__name__) from error
+        if data and self._direct is not None:
+            self._direct.write(data)
+
+    def _render(self, batch: Batch) -> bytes:
+        if batch.place is not None:
+            data = queue_event(batch.place)
+        else:
+            self._account.note_batch(batch)
+            data = self._frames.render(batch)
+        if self._is_first and data:
+            data, self._is_first = b"retry: %d\n%b" % (RETRY_MS, data), False
+        return data
 
     async def _say(self, failure: Failure, send: Send) -> None:
         self._account.note_failure(failure)

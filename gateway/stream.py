@@ -8,8 +8,10 @@ instead, at the client's pace. Nothing here knows HTTP or frames.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from common.broker import Page
 from common.clock import monotonic_s
@@ -50,21 +52,20 @@ class Place:
 RUNNING = Place(is_waiting=False)
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(msgspec.Struct, gc=False):
     """Tokens in order, as parallel lists, from ``start`` on; then perhaps the end.
 
     ``chains[i]`` stands behind ``tokens[i]``. ``timing`` comes with ``finish``.
     """
 
     start: int
-    tokens: list[int] = field(default_factory=list[int])
-    pieces: list[bytes] = field(default_factory=list[bytes])
-    logprobs: list[float | None] = field(default_factory=list[float | None])
-    chains: list[int] = field(default_factory=list[int])
+    tokens: list[int] = []
+    pieces: list[bytes] = []
+    logprobs: list[float | None] = []
+    chains: list[int] = []
     finish: Finish | None = None
     timing: Timing | None = None
-    tops: list[TopTokens] = field(default_factory=list[TopTokens])
+    tops: list[TopTokens] = []
     """One entry per token where the request asks for any, else none at all."""
     prompt: PromptLogprobs | None = None
     """With the first tokens of the log, where the request asks for it."""
@@ -74,10 +75,30 @@ class Batch:
     """Instead of tokens, for a client that asked to be told."""
 
 
+class Outlet(Protocol):
+    """Where batches can go without a task that has to be woken for each of them."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the client has taken nearly all that came before."""
+        ...
+
+    def give(self, batch: Batch) -> None:
+        """Raises: Failure, which then ends the stream."""
+        ...
+
+
 class Reader(Protocol):
     """What an answer reads from: a stream, or several as one."""
 
     id: str
+
+    def feed(self, outlet: Outlet | None) -> None:
+        """Give ``outlet`` what comes while :meth:`next` waits, as long as it has room; tokens only.
+
+        All else, an end or a failure first of all, is for :meth:`next`.
+        """
+        ...
 
     @property
     def lags(self) -> int: ...
@@ -127,6 +148,8 @@ class Stream:
         self._nudged = False
         self._is_gone = False
         self._failure: Failure | None = None
+        self._outlet: Outlet | None = None
+        self._is_waited_for = False
         self._woken = asyncio.Event()
 
     @property
@@ -153,12 +176,31 @@ class Stream:
     # What the relay calls ------------------------------------------------------------------------
 
     def offer(self, entry: LogEntry) -> None:
-        """Take a live entry if it continues the buffer; else remember to read the log."""
-        self._note_life()
+        """Take a live entry if it continues the buffer; else remember to read the log.
+
+        The client gets it with :meth:`deliver`, so that entries which came together are one write.
+        """
         if self._accept(entry) and self._num_ahead > MAX_AHEAD_TOKENS:
             self.lags += 1
             self._drop_ahead()
-        self._woken.set()
+
+    def deliver(self) -> None:
+        """Hand over what was offered: into the outlet at once, where nothing speaks against it."""
+        self._note_life()
+        if self._is_waited_for and self._ahead and not self._must_read and not self.is_over:
+            outlet = self._outlet
+            if outlet is not None and outlet.has_room:
+                self._give(outlet)
+                return
+        self._wake()
+
+    def _give(self, outlet: Outlet) -> None:
+        try:
+            outlet.give(self._take())
+        except Failure as failure:
+            self.fail(failure)
+        if self.is_over:
+            self._wake()
 
     def offer_page(self, page: Page) -> None:
         """Take a page of the log, whole: it is bounded already, and it was asked for."""
@@ -174,36 +216,36 @@ class Stream:
         if lacks_more and not has_moved and page.state == "T":
             # The end was written and is not behind this cursor: gone, or it came before.
             self.fail(Failure("STREAM_DIVERGED" if page.next < self.position else "STREAM_EXPIRED"))
-        self._woken.set()
+        self._wake()
 
     def read_on(self) -> None:
         """Read the log before waiting again: Redis holds more than has arrived here."""
         if not self._has_end:
             self._must_read = True
-            self._woken.set()
+            self._wake()
 
     def fail(self, failure: Failure) -> None:
         """End this stream with a failure, behind what is buffered. The first one counts."""
         if self._failure is None:
             self._failure = failure
-        self._woken.set()
+        self._wake()
 
     def nudge(self) -> None:
         """Make a waiting :meth:`next` return None once, so that a keep-alive can be sent."""
         self._nudged = True
-        self._woken.set()
+        self._wake()
 
     def move_to(self, place: Place) -> None:
         """Make a waiting :meth:`next` tell its place in the queue, if that is news."""
         if self.wants_place and place != self._place:
             self._place = place
             self._has_moved = True
-            self._woken.set()
+            self._wake()
 
     def abandon(self) -> None:
         """The client left: :meth:`next` raises :class:`ReaderGone` from now on."""
         self._is_gone = True
-        self._woken.set()
+        self._wake()
 
     # What the answer calls -----------------------------------------------------------------------
 
@@ -239,8 +281,22 @@ class Stream:
                 self.served_at = monotonic_s()
                 return None
             else:
-                self._woken.clear()
-                await self._woken.wait()
+                await self._wait()
+
+    def feed(self, outlet: Outlet | None) -> None:
+        self._outlet = outlet
+
+    async def _wait(self) -> None:
+        self._woken.clear()
+        self._is_waited_for = True
+        try:
+            await self._woken.wait()
+        finally:
+            self._is_waited_for = False
+
+    def _wake(self) -> None:
+        self._is_waited_for = False  # nothing may overtake what it is woken for
+        self._woken.set()
 
     # The buffer ----------------------------------------------------------------------------------
 
@@ -251,7 +307,8 @@ class Stream:
 
     def _accept(self, entry: LogEntry) -> bool:
         """Append ``entry`` when it touches the tail. A hole is noted, a repeat is dropped."""
-        record, end = entry.record, entry.record.end
+        record = entry.record
+        end = record.start + len(record.tokens)
         if self.is_over or (end < self._tail and record.finish is None):
             return False
         if record.start > self._tail:

@@ -49,6 +49,7 @@ class Scene:
         )
         self._position += 1
         self.stream.offer(LogEntry(record))
+        self.stream.deliver()
 
     async def run(self) -> None:
         await self._answer({"type": "http"}, self._receive, self._send)

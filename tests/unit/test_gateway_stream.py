@@ -285,3 +285,93 @@ async def test_a_bare_position_learns_its_chain_from_the_log() -> None:
     batch = await stream.next()
     assert batch is not None
     assert (batch.start, batch.tokens, batch.chains) == (2, [3], [log.cursor_at(3).chain])
+
+
+@dataclass
+class Pipe:
+    """An outlet that a test can stop up."""
+
+    has_room: bool = True
+    batches: list[Batch] = field(default_factory=list[Batch])
+
+    def give(self, batch: Batch) -> None:
+        self.batches.append(batch)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [batch.tokens for batch in self.batches]
+
+
+async def _waiting(stream: Stream) -> asyncio.Task[Batch | None]:
+    """A task that waits for the next batch, and has found none yet."""
+    task = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_tokens_that_somebody_waits_for_go_straight_out_and_the_end_wakes_him() -> None:
+    log, pipe = Log(), Pipe()
+    stream = Stream(log.id, "public", log.read)
+    stream.feed(pipe)
+    waiting = await _waiting(stream)
+    stream.offer(log.write(1))
+    stream.offer(log.write(2, 3))
+    stream.deliver()
+    stream.offer(log.write(4))
+    stream.deliver()
+    assert pipe.tokens == [[1, 2, 3], [4]]
+    assert [batch.start for batch in pipe.batches] == [0, 3]
+    assert not waiting.done()
+    stream.offer(log.write(5, finish="length"))
+    stream.deliver()
+    last = await waiting
+    assert last is not None
+    assert (last.tokens, last.finish) == ([5], Finish("length"))
+    assert len(pipe.batches) == 2
+
+
+async def test_nothing_overtakes_what_a_task_was_woken_for() -> None:
+    """The client had no room; by the time it has, its task is on its way with what came first."""
+    log, pipe = Log(), Pipe(has_room=False)
+    stream = Stream(log.id, "public", log.read)
+    stream.feed(pipe)
+    waiting = await _waiting(stream)
+    stream.offer(log.write(1))
+    stream.deliver()
+    pipe.has_room = True
+    stream.offer(log.write(2))
+    stream.deliver()
+    first = await waiting
+    assert first is not None
+    assert first.tokens == [1, 2]
+    assert pipe.batches == []
+
+
+async def test_a_hole_is_read_from_the_log_before_anything_goes_straight_out() -> None:
+    log, pipe = Log(), Pipe()
+    stream = Stream(log.id, "public", log.read)
+    stream.feed(pipe)
+    waiting = await _waiting(stream)
+    log.write(1)
+    stream.offer(log.write(2))
+    stream.deliver()
+    healed = await waiting
+    assert healed is not None
+    assert healed.tokens == [1, 2]
+    assert (pipe.batches, stream.heals) == ([], 1)
+
+
+async def test_a_divergence_is_raised_where_tokens_go_straight_out_too() -> None:
+    log, other, pipe = Log(), Log(), Pipe()
+    log.write(1)
+    other.write(9)
+    stream = Stream(log.id, "public", log.read)
+    stream.feed(pipe)
+    waiting = await _waiting(stream)
+    stream.offer(log.entries[0])
+    stream.offer(other.write(2))
+    stream.deliver()
+    with pytest.raises(Failure) as caught:
+        await waiting
+    assert caught.value.code == "STREAM_DIVERGED"
+    assert pipe.tokens == [[1]]
