@@ -167,18 +167,29 @@ def status_command(*, as_json: bool, expect_worker: bool, **given: Any) -> None:
     is_flag=True,
     help="First load this version's functions into Redis, as only its admin may.",
 )
+@click.option(
+    "--accept",
+    "accepted",
+    multiple=True,
+    metavar="CHECK",
+    help="Exit as if this check had found nothing; more than once: several.",
+)
 @options_of(DoctorSettings)
-def doctor_command(*, as_json: bool, loads: bool, **given: Any) -> int:
+def doctor_command(*, as_json: bool, loads: bool, accepted: tuple[str, ...], **given: Any) -> int:
     """Look for what would keep Headrace from working well here, and say what mends it.
 
     Exits with 0 if there is nothing, else with the code of the first finding: 10 Redis does not
     answer, 11 it is too old, 12 it lacks our functions, 13 it may evict prompts, 14 it keeps
     nothing, 20 it cannot wait for its disk, 15 clocks differ, 16 keys cannot be checked, 17 no
-    model, 18 little disk, 19 the port is taken.
+    model, 18 little disk, 19 the port is taken, 21 Redis has known security holes.
     """
-    from ops.doctor import doctor
+    from ops.doctor import EXIT_CODES, doctor
 
-    return doctor(build(DoctorSettings, given), as_json=as_json, loads=loads)
+    for check in accepted:
+        if check not in EXIT_CODES:
+            raise click.BadParameter(f"--accept: {check!r} is none of {', '.join(EXIT_CODES)}")
+    settings = build(DoctorSettings, given)
+    return doctor(settings, as_json=as_json, loads=loads, accepted=accepted)
 
 
 @cli.command("forget")

@@ -5,8 +5,9 @@ mend first.
 """
 
 import asyncio
+import math
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,25 @@ from ops.processes import DoctorSettings
 
 OLDEST_SERVER = (7, 0)
 """Function libraries came with Redis 7.0; every Valkey has them."""
+REDIS_FIXED: dict[tuple[int, ...], tuple[int, ...]] = {
+    (7, 2): (7, 2, 16),
+    (7, 4): (7, 4, 11),
+    (8, 2): (8, 2, 9),
+    (8, 4): (8, 4, 6),
+    (8, 6): (8, 6, 6),
+    (8, 8): (8, 8, 2),
+    (8, 10): (8, 10, 1),
+}
+"""By line, the first release without the gravest holes known in November 2026: without a key, over
+TLS (CVE-2026-81934; its record lists these), and, from clients that may wait, as ours do
+(CVE-2026-23479, fixed in May)."""
+VALKEY_FIXED: dict[tuple[int, ...], tuple[int, ...]] = {
+    (8, 0): (8, 0, 11),
+    (8, 1): (8, 1, 9),
+    (9, 0): (9, 0, 5),
+    (9, 1): (9, 1, 1),
+}
+"""The same, by its release notes: CVE-2026-56684 (TLS), CVE-2026-63639 (streams), and the latter."""
 MAX_CLOCK_OFFSET_S = 1.0
 """Keys expire by a gateway's clock, and its figures compare both."""
 MIN_FREE_BYTES = 2 * 1024**3
@@ -40,8 +60,10 @@ EXIT_CODES = {
     "model": 17,
     "disk": 18,
     "port": 19,
+    "holes": 21,
 }
 """By check, in the order in which they are worth mending."""
+_ORDER = {check: place for place, check in enumerate(EXIT_CODES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +75,13 @@ class Finding:
     mend: str = ""
 
 
-def doctor(settings: DoctorSettings, *, as_json: bool, loads: bool) -> int:
-    """Print all findings; returns the exit code of the first one that needs mending, else 0."""
+def doctor(
+    settings: DoctorSettings, *, as_json: bool, loads: bool, accepted: Collection[str] = ()
+) -> int:
+    """Print all findings; returns the exit code of the first one that needs mending, else 0.
+
+    Those of the checks ``accepted`` are shown and do not count.
+    """
     findings = asyncio.run(examine(settings, loads=loads))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
@@ -63,13 +90,15 @@ def doctor(settings: DoctorSettings, *, as_json: bool, loads: bool) -> int:
             click.echo(f"{finding.check:12} {finding.words}")
             if finding.mend:
                 click.echo(f"{'':12} mend it: {finding.mend}")
-    return next((EXIT_CODES[finding.check] for finding in findings if finding.mend), 0)
+    counting = (it for it in findings if it.mend and it.check not in accepted)
+    return next((EXIT_CODES[finding.check] for finding in counting), 0)
 
 
 async def examine(settings: DoctorSettings, *, loads: bool = False) -> list[Finding]:
     """Every check's finding, in their order; those of Redis end where it does not answer."""
     findings = [finding async for finding in _of_redis(settings, loads=loads)]
-    return [*findings, _of_model(settings), _of_disk(settings.data_dir), _of_port(settings)]
+    findings += [_of_model(settings), _of_disk(settings.data_dir), _of_port(settings)]
+    return sorted(findings, key=lambda finding: _ORDER[finding.check])
 
 
 async def _of_redis(settings: DoctorSettings, *, loads: bool) -> AsyncIterator[Finding]:
@@ -88,6 +117,7 @@ async def _of_redis(settings: DoctorSettings, *, loads: bool) -> AsyncIterator[F
             yield _persistence(facts)
             yield await _durability(broker, facts)
             yield _clock(facts)
+            yield _holes(facts)
             yield await _keys(broker, settings)
     except (Failure, TimeoutError) as error:
         said = error.message if isinstance(error, Failure) else "no answer"
@@ -107,6 +137,22 @@ def _version(facts: ServerFacts) -> Finding:
         "version",
         f"Redis {facts.version} has no functions",
         "install Redis 7.0 or newer, or Valkey",
+    )
+
+
+def _holes(facts: ServerFacts) -> Finding:
+    """By version alone: distributions mend older ones without raising it."""
+    fixed = VALKEY_FIXED if facts.is_valkey else REDIS_FIXED
+    version = facts.version_numbers
+    line = version[:2]
+    if line > max(fixed) or version >= fixed.get(line, (math.inf,)):
+        return Finding("holes", "none is known that was mended since")
+    later = [".".join(map(str, release)) for release in fixed.values() if release > version]
+    return Finding(
+        "holes",
+        f"{facts.name} {facts.version} has security holes that later releases mended, unless your "
+        "distribution did (then: --accept holes)",
+        f"install {facts.name} {', '.join(later)} or newer",
     )
 
 

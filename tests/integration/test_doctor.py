@@ -59,7 +59,9 @@ def examine(
             "port": free_port(),
         } | {name.replace("_", "-"): value for name, value in options.items()}
         given = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["headrace", "doctor", "--json", *flags, *given])
+        accepted = ("--accept", "holes")  # the Redis here is what its distribution made of it
+        argv = ["headrace", "doctor", "--json", *accepted, *flags, *given]
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as ending:
             command.main()
         found = json.loads(capsys.readouterr().out)
@@ -85,7 +87,8 @@ def test_where_all_is_well_it_says_so(examine: Examine) -> None:
     said = examine("--load")
     assert said.code == 0, said.findings
     assert list(said.findings) == list(doctor.EXIT_CODES)
-    assert not any(mend for _, mend in said.findings.values())
+    found = [check for check, (_, mend) in said.findings.items() if mend]
+    assert found in ([], ["holes"])
 
 
 def test_what_redis_lacks_is_found(
@@ -177,6 +180,44 @@ def test_a_server_without_functions_is_too_old(facts: ServerFacts, words: str) -
     finding = doctor._version(facts)
     assert bool(finding.mend) == bool(words)
     assert words in finding.words
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "mend"),
+    [
+        ("Redis", "7.0.15", "install Redis 7.2.16, 7.4.11, 8.2.9, 8.4.6, 8.6.6, 8.8.2, 8.10.1 or"),
+        ("Redis", "7.2.15", "install Redis 7.2.16, 7.4.11,"),
+        ("Redis", "7.2.16", ""),
+        ("Redis", "8.0.6", "install Redis 8.2.9, 8.4.6,"),
+        ("Redis", "8.10.0", "install Redis 8.10.1 or newer"),
+        ("Redis", "8.12.0", ""),
+        ("Valkey", "7.2.12", "install Valkey 8.0.11, 8.1.9, 9.0.5, 9.1.1 or newer"),
+        ("Valkey", "9.1.0", "install Valkey 9.1.1 or newer"),
+        ("Valkey", "9.1.2", ""),
+        ("Valkey", "10.0.0", ""),
+    ],
+)
+def test_a_server_with_known_holes_is_found(name: str, version: str, mend: str) -> None:
+    finding = doctor._holes(replace(FACTS, name=name, version=version))
+    assert finding.mend.startswith(mend)
+    assert bool(finding.mend) == bool(mend)
+    assert not mend or f"{name} {version} has security holes" in finding.words
+
+
+def test_what_is_accepted_is_shown_and_does_not_count(examine: Examine) -> None:
+    said = examine("--load", "--accept", "model", model="unknown")
+    assert said.code == 0
+    assert said.findings["model"][1]
+
+
+def test_only_a_check_can_be_accepted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["headrace", "doctor", "--accept", "everything"])
+    with pytest.raises(SystemExit) as ending:
+        command.main()
+    assert ending.value.code == 2
+    assert "is none of redis, version" in capsys.readouterr().err
 
 
 def test_clocks_may_differ_by_a_second_and_no_more() -> None:
