@@ -42,7 +42,7 @@ VALKEY_FIXED: dict[tuple[int, ...], tuple[int, ...]] = {
     (9, 0): (9, 0, 5),
     (9, 1): (9, 1, 1),
 }
-"""The same, by its release notes: CVE-2026-56684 (TLS), CVE-2026-63639 (streams), and the latter."""
+"""The same by its release notes: CVE-2026-56684 (TLS), CVE-2026-63639 (streams), and the latter."""
 MAX_CLOCK_OFFSET_S = 1.0
 """Keys expire by a gateway's clock, and its figures compare both."""
 MIN_FREE_BYTES = 2 * 1024**3
