@@ -55,9 +55,9 @@ RULES: list[tuple[int, dict[str, Any], str]] = [
         "grammar is not valid: Input data was truncated",
     ),
 ]
-"""Number in TGI's order of evaluation, what breaks it, what TGI says. The fourteenth, a tokenizer
-that fails, cannot be broken: what it fails on is no JSON.
-"""
+"""Number in TGI's order of evaluation, what breaks it, what TGI says."""
+TOKENIZER_FAILS = 14
+"""This rule cannot be broken: what a tokenizer fails on is no JSON."""
 STREAM_RULES: list[tuple[int, dict[str, Any], str]] = [
     (0, UNSAMPLED, "`best_of` != 1 is not supported when streaming tokens"),
     (0, {"best_of": 0}, "`best_of` != 1 is not supported when streaming tokens"),
@@ -93,6 +93,11 @@ def code_of(rule: int) -> str:
 
 async def small_gateway(stand: Stand, **settings: Any) -> RunningGateway:
     return await stand.gateway(max_total_tokens=MAX_TOTAL, max_input_tokens=90, **settings)
+
+
+def test_no_rule_is_left_out() -> None:
+    told = {rule for rule, _, _ in RULES + STREAM_RULES}
+    assert told | {TOKENIZER_FAILS} == set(range(19))
 
 
 @pytest.mark.parametrize("path", ["/generate", "/", "/invocations", "/vertex"])
