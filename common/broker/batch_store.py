@@ -41,7 +41,9 @@ class BatchStore:
     # Records -------------------------------------------------------------------------------------
 
     async def create(self, record: BatchRecord) -> BatchRecord:
-        """Keep a new batch; if there is one of this id, that is returned and nothing changes."""
+        """Keep a new batch, and return it; if there is one of this id, that is returned instead,
+        and nothing changes.
+        """
 
         async def add(pipe: Any) -> BatchRecord:
             packed = await pipe.get(keys.batch(record.id))

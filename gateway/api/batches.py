@@ -85,7 +85,7 @@ async def create_batch(request: Request) -> Response:
     if record.fingerprint != fingerprint:
         raise Failure("IDEMPOTENCY_CONFLICT")
     await services.broker.durable()
-    is_replayed = record != asked
+    is_replayed = record is not asked
     if not is_replayed:
         log.info(
             "batch.created", batch_id=id, endpoint=record.endpoint, file_id=record.input_file_id

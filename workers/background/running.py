@@ -51,7 +51,7 @@ RETENTION_MS = 3600 * 1000
 """How long an ended line can be found in Redis when nobody steers."""
 MAX_TRIES = 3
 """Of a line that failed for reasons of the server, which clients try again as often."""
-_RETRY_S = 1.0
+RETRY_S = 1.0
 _AT_ONCE = 4
 """Lines that are being made into requests, and as many that are being answered."""
 _FORGET_AT_ONCE = 16
@@ -267,7 +267,7 @@ class Running:
 
     async def _retry(self, line: _Line) -> None:
         await self._drop(line)
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(RETRY_S)
         await self._queue(line)
 
     async def _drop(self, line: _Line) -> None:
