@@ -39,7 +39,6 @@ _PACKAGES_OF_EXTRAS = {
     "arq": "worker",
     "gguf": "worker",
     "httpx": "dev",
-    "httpx2": "worker",
     "standardwebhooks": "worker",
     "matplotlib": "bench",
     "safetensors": "worker",
@@ -360,10 +359,29 @@ def webhooks_group() -> None:
     """
 
 
+_BATCH = {
+    "cancel": "ops.batch:cancel",
+    "list": "ops.batch:show_list",
+    "results": "ops.batch:results",
+    "status": "ops.batch:status",
+    "submit": "ops.batch:submit",
+}
+
+
+@cli.group("batch", cls=LazyGroup, places=_BATCH)
+def batch_group() -> None:
+    """Batch jobs: hand over a file with a request in each line, fetch the answers when it is done.
+
+    Works with any gateway that can be reached, here or elsewhere. While one is away others are
+    asked, and the same one again; the batch does not need anybody to watch it.
+    """
+
+
 _BENCHMARKS = {
     "adapters": "ops.bench.adapters:main",
     "batch": "ops.bench.batch:main",
     "chaos": "ops.bench.chaos:chaos",
+    "chaos-batch": "ops.bench.chaos_batch:main",
     "engine": "ops.bench.engine:main",
     "features": "ops.bench.features:main",
     "gateway": "ops.bench.gateway:main",

@@ -77,6 +77,29 @@
  *   ten minutes, which is as long as a gateway keeps an ended stream by default.
  */
 
+/**
+ * Where a reader of a batch stands. Plain JSON: store it, and `followBatch` goes on from it.
+ *
+ * @typedef {object} BatchProgress
+ * @property {string} id
+ * @property {string} cursor  Behind the last line that went to `onLine`; "" is the beginning.
+ * @property {number} heard  Events so far.
+ * @property {any} batch  As `GET /v1/batches/{id}` shows it; null until the first event.
+ */
+
+/**
+ * @typedef {object} BatchOptions
+ * @property {string|string[]} [baseUrl]  As for a stream.
+ * @property {Record<string, string>} [headers]  As for a stream.
+ * @property {(batch: any, progress: BatchProgress) => void} [onBatch]  Whenever it has changed.
+ * @property {(line: any, progress: BatchProgress) => void} [onLine]  Each finished line, as it will
+ *   stand in the output or the error file. Without it no lines are sent.
+ * @property {(state: State, progress: BatchProgress) => void} [onState]
+ * @property {AbortSignal} [signal]  Stops reading; the batch goes on.
+ * @property {number} [silenceMs]  As for a stream.
+ * @property {number} [giveUpAfterMs]  As for a stream.
+ */
+
 const SILENCE_MS = 45_000;
 const GIVE_UP_AFTER_MS = 600_000;
 const FIRST_PAUSE_MS = 250;
@@ -180,6 +203,21 @@ export async function watch({ id, progress = newProgress(id), getUrl, ...options
 }
 
 /**
+ * Follows a batch to its end, through any number of lost connections.
+ *
+ * @param {BatchOptions & {id: string, cursor?: string}} options  `cursor`: go on behind it.
+ * @returns {Promise<BatchProgress>}
+ * @throws {HeadraceError}
+ */
+export async function followBatch({ id, cursor = "", ...options }) {
+  /** @type {BatchProgress} */
+  const progress = { id, cursor, heard: 0, batch: null };
+  const gateways = new Gateways(options.baseUrl);
+  const heard = () => progress.heard;
+  return untilEnd(progress, options, gateways, () => readBatch(gateways, progress, options), heard);
+}
+
+/**
  * Ends a generation for good; its readers get what was made until then. A stream that has ended or
  * is unknown is left as it is.
  *
@@ -223,17 +261,20 @@ function follow(progress, options, gateways, reconnect, connection) {
 /**
  * Reads again and again, each time elsewhere, until `read` says that the end was reached.
  *
- * @param {Progress} progress
- * @param {Options} options
+ * @template {{cursor: string}} P
+ * @param {P} progress
+ * @param {{onState?: (state: State, progress: P) => void, signal?: AbortSignal, giveUpAfterMs?:
+ *   number}} options
  * @param {Gateways} gateways
  * @param {() => Promise<boolean>} read
+ * @param {() => string|number} [place]  Differs once there was a sign of life.
  */
-async function untilEnd(progress, options, gateways, read) {
+async function untilEnd(progress, options, gateways, read, place = () => progress.cursor) {
   const { onState, signal, giveUpAfterMs = GIVE_UP_AFTER_MS } = options;
   let failures = 0;
   let aliveAt = performance.now();
   for (;;) {
-    const cursor = progress.cursor;
+    const before = place();
     let failure = brokenOff();
     try {
       if (await read()) return progress;
@@ -241,7 +282,7 @@ async function untilEnd(progress, options, gateways, read) {
       if (!(error instanceof HeadraceError) || !error.isTransient) throw error;
       failure = error;
     }
-    if (progress.cursor !== cursor) {
+    if (place() !== before) {
       failures = 0;
       aliveAt = performance.now();
     }
@@ -263,6 +304,37 @@ function reconnectTo(gateways, progress, options) {
   if (options.onPlace) query.set("events", "1");
   const url = `${gateways.current}${streamPath(progress.id)}${query.size ? `?${query}` : ""}`;
   return connect(options, url, { method: "GET" });
+}
+
+/**
+ * Applies one connection's events of a batch; true when it has ended, false when it broke off.
+ *
+ * @param {Gateways} gateways
+ * @param {BatchProgress} progress
+ * @param {BatchOptions} options
+ */
+async function readBatch(gateways, progress, options) {
+  const query = new URLSearchParams(options.onLine ? {} : { lines: "0" });
+  if (progress.cursor) query.set("starting_after", progress.cursor);
+  const path = `/v1/batches/${encodeURIComponent(progress.id)}/events`;
+  const url = `${gateways.current}${path}${query.size ? `?${query}` : ""}`;
+  const { response, chunks, close } = await connect(options, url, { method: "GET" });
+  try {
+    if (response.status === 204) return true;
+    options.onState?.("streaming", progress);
+    for await (const event of parseEvents(chunks)) {
+      const data = parseFrame(event.data);
+      if (data.error) throw failureOfStream(event, data.error, progress);
+      progress.heard++;
+      progress.cursor = event.id || progress.cursor;
+      if (event.type === "line") options.onLine?.(data, progress);
+      else options.onBatch?.((progress.batch = data), progress);
+      if (event.type === "done") return true;
+    }
+    return false;
+  } finally {
+    close();
+  }
 }
 
 /**
@@ -335,7 +407,7 @@ function placeOf({ state, position = 0, estimated_wait: estimatedWait = 0 }) {
  *
  * @param {StreamEvent} event
  * @param {any} error
- * @param {Progress} progress
+ * @param {{cursor: string}} progress
  */
 function failureOfStream(event, error, progress) {
   const isOfConnection = event.id === "" || event.id === progress.cursor;

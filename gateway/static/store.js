@@ -21,6 +21,15 @@ export async function openStore() {
   return new Store(!hasOwn && (await isOnlyTab()) ? lasting : ofThisTab, lasting, ofThisTab);
 }
 
+/**
+ * Only the key of this tab, for a page without a conversation.
+ *
+ * @returns {Pick<Store, "loadApiKey"|"saveApiKey">}
+ */
+export function openKey() {
+  return new Store(null, null, storage("sessionStorage"));
+}
+
 /** Null where the browser forbids the page to keep anything. */
 function storage(name) {
   try {

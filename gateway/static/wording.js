@@ -29,6 +29,17 @@ const FAILURES = {
   PAGE_ERROR: "This page made a mistake. The browser's console says more.",
 };
 
+const BATCH_STATES = {
+  validating: "Checking the file",
+  in_progress: "Running",
+  finalizing: "Writing the results",
+  completed: "Done",
+  failed: "Refused",
+  expired: "Expired",
+  cancelling: "Cancelling",
+  cancelled: "Cancelled",
+};
+
 const ENDS = {
   length: "Cut off at the longest answer that the settings allow.",
   cancelled: "Ended early: it was cancelled, or nobody was reading it for too long.",
@@ -52,6 +63,41 @@ export function describePlace({ isWaiting, position, estimatedWait }) {
   if (position === 0) return "";
   const wait = estimatedWait === null ? "" : `, about ${Math.ceil(estimatedWait)} s`;
   return `Waiting in the queue, ${position} ahead${wait}…`;
+}
+
+/** The state of a batch, in a word or two. */
+export function describeBatchState(status) {
+  return BATCH_STATES[status] ?? status;
+}
+
+/**
+ * How far a batch is.
+ *
+ * @param {any} batch  As the API shows it.
+ * @param {number} rate  In lines per second; 0: not known.
+ */
+export function describeBatch({ status, request_counts: counts, created_at: createdAt }, rate) {
+  const { total, completed, failed } = counts;
+  const finished = completed + failed;
+  const created = new Date(createdAt * 1000).toLocaleString([], {
+    dateStyle: "medium",
+    timeStyle: "short",
+  });
+  const parts = [];
+  if (total) parts.push(`${number(finished)} of ${number(total)} lines`);
+  if (failed) parts.push(`${number(failed)} failed`);
+  if (status === "in_progress" && rate > 0) {
+    parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} lines/s`, `${duration((total - finished) / rate)} left`);
+  }
+  return [...parts, created].join(" · ");
+}
+
+/** How a batch ended. */
+export function describeBatchEnd({ status, request_counts: counts }) {
+  const { total, completed, failed } = counts;
+  const state = describeBatchState(status).toLowerCase();
+  if (status === "failed") return `${state}.`;
+  return `${state}, ${number(completed)} of ${number(total)} lines answered, ${number(failed)} failed.`;
 }
 
 /** What is worth saying about how an answer ended; "" when it just ended. */
@@ -80,6 +126,16 @@ export function describeStats(stats) {
     });
   }
   return figures;
+}
+
+function number(value) {
+  return value.toLocaleString("en");
+}
+
+function duration(seconds) {
+  if (seconds < 90) return `about ${Math.ceil(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 90 ? `about ${minutes} min` : `about ${Math.round(minutes / 60)} h`;
 }
 
 function seconds(value) {

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -217,17 +218,25 @@ async def _stream(gateways: list[httpx.AsyncClient], prompt: str, max_new_tokens
 async def _keep_killing(plan: Plan, kills: Counter[str]) -> None:
     while True:
         await asyncio.sleep(plan.kill_every_s)
-        state = runfile.read_state(plan.data_dir)
-        processes = state.processes if state else []
-        # Who is still starting is left alone: else none would ever be there on a slow machine.
-        ready = [p for p in processes if p.role in plan.victims and p.state == State.READY]
-        if ready:
-            victim = random.choice(ready)
-            try:
-                os.kill(victim.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            kills[victim.role] += 1
+        role = kill_one(plan.data_dir, plan.victims)
+        if role:
+            kills[role] += 1
+
+
+def kill_one(data_dir: Path, victims: Collection[str]) -> str:
+    """SIGKILL for a process at random of these roles; returns its role, "" where none was there."""
+    state = runfile.read_state(data_dir)
+    processes = state.processes if state else []
+    # Who is still starting is left alone: else none would ever be there on a slow machine.
+    ready = [p for p in processes if p.role in victims and p.state == State.READY]
+    if not ready:
+        return ""
+    victim = random.choice(ready)
+    try:
+        os.kill(victim.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return ""
+    return victim.role
 
 
 @click.command()

@@ -96,6 +96,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     try:
         with processes(server.url, folder) as started:
             gateway, worker = started.gateway(**settings), started.worker(**settings)
+            await started.background(**settings).ready()
             yield Site(started, settings, await gateway.ready(), await worker.ready())
         leaked = server.keys_without_ttl()
         assert not leaked, f"keys without a time to live: {leaked}"
