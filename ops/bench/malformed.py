@@ -70,12 +70,29 @@ BODIES: dict[str, Any] = {
         "max_output_tokens": 4, "instructions": "be brief", "metadata": {"a": "b"},
         "text": {"format": {"type": "text"}}, "store": True, "background": False,
     },
+    "/v1/responses/input_tokens": {"input": "hi", "instructions": "be brief"},
+    "/v1/batches": {
+        "input_file_id": "file-0123456789abcdef0123456789abcdef", "completion_window": "24h",
+        "endpoint": "/v1/chat/completions", "metadata": {"a": "b"},
+        "output_expires_after": {"anchor": "created_at", "seconds": 3600},
+    },
 }  # fmt: skip
 """A valid body for each route that takes one."""
 PATHS = (
     "/v1/streams/0123456789abcdef0123456789abcdef", "/v1/responses/resp_0", "/v1/models/x",
-    "/v1/models", "/info", "/health", "/ready", "/ping", "/openapi.json", "/nowhere", "/ui/",
+    "/v1/files/file-0123456789abcdef0123456789abcdef", "/v1/files", "/v1/batches",
+    "/v1/batches/batch_0123456789abcdef0123456789abcdef", "/v1/models", "/info", "/health",
+    "/ready", "/ping", "/openapi.json", "/nowhere", "/ui/",
 )  # fmt: skip
+FILES = "/v1/files"
+FORM = (
+    b'--edge\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--edge\r\ncontent-disposition: form-data; name="expires_after[seconds]"\r\n\r\n3600\r\n'
+    b'--edge\r\ncontent-disposition: form-data; name="expires_after[anchor]"\r\n\r\ncreated_at\r\n'
+    b'--edge\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n'
+    b"content-type: application/jsonl\r\n\r\n{}\n\r\n--edge--\r\n"
+)
+"""A valid body for ``POST /v1/files``, the one route that takes a form."""
 _HEADERS = (
     "x-headrace-disconnect", "last-event-id", "idempotency-key", "x-request-id", "authorization",
     "accept", "content-encoding", "x-stream-retention-seconds", "range", "cookie", "expect",
@@ -103,6 +120,8 @@ class Breaker:
 
     def request(self) -> Sent:
         rng = self._rng
+        if rng.random() < 0.03:
+            return self._http("POST", FILES, self._form(), "multipart/form-data; boundary=edge")
         path = rng.choice(list(BODIES)) if rng.random() < 0.85 else rng.choice(PATHS)
         method = "POST" if path in BODIES else rng.choice(("GET", "DELETE"))
         if rng.random() < 0.03:
@@ -112,9 +131,17 @@ class Breaker:
         body = self._body(path) if method in ("POST", "PUT", "PATCH") else b""
         return self._http(method, path, body)
 
-    def _http(self, method: str, path: str, body: bytes) -> Sent:
+    def _form(self) -> bytes:
+        form = FORM
+        for _ in range(self._rng.choice((0, 1, 1, 2, 5))):
+            form = self._garbled(form)
+        return form
+
+    def _http(
+        self, method: str, path: str, body: bytes, content_type: str = "application/json"
+    ) -> Sent:
         rng = self._rng
-        headers = {"host": "x", "content-type": "application/json"}
+        headers = {"host": "x", "content-type": content_type}
         if rng.random() < 0.05:
             kinds = ("text/plain", "", "multipart/form-data; boundary=x", "application/json;;")
             headers["content-type"] = rng.choice(kinds)
