@@ -389,6 +389,7 @@ _BENCHMARKS = {
     "malformed": "ops.bench.malformed:main",
     "peers": "ops.bench.peers:peers",
     "speculation": "ops.bench.speculation:main",
+    "upload": "ops.bench.upload:main",
 }
 
 

@@ -18,7 +18,7 @@ Names = list[str]
 """For a class that has a method of that name."""
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES = 256 * 1024
 """What is written in one go: large enough that a hop to a thread costs little of it."""
 
 
@@ -88,7 +88,8 @@ def checked(name: str) -> str:
 
 def unavailable(error: Exception) -> Failure:
     """What keeps the storage from answering is the operator's, not the caller's to read."""
-    log.warning("storage.failed", error=f"{type(error).__name__}: {error}"[:1000])
+    said = str(error).partition("\n")[0]
+    log.warning("storage.failed", error=f"{type(error).__name__}: {said}"[:500])
     return Failure("STORAGE_UNAVAILABLE")
 
 
