@@ -88,7 +88,9 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
     _share_interpreter()
     brokers = Brokers(
         commands=Broker(
-            connect(settings.redis_url), model.name, durable_replicas=settings.durable_replicas
+            connect(settings.redis_url, single=True),
+            model.name,
+            durable_replicas=settings.durable_replicas,
         ),
         ordered=Broker(connect(settings.redis_url, single=True), model.name),
         inbox=Broker(connect(settings.redis_url, blocking=True), model.name),

@@ -102,8 +102,9 @@ _FORM_BYTES = 64 * 1024
 class Brokers:
     """The pool on four connections, because three of them must not share.
 
-    ``commands`` is any pool of connections; ``ordered`` sends one command after the other (attach
-    and detach); ``inbox`` and ``changes``, of batches, may block.
+    ``commands`` is any client: a single connection spends least on each of them. ``ordered`` sends
+    one command after the other (attach and detach); ``inbox`` and ``changes``, of batches, may
+    block.
     """
 
     commands: Broker

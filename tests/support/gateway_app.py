@@ -77,7 +77,9 @@ async def running_gateway(
     )
     model = load_model(chosen)
     brokers = Brokers(
-        commands=Broker(connect(redis_url), model.name, durable_replicas=chosen.durable_replicas),
+        commands=Broker(
+            connect(redis_url, single=True), model.name, durable_replicas=chosen.durable_replicas
+        ),
         ordered=Broker(connect(redis_url, single=True), model.name),
         inbox=Broker(connect(redis_url, blocking=True), model.name),
         changes=Broker(connect(redis_url, blocking=True), model.name),
