@@ -60,7 +60,12 @@ class LocalStorage(Storage):
     async def read(
         self, name: str, start: int = 0, end: int | None = None
     ) -> AsyncGenerator[bytes]:
-        file = await self._run(self._open, checked(name), reads=True)
+        opening = asyncio.ensure_future(self._run(self._open, checked(name), reads=True))
+        try:
+            file = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unread)
+            raise
         try:
             left = None if end is None else end - start
             await self._run(file.seek, start)
@@ -222,6 +227,12 @@ class _Draft:
             with suppress(OSError):  # the disk is full: what could not be written goes, too
                 self._file.close()
             self.path.unlink(missing_ok=True)
+
+
+def _close_unread(opening: "asyncio.Future[BinaryIO]") -> None:
+    """Whoever asked for the file has left while it was opened."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _sync_directory(path: Path) -> None:

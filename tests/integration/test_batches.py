@@ -97,17 +97,25 @@ async def results_of(stage: BatchStage, record: BatchRecord) -> dict[str, dict[s
     return results
 
 
-@pytest.mark.parametrize("endpoint", LINES)
 async def test_a_line_is_answered_as_a_request_would_be(
-    stage: BatchStage, started: Processes, endpoint: str
+    stage: BatchStage, started: Processes
 ) -> None:
     """With the same status and the same body, be it an answer or a refusal."""
     await worker(stage, started, prefix_cache="off")  # or the second would find what the first did
-    bodies = LINES[endpoint]
-    lines = [line(name, endpoint, **body) for name, body in bodies.items()]
-    batch_id = await stage.create(lines, endpoint)
+    lines = {
+        endpoint: [line(name, endpoint, **body) for name, body in bodies.items()]
+        for endpoint, bodies in LINES.items()
+    }
+    batch_ids = {endpoint: await stage.create(asked, endpoint) for endpoint, asked in lines.items()}
     async with stage.steerer():
-        record = await stage.ended(batch_id)
+        for endpoint, asked in lines.items():
+            await check_answers(stage, batch_ids[endpoint], endpoint, asked)
+
+
+async def check_answers(
+    stage: BatchStage, batch_id: str, endpoint: str, lines: list[dict[str, Any]]
+) -> None:
+    record = await stage.ended(batch_id)
     assert record.status == "completed"
     results = await results_of(stage, record)
     num_tokens = num_prompt_tokens = 0
@@ -127,14 +135,12 @@ async def test_a_line_is_answered_as_a_request_would_be(
         assert (shown["input_tokens"], shown["output_tokens"]) == (num_prompt_tokens, num_tokens)
 
 
-async def test_several_processes_share_several_batches(
-    stage: BatchStage, started: Processes
-) -> None:
-    """Hundreds of lines each, of which only a window is ever in Redis."""
-    await worker(stage, started, simulated_inter_token_ms=0)
+async def test_several_processes_share_several_batches(stage: BatchStage) -> None:
+    """Of many lines only a window is ever in Redis."""
+    scripted = await stage.stand.worker()
     batch_ids = [await stage.create([line(f"r{i}") for i in range(150)]) for _ in range(3)]
     most = 0
-    async with stage.steerer(), stage.steerer():
+    async with scripted.acting(saying("hi")), stage.steerer(), stage.steerer():
         for batch_id in batch_ids:
             while not (record := await stage.reached(batch_id, *_ANY)).is_final:
                 state = await stage.stand.broker.state()
@@ -223,13 +229,14 @@ def _due(record: BatchRecord, at_s: int) -> BatchRecord:
     return msgspec.structs.replace(record, expires_at=at_s)
 
 
-async def test_a_batch_waits_for_workers(stage: BatchStage, started: Processes) -> None:
+async def test_a_batch_waits_for_workers(stage: BatchStage) -> None:
     """That none is there says nothing of its lines."""
     batch_id = await stage.create([line("a"), line("b")])
     async with stage.steerer():
         await stage.reached(batch_id, "in_progress")
-        await worker(stage, started)
-        record = await stage.ended(batch_id)
+        scripted = await stage.stand.worker()
+        async with scripted.acting(saying("hi")):
+            record = await stage.ended(batch_id)
     assert (record.status, record.counts.completed) == ("completed", 2)
 
 
@@ -382,11 +389,11 @@ async def test_a_batch_that_has_ended_is_not_cancelled(stage: BatchStage) -> Non
 
 
 async def test_parts_go_a_day_after_the_end_and_files_stay(
-    stage: BatchStage, started: Processes, monkeypatch: pytest.MonkeyPatch
+    stage: BatchStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await worker(stage, started)
+    scripted = await stage.stand.worker()
     batch_id = await stage.create([line("a")])
-    async with stage.steerer() as steers:
+    async with scripted.acting(saying("hi")), stage.steerer() as steers:
         record = await stage.ended(batch_id)
         await steers.clear_folders()
         assert await stage.storage.list(f"batches/{batch_id}")

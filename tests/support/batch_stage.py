@@ -170,6 +170,7 @@ async def _sweep(steers: Steers, means: Means) -> None:
 
 async def kill(steers: Steers) -> None:
     """As SIGKILL: nothing more is written, and the leases stay until they end."""
+    steers._is_stopping = True
     tasks = [task for _, task in steers._steered.values()]
     for task in tasks:
         task.cancel()
