@@ -6,6 +6,7 @@ mend first.
 
 import asyncio
 import math
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import click
 import msgspec
+from structlog.testing import capture_logs
 
 from common import keys
 from common.broker import Broker, ServerFacts, connect
 from common.failures import Failure
 from common.models.store import ModelStore
+from common.storage import open_storage
+from common.storage.local import LocalStorage
 from ops import runfile
 from ops.probe import Unreachable, free_ports, without_password
 from ops.processes import DoctorSettings
@@ -47,6 +51,11 @@ MAX_CLOCK_OFFSET_S = 1.0
 """Keys expire by a gateway's clock, and its figures compare both."""
 MIN_FREE_BYTES = 2 * 1024**3
 _ANSWER_LIMIT_S = 5.0
+_STORAGE_LIMIT_S = 10.0
+_MEND_STORAGE = (
+    "a --storage-url that this user may write to; for s3:// with AWS_ACCESS_KEY_ID, "
+    "AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL in the environment"
+)
 
 EXIT_CODES = {
     "redis": 10,
@@ -59,6 +68,7 @@ EXIT_CODES = {
     "keys": 16,
     "model": 17,
     "disk": 18,
+    "storage": 22,
     "port": 19,
     "holes": 21,
 }
@@ -98,6 +108,7 @@ async def examine(settings: DoctorSettings, *, loads: bool = False) -> list[Find
     """Every check's finding, in their order; those of Redis end where it does not answer."""
     findings = [finding async for finding in _of_redis(settings, loads=loads)]
     findings += [_of_model(settings), _of_disk(settings.data_dir), _of_port(settings)]
+    findings.append(await _of_storage(settings))
     return sorted(findings, key=lambda finding: _ORDER[finding.check])
 
 
@@ -245,6 +256,34 @@ def _of_disk(data_dir: Path) -> Finding:
     if free >= MIN_FREE_BYTES:
         return Finding("disk", words)
     return Finding("disk", words, f"make room, or name another --data-dir (du -sh {place}/*)")
+
+
+async def _of_storage(settings: DoctorSettings) -> Finding:
+    """Whether a file can be written, and by one of two only: batches rely on both."""
+    where = settings.storage_url or f"{settings.data_dir}/files"
+    name = f"doctor/{secrets.token_hex(8)}"
+    try:
+        storage = open_storage(settings.storage_url, settings.data_dir)
+        if isinstance(storage, LocalStorage) and not storage.root.exists():
+            # By its own user, who may be another one.
+            return Finding("storage", f"{where} is made with the first file")
+        with capture_logs():  # the finding says it all
+            async with asyncio.timeout(_STORAGE_LIMIT_S):
+                await storage.put(name, b"", only_if_absent=True)
+                is_written_twice = await storage.put(name, b"", only_if_absent=True)
+                await storage.delete(name)
+        storage.close()
+    except (Failure, TimeoutError) as failure:
+        cause = str(failure.__cause__ or "no answer").partition("\n")[0]
+        return Finding("storage", f"{where}: {cause}"[:300], _MEND_STORAGE)
+    if is_written_twice:
+        return Finding(
+            "storage",
+            f"{where} lets two write one object that must be absent: lines of a batch could be "
+            "answered twice",
+            "a store that knows If-None-Match, as S3, GCS, Azure and newer MinIO do",
+        )
+    return Finding("storage", f"{where} takes files")
 
 
 def _of_port(settings: DoctorSettings) -> Finding:

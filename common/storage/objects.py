@@ -13,7 +13,7 @@ from obstore.store import from_url
 from common.failures import Failure
 from common.storage.port import Names, Storage, blocks, checked, unavailable
 
-_PART_BYTES = 8 * 1024 * 1024
+_PART_BYTES = 5 * 1024 * 1024
 """Of an upload; S3 takes 10,000 of them, none but the last below 5 MiB."""
 _PARTS_AT_ONCE = 2
 _PIECE_BYTES = 2 * 1024 * 1024

@@ -16,6 +16,7 @@ from redis import Redis
 
 from common.broker import Broker, ServerFacts, connect
 from common.models.simulated import SIMULATED_MODEL
+from common.storage.local import LocalStorage
 from ops import cli as command
 from ops import doctor
 from tests.support.api_keys import PEPPER, make_key
@@ -162,6 +163,34 @@ def test_what_this_machine_lacks_is_found(
     said = examine()
     assert said.code == 18
     assert "make room" in said.findings["disk"][1]
+
+
+def test_a_storage_that_takes_no_files_is_found(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that lets two write what one must write; nothing is left in any."""
+    place = tmp_path / "files"
+    options = {"storage-url": f"file://{place}"}
+    assert examine(**options).findings["storage"] == (
+        f"file://{place} is made with the first file",
+        "",
+    )
+    assert not place.exists()
+    place.mkdir()
+    assert "takes files" in examine(**options).findings["storage"][0]
+    assert [path.name for path in place.iterdir()] == [".drafts"]
+
+    async def put_anyway(*_: object, **__: object) -> bool:
+        return True
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "put", put_anyway)
+        said = examine(**options)
+    assert said.code == 22
+    assert "If-None-Match" in said.findings["storage"][1]
+    (place / ".drafts").rmdir()
+    (place / ".drafts").touch()
+    assert "--storage-url" in examine(**options).findings["storage"][1]
 
 
 FACTS = ServerFacts("Redis", "7.0.15", "noeviction", True, 0.0)
