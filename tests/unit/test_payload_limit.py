@@ -49,7 +49,8 @@ async def reading(
         "headers": [],
         "headrace.arrived_at": monotonic_s() - age_s,
     }
-    await PayloadLimit(app, max_bytes=max_bytes, limit_s=LIMIT_S)(scope, receive, send)
+    limit = PayloadLimit(app, max_bytes=max_bytes, max_upload_bytes=5 * max_bytes, limit_s=LIMIT_S)
+    await limit(scope, receive, send)
     return told
 
 
@@ -74,6 +75,14 @@ async def test_a_body_that_is_too_long_is_refused() -> None:
 async def test_who_is_answered_already_counts_as_gone(pieces: tuple[bytes, ...]) -> None:
     told = await reading("/v1/streams/x", *pieces, age_s=LIMIT_S, answers_first=True)
     assert told[-1] == {"type": "http.disconnect"}
+
+
+async def test_an_upload_has_a_size_of_its_own() -> None:
+    told = await reading("/v1/files", *[b"a" * 10] * 5, b"")
+    assert len(told) == 6
+    with pytest.raises(Failure) as caught:
+        await reading("/v1/files", *[b"a" * 10] * 6)
+    assert caught.value.code == "BODY_TOO_LARGE"
 
 
 async def test_an_upload_may_take_its_time() -> None:
