@@ -10,6 +10,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from common.batches import BatchRecord, new_batch_id
 from common.failures import KINDS, Failure
 from common.keys import Limits
 from common.models.chat_template import ChatTemplate
@@ -35,7 +36,6 @@ ELSEWHERE = {
     "WEIGHTS_MISMATCH": "ends a start",
     "UNSAFE_FORMAT": "ends a start",
     "INCOMPLETE_GENERATION": "a word of TGI's; here each generation has an end",
-    "BATCH_ENDED": "of batches, whose tests bring it",
 }
 """Codes that no gateway answers a request with, and why."""
 
@@ -199,6 +199,21 @@ def with_storage(error: OSError) -> Scene:
     return scene
 
 
+async def batch_ended(stand: Stand) -> Answer:
+    gateway = await stand.gateway()
+    batch = BatchRecord(
+        id=new_batch_id(),
+        pool="simulated",
+        endpoint="/v1/completions",
+        input_file_id="file-x",
+        status="failed",
+        created_at=1,
+        expires_at=2,
+    )
+    await stand.broker.batch_store.create(batch)
+    return await gateway.client.post(f"/v1/batches/{batch.id}/cancel")
+
+
 async def draining(stand: Stand) -> Answer:
     gateway = await stand.gateway()
     gateway.services.is_draining = True
@@ -258,6 +273,7 @@ SCENES: dict[str, Scene] = {
     "BROKER_FULL": broker_full,
     "STORAGE_UNAVAILABLE": with_storage(OSError(5, "EIO")),
     "STORAGE_FULL": with_storage(OSError(28, "ENOSPC")),
+    "BATCH_ENDED": batch_ended,
     "DRAINING": draining,
     "INTERNAL": internal,
 }
