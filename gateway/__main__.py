@@ -97,7 +97,7 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
         changes=Broker(connect(settings.redis_url, blocking=True), model.name),
     )
     try:
-        await brokers.commands.load()
+        await brokers.commands.load_patiently()
         app = create_app(settings, name=name, brokers=brokers, model=model)
         await app.state.services.callers.check()
         if gap := await brokers.commands.durability_gap():

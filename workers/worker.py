@@ -295,9 +295,9 @@ async def _build_engine(settings: WorkerSettings, lost: asyncio.Future[Exception
 
 
 async def _check_redis(settings: WorkerSettings) -> None:
-    """Say at once, before a model is loaded, that Redis is not there."""
+    """Say soon, before a model is loaded, that Redis is not there."""
     broker = Broker(connect(settings.redis_url), settings.model)
-    await broker.load()
+    await broker.load_patiently()
     await broker.close()
 
 

@@ -5,6 +5,7 @@ unpacked. All methods raise :class:`Failure` with ``BROKER_UNAVAILABLE``, ``BROK
 ``PROTOCOL_TOO_NEW`` for what Redis itself answers.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,12 +42,15 @@ from common.broker.steps import (
     WorkerState,
 )
 from common.broker.webhook_store import WebhookStore
-from common.clock import wall_ms
+from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
 from common.messages import LANES, GenerationSpec, Lane, LogEntry, Timing, TokenRecord
 
 MAX_PUBLICATIONS = 256
 """Longest publish call; a batch may not be larger."""
+START_PATIENCE_S = 5.0
+"""How long a server may be away when a process starts."""
+_LOOK_AGAIN_S = 0.1
 MAX_CHOICES = 16
 GATEWAY_LEASE_MS = 15_000
 _BELL_TTL_MS = 60_000
@@ -97,6 +101,21 @@ class Broker:
     def file_store(self) -> FileStore:
         """The records of files on the same server, of all its pools."""
         return FileStore(self._redis)
+
+    async def load_patiently(self) -> None:
+        """As :meth:`load`, for a process that starts: a server that is started again meanwhile, and
+        still reads its file, is waited for. To give up would cost the whole start once more.
+
+        Raises: Failure BROKER_UNAVAILABLE after ``START_PATIENCE_S``; ACCESS_MISCONFIGURED.
+        """
+        give_up_at_s = monotonic_s() + START_PATIENCE_S
+        while True:
+            try:
+                return await self.load()
+            except Failure as failure:
+                if failure.code != "BROKER_UNAVAILABLE" or monotonic_s() > give_up_at_s:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def load(self) -> None:
         """Load the function library unless it is there.

@@ -8,6 +8,7 @@ exactly once in the output or the error file, with the answer that it had in pea
 
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -20,17 +21,20 @@ import click
 import orjson
 
 from common.clock import monotonic_s
+from ops import runfile
 from ops.batch_client import Batch, BatchClient
 from ops.bench.chaos import kill_one
 from ops.bench.instance import own_instance
 from ops.gateways import Gateways
+from ops.supervisor import State
 
 VICTIMS = ("background", "worker", "gateway", "server")
 PHASES = ("validating", "in_progress", "finalizing", "cancelling")
 _ENDPOINT = "/v1/completions"
+_RESTART_S = 120.0
+_LOOK_S = 0.1
 _BAD_EVERY = 50
 """One line in so many can not be answered: it belongs into the error file."""
-_PHASE_LINES = 300
 _CANCEL_AT = 0.3
 """Share of the lines that are finished when a batch is cancelled."""
 
@@ -39,14 +43,18 @@ _CANCEL_AT = 0.3
 class Plan:
     num_lines: int = 5000
     max_new_tokens: int = 16
-    num_workers: int = 2
+    num_workers: int = 4
     num_gateways: int = 2
+    num_background: int = 2
     kill_every_s: float = 2.0
+    max_kills: int = 10_000
     victims: tuple[str, ...] = VICTIMS
     phases: tuple[str, ...] = PHASES
+    phase_lines: int = 300
     phase_rounds: int = 1
     """Batches per phase and victim."""
-    inter_token_ms: float = 10.0
+    inter_token_ms: float = 50.0
+    """So that an answer takes time, and not the processors: they are needed for restarts."""
 
 
 @dataclass
@@ -95,7 +103,12 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Report:
     Raises: click.ClickException when Headrace does not start, or stops to answer.
     """
     env = {"HEADRACE_SIMULATED_INTER_TOKEN_MS": str(plan.inter_token_ms)}
-    options = {"engine": "simulated", "workers": plan.num_workers, "gateways": plan.num_gateways}
+    options = {
+        "engine": "simulated",
+        "workers": plan.num_workers,
+        "gateways": plan.num_gateways,
+        "background": plan.num_background,
+    }
     words = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     with own_instance(*words, env=env) as (data_dir, urls), Gateways(urls, None, tell) as gateways:
         client = BatchClient(gateways)
@@ -111,7 +124,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Report:
             for victim in plan.victims:
                 name = f"{victim} while {phase}"
                 outcome = _batch(
-                    client, name, plan, _PHASE_LINES, data_dir, phase=phase, victim=victim
+                    client, name, plan, plan.phase_lines, data_dir, phase=phase, victim=victim
                 )
                 outcome.problems += _changed(peaceful, outcome)
                 tell(f"{name}: {outcome.seconds:.1f} s, killed {_shown(outcome.kills)}")
@@ -130,6 +143,7 @@ def _batch(
     victim: str = "",
 ) -> Outcome:
     """Run one batch to its end; ``victim`` is killed once, as soon as it is in ``phase``."""
+    _until_all_are_ready(data_dir)
     kills: Counter[str] = Counter()
     input_path = data_dir / "chaos.jsonl"
     input_path.write_bytes(b"".join(_lines(num_lines, plan.max_new_tokens)))
@@ -137,12 +151,12 @@ def _batch(
     created = batch = client.create(client.upload(input_path), _ENDPOINT)
     has_cancelled = phase != "cancelling"
     for batch in _with_first(created, client):
-        counts = batch["request_counts"]
+        status, counts = batch["status"], batch["request_counts"]
         if not has_cancelled and counts["completed"] > _CANCEL_AT * num_lines:
             has_cancelled = True
-            client.cancel(batch["id"])
-        if batch["status"] == phase and not kills:
-            kills[kill_one(data_dir, (victim,)) or "nobody"] += 1
+            status = client.cancel(batch["id"])["status"]
+        if status == phase and not kills and (killed := kill_one(data_dir, (victim,))):
+            kills[killed] += 1
     seconds = monotonic_s() - began_s
     answers, problems = judged(
         {f"{number}" for number in range(num_lines)},
@@ -223,6 +237,18 @@ def _changed(peaceful: Outcome, other: Outcome) -> list[str]:
 # --- killing
 
 
+def _until_all_are_ready(data_dir: Path) -> None:
+    """So that each batch begins alike. Raises: click.ClickException when it takes too long."""
+    give_up_at_s = monotonic_s() + _RESTART_S
+    while True:
+        state = runfile.read_state(data_dir)
+        if state and all(process.state == State.READY for process in state.processes):
+            return
+        if monotonic_s() > give_up_at_s:
+            raise click.ClickException("not everything that was killed came back")
+        time.sleep(_LOOK_S)
+
+
 @contextmanager
 def _kept_killing(data_dir: Path, plan: Plan) -> Generator[Counter[str]]:
     """A process at random every few seconds, until the end of this."""
@@ -230,7 +256,7 @@ def _kept_killing(data_dir: Path, plan: Plan) -> Generator[Counter[str]]:
     has_ended = threading.Event()
 
     def keep_killing() -> None:
-        while not has_ended.wait(plan.kill_every_s):
+        while kills.total() < plan.max_kills and not has_ended.wait(plan.kill_every_s):
             role = kill_one(data_dir, plan.victims)
             if role:
                 kills[role] += 1
@@ -251,8 +277,9 @@ def _shown(kills: Counter[str]) -> str:
 @click.command()
 @click.option("--lines", "num_lines", default=5000, show_default=True)
 @click.option("--tokens", "max_new_tokens", default=16, show_default=True, help="Of each answer.")
-@click.option("--workers", "num_workers", default=2, show_default=True)
+@click.option("--workers", "num_workers", default=4, show_default=True)
 @click.option("--gateways", "num_gateways", default=2, show_default=True)
+@click.option("--background", "num_background", default=2, show_default=True)
 @click.option("--kill-every", "kill_every_s", default=2.0, show_default=True, help="Seconds.")
 @click.option(
     "--victim",

@@ -54,7 +54,7 @@ async def test_it_outlives_a_lost_connection(redis_url: str, started: Processes)
 
 
 async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:
-    """At the start there is nothing to wait for."""
+    """At the start it is waited for some seconds only."""
     background = started.background(redis_url="redis://127.0.0.1:1/0")
     assert await background.ended() == exit_codes.UNREACHABLE
     assert background.errors().startswith("headrace background: BROKER_UNAVAILABLE")
@@ -119,3 +119,16 @@ async def test_jobs_are_stored_as_msgpack(jobs: ArqRedis) -> None:
     [queued] = await jobs.queued_jobs()
     assert queued.args == [{"batch": "b1"}]
     await jobs.delete(QUEUE)
+
+
+async def test_a_redis_that_is_just_being_started_is_waited_for(
+    started: Processes, redis_url: str
+) -> None:
+    """Else everything would be started twice when it all is started at once."""
+    async with fault_proxy(redis_url) as proxy:
+        await proxy.cut()
+        background = started.background(redis_url=proxy.url)
+        await background.saw("background.started")
+        await proxy.heal()
+        await background.ready()
+        assert not background.events("background.failed")

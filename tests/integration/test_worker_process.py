@@ -164,7 +164,7 @@ async def test_what_can_never_fit_is_refused_at_admission(pool: WorkerPool) -> N
 
 
 async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:
-    """At the start there is nothing to wait for: say it and end."""
+    """At the start it is waited for some seconds only: then it is said, and that is the end."""
     worker = started.worker(redis_url="redis://127.0.0.1:1/0")
     assert await worker.ended() == exit_codes.UNREACHABLE
     assert worker.errors().startswith(

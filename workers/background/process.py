@@ -64,7 +64,7 @@ async def _run(settings: BackgroundSettings, name: str) -> int:
     log.info("background.started", model=settings.model)
     broker = Broker(connect(settings.redis_url), settings.model)
     try:
-        await broker.load()
+        await broker.load_patiently()
         await _serve(settings, name, broker)
     except Failure as failure:
         log.error(  # noqa: TRY400 - the failure says all, its traceback would hide it
