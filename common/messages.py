@@ -6,6 +6,7 @@ in Redis. Structs that are stored per token are arrays, those stored per request
 
 import json
 import zlib
+from collections.abc import Mapping
 from enum import StrEnum
 from json.encoder import encode_basestring_ascii
 from typing import Literal, get_args
@@ -17,6 +18,8 @@ PROTOCOL = 1
 
 Lane = Literal["priority", "default", "flex", "batch"]
 LANES: tuple[Lane, ...] = get_args(Lane)
+RANKS: Mapping[Lane, int] = {"priority": 0, "default": 0, "flex": 1, "batch": 2}
+"""Whom a lane gives way to: those of a lower rank. 0 is interactive."""
 """Lanes by rank; the names are OpenAI's ``service_tier``."""
 
 

@@ -11,6 +11,7 @@ import msgspec
 from common.broker import Claimed, Publication
 from common.ids import request_of
 from common.messages import (
+    RANKS,
     Finish,
     PromptLogprobs,
     TokenRecord,
@@ -77,6 +78,16 @@ class Attempt:
     def is_in_engine(self) -> bool:
         """Whether it takes room there: from the claim until its finish."""
         return self.finish is None
+
+    @property
+    def rank(self) -> int:
+        """Whom it gives way to: those of a lower rank."""
+        return RANKS[self._claimed.lane]
+
+    @property
+    def num_to_recompute(self) -> int:
+        """Tokens that whoever goes on with it must compute before the next one."""
+        return len(self.request.prompt) + self.end if self.request else 0
 
     @property
     def cost(self) -> int | None:
@@ -263,8 +274,11 @@ class Ledger:
     def most_unacknowledged(self) -> int:
         return max((attempt.num_unacknowledged for attempt in self._running.values()), default=0)
 
-    def promised(self) -> tuple[int, int | None]:
-        """(slots, tokens) promised in the engine; tokens None while some spec is not read yet."""
-        costs = [attempt.cost for attempt in self._running.values() if attempt.is_in_engine]
-        known = [cost for cost in costs if cost is not None]
-        return len(costs), sum(known) if len(known) == len(costs) else None
+    def promised(self, rank: int) -> tuple[int, int | None]:
+        """(slots, tokens) promised in the engine to those who do not give way to ``rank``.
+
+        No tokens, but None, while some spec is not read yet.
+        """
+        held = [it for it in self._running.values() if it.is_in_engine and it.rank <= rank]
+        known = [it.cost for it in held if it.cost is not None]
+        return len(held), sum(known) if len(known) == len(held) else None

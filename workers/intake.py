@@ -4,27 +4,34 @@ A claim asks for what the engine has room for. An idle worker claims when the be
 second in any case; a busy one when a publish says that something waits. What a claim brings is held
 at once, so that the next beat names it, and handed to the engine as soon as its spec and its log
 have been read.
+
+Lanes that give way take no room from the others: interactive generations are claimed as if there
+were no others. Some slots and tokens are kept for them; when these are used up as well, those who
+give way are handed back, the ones first that lose least.
 """
 
 import asyncio
 import random
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import msgspec
 
-from common.broker import Broker, Claimed
+from common.broker import Broker, Claimed, Reserve, Room
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import choice_of, new_nonce, request_of
 from common.logs import get_logger
 from common.messages import (
+    LANES,
+    RANKS,
     Finish,
     FinishReason,
     GenerationSpec,
     Grammar,
+    Lane,
     chain_next,
     chain_start,
     chain_text,
@@ -40,6 +47,10 @@ MAX_CLAIM = 32
 """Generations per claim call (protocol 4)."""
 BELL_TIMEOUT_S = 1.0
 """A bell may be lost with a connection; so long may an idle worker then miss work."""
+_PARTIAL_TIMEOUT_S = 0.25
+"""The same while some lanes have no room, whose bells are not heard meanwhile."""
+_SHARE_KEPT = 8
+"""One token of so many is kept for who comes next while others give way."""
 _RETRY_S = 0.25
 
 
@@ -105,25 +116,74 @@ class Intake:
         self._wake = wake
         self._spawn = spawn
         self._turn = 0
-        self._reserve = 0
-        self._too_few_tokens = 0
+        self._reserve: Reserve | None = None
+        self._too_few_tokens: Mapping[Lane, int] = {}
+        self._waited: dict[Lane, int] = {}
+        """Tokens that waited when they were first heard of behind the last claim."""
         self._is_due = True
         self._is_open = True
         self._room_changed = asyncio.Event()
         self._reading: set[asyncio.Task[None]] = set()
 
-    def free(self) -> tuple[int, int]:
-        """(slots, tokens) that may still be claimed; no tokens while a claimed spec is unread."""
-        slots, tokens = self._ledger.promised()
-        if tokens is None:
-            return self._capacity.free_slots - slots, 0
-        return self._capacity.free_slots - slots, self._capacity.free_tokens - tokens
+    @property
+    def free_tokens(self) -> int:
+        """Of the engine's capacity, what is promised to nobody."""
+        _, tokens = self._ledger.promised(max(RANKS.values()))
+        return 0 if tokens is None else max(0, self._capacity.free_tokens - tokens)
+
+    def free(self, rank: int = 0) -> Room:
+        """What a generation of ``rank`` may still be claimed for, which gives way to lower ones.
+
+        No tokens while a claimed spec is unread that does not give way to it.
+        """
+        capacity = self._capacity
+        slots, tokens = self._ledger.promised(rank)
+        free_tokens = 0 if tokens is None else capacity.free_tokens - tokens
+        if rank == 0:
+            return Room(capacity.free_slots - slots, free_tokens)
+        num_interactive, _ = self._ledger.promised(0)
+        free_slots = capacity.free_slots - (slots - num_interactive)
+        num_kept = -(-capacity.spare_slots // 2)
+        free_slots = min(free_slots, capacity.free_slots + capacity.spare_slots - num_kept - slots)
+        if slots:
+            free_tokens -= capacity.free_tokens // _SHARE_KEPT
+        before = self.free(rank - 1)
+        return Room(min(before.slots, free_slots), min(before.tokens, free_tokens))
+
+    def rooms(self) -> dict[Lane, Room]:
+        """What may be claimed of lanes that have any room.
+
+        None also while the engine hangs: what it will not run is better off elsewhere.
+        """
+        if not self._is_open or self._engine.is_stalled:
+            return {}
+        free = {rank: self.free(rank) for rank in set(RANKS.values())}
+        rooms: dict[Lane, Room] = {lane: free[RANKS[lane]] for lane in LANES}
+        reserve = self._reserve
+        if reserve is not None and rooms[reserve.lane].tokens < reserve.tokens:
+            first = 0 if reserve.is_starved else RANKS[reserve.lane]
+            rooms = {lane: room for lane, room in rooms.items() if RANKS[lane] < first}
+        return {lane: room for lane, room in rooms.items() if min(room) > 0}
 
     def has_room(self) -> bool:
-        """Also False while the engine hangs: what it will not run is better off elsewhere."""
-        slots, tokens = self.free()
-        is_open = self._is_open and not self._engine.is_stalled
-        return is_open and slots > 0 and tokens > 0 and tokens >= self._reserve
+        """For an interactive generation, to which others would give way if need be."""
+        return "default" in self.rooms()
+
+    def first_to_give_way(self) -> list[Attempt]:
+        """Whom to hand back, since more is promised than there is. At first nobody gives way: he
+        pauses in his place, for which slots are kept.
+        """
+        capacity = self._capacity
+        held = [it for it in self._ledger.running() if it.is_in_engine]
+        num_slots = len(held) - capacity.free_slots - capacity.spare_slots
+        num_tokens = sum(it.cost or 0 for it in held) - capacity.free_tokens
+        chosen: list[Attempt] = []
+        for attempt in sorted(held, key=lambda it: (-it.rank, it.num_to_recompute)):
+            if (num_slots <= 0 and num_tokens <= 0) or attempt.rank == 0:
+                break
+            num_slots, num_tokens = num_slots - 1, num_tokens - (attempt.cost or 0)
+            chosen.append(attempt)
+        return chosen
 
     def room_changed(self) -> None:
         """Something ended in the engine, or was dropped."""
@@ -135,11 +195,20 @@ class Intake:
         """Claim nothing any more."""
         self._is_open = False
 
-    def should_claim(self, waiting_tokens: int) -> bool:
-        """Whether the bell rang, or something waits that was not just seen to be too large."""
-        if not self.has_room():
-            return False
-        return self._is_due or (waiting_tokens > 0 and self.free()[1] > self._too_few_tokens)
+    def should_claim(self, waiting: Mapping[Lane, int]) -> bool:
+        """Whether the bell rang, or something waits that was not just seen to be too large.
+
+        ``waiting`` has the tokens that wait in each lane; more of them than behind the last claim
+        are somebody new.
+        """
+        rooms = self.rooms()
+        has_news = False
+        for lane in LANES:
+            tokens = waiting.get(lane, 0)
+            is_more = tokens > self._waited.setdefault(lane, tokens)
+            has_grown = lane in rooms and rooms[lane].tokens > self._too_few_tokens.get(lane, 0)
+            has_news |= lane in rooms and (is_more or (tokens > 0 and has_grown))
+        return bool(rooms) and (self._is_due or has_news)
 
     async def claim(self) -> None:
         """Take what there is room for.
@@ -148,8 +217,8 @@ class Intake:
             Failure: Redis did not answer. If it had executed the call, the next beat, which counts
                 this turn as seen without naming its generations, has them handed back.
         """
-        slots, tokens = self.free()
-        limit = min(slots, MAX_CLAIM)
+        rooms = self.rooms()
+        is_kept = self._reserve is not None and self._reserve.lane not in rooms
         self._turn += 1
         self._is_due = False
         try:
@@ -157,9 +226,10 @@ class Intake:
                 self._worker,
                 new_nonce(),
                 self._turn,
-                budget=tokens,
-                max_generations=limit,
+                budget=0,
+                max_generations=MAX_CLAIM,
                 model_version=self._model_version,
+                rooms={lane: rooms.get(lane, Room(0, 0)) for lane in LANES},
             )
             for claimed in answer.generations:
                 self._take(claimed)
@@ -169,26 +239,31 @@ class Intake:
             return  # nothing was claimed; running generations go on, and the bell comes again
         finally:
             self._ledger.seen = self._turn
-        self._reserve = answer.reserve
-        self._too_few_tokens = 0 if answer.generations else tokens
-        if len(answer.generations) == limit:
+        if answer.reserve is not None or not is_kept:
+            self._reserve = answer.reserve
+        self._waited.clear()
+        found_nothing = not answer.generations
+        self._too_few_tokens = {lane: rooms[lane].tokens for lane in rooms if found_nothing}
+        if len(answer.generations) == MAX_CLAIM:
             self._is_due = True  # there may be more
             self._wake()
 
     async def listen(self) -> None:
-        """Wait for the bell while there is room, until cancelled.
+        """Wait for the bells of lanes for which there is room, until cancelled.
 
-        A full worker does not listen: a bell that it took would be missed by one with room.
+        Others are left alone: a bell that it took would be missed by a worker with room.
         """
         while True:
             self._room_changed.clear()
-            if not self.has_room():
+            lanes = list(self.rooms())
+            if not lanes:
                 await self._room_changed.wait()
                 continue
+            timeout_s = BELL_TIMEOUT_S if len(lanes) == len(LANES) else _PARTIAL_TIMEOUT_S
             try:
-                rang = await self._bell.wait_for_bell(BELL_TIMEOUT_S)
-                if rang and not self.has_room():  # filled up while it listened
-                    await self._bell.pass_bell_on()
+                rung = await self._bell.wait_for_bell(timeout_s, lanes)
+                if rung and rung not in self.rooms():  # filled up while it listened
+                    await self._bell.pass_bell_on(rung)
             except Failure:
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
             self._is_due = True
@@ -260,8 +335,10 @@ class Intake:
             logged,
             self._cache_scope(attempt, spec),
             adapter=spec.adapter,
+            rank=attempt.rank,
         )
         self._room_changed.set()
+        self._wake()  # it may be more than there is
         grammar = spec.sampling.grammar
         if grammar is None and not spec.adapter:
             self._engine.submit(attempt.request)

@@ -6,12 +6,13 @@ several steps made goes out as one record. When it is much slower, or Redis is a
 pauses.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from common.broker import Broker, Publication, Refusal
 from common.clock import monotonic_s
 from common.logs import get_logger
+from common.messages import Lane
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import StepOutput
 
@@ -76,16 +77,16 @@ class Publisher:
         self.throttle()
         self._wake()
 
-    async def publish(self) -> int:
+    async def publish(self) -> Mapping[Lane, int]:
         """Send everything that Redis does not have; returns the tokens that wait in the pool.
 
-        Returns 0 when there was nothing to send. What was refused is dropped, realigned or given
-        back here.
+        Nothing waits as far as is known when there was nothing to send. What was refused is
+        dropped, realigned or given back here.
 
         Raises:
             Failure: Redis did not answer; nothing is lost, call again.
         """
-        waiting_tokens = 0
+        waiting: Mapping[Lane, int] = {}
         began_s = self._clock()
         to_send = self._ledger.unpublished() + self._ledger.silent_since(began_s - CHECK_SILENT_S)
         for i in range(0, len(to_send), MAX_BATCH):
@@ -93,12 +94,12 @@ class Publisher:
             answer = await self._broker.publish(
                 self._worker, [publication for _, publication in sent], lease_ms=self._lease_ms
             )
-            waiting_tokens = answer.waiting_tokens
+            waiting = answer.waiting
             await self._settle(sent, answer.refusals)
         self._ledger.forget_ended_before(self._clock() - KEEP_ENDED_S)
         self._behind_since_s = began_s if self._ledger.unpublished() else None
         self.throttle()
-        return waiting_tokens
+        return waiting
 
     def doubt_ended(self) -> None:
         """After a lost connection: send recent ends again, and start their waiting time anew."""

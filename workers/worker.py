@@ -115,7 +115,7 @@ class Worker:
             max_cost=min(engine.max_cost, capacity.free_tokens),
             beat_ms=settings.beat_ms,
             lease_ms=settings.lease_ms,
-            free_tokens=lambda: self._intake.free()[1],
+            free_tokens=lambda: self._intake.free_tokens,
             max_batch_size=settings.max_batch_size,
         )
 
@@ -156,10 +156,12 @@ class Worker:
             await self._wake.wait()
             self._wake.clear()
             try:
-                waiting_tokens = await self._publisher.publish()
+                waiting = await self._publisher.publish()
                 self._intake.room_changed()
-                if self._intake.should_claim(waiting_tokens):
+                if self._intake.should_claim(waiting):
                     await self._intake.claim()
+                too_many = self._intake.first_to_give_way()
+                await self._publisher.release(too_many, event="generation.yielded")
             except Failure as failure:
                 await self._outlast(failure)
 

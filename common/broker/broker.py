@@ -6,7 +6,7 @@ unpacked. All methods raise :class:`Failure` with ``BROKER_UNAVAILABLE``, ``BROK
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -37,6 +37,8 @@ from common.broker.steps import (
     Quota,
     QuotaState,
     Refusal,
+    Reserve,
+    Room,
     ServerFacts,
     WorkerPresence,
     WorkerState,
@@ -250,7 +252,7 @@ class Broker:
             a.request_id, min(a.num_choices, MAX_CHOICES), a.cost, room, a.lane, a.tenant, a.weight,
             a.attached, a.grace_ms, a.queue_limit_ms, a.run_limit_ms, a.retention_ms,
             a.lane_cap_tokens, a.lane_cap_bytes, a.idempotency_key, a.fingerprint, a.gateway,
-            a.prefix, a.resubmit, _limits(a.quota),
+            a.resubmit, _limits(a.quota),
         )  # fmt: skip
         answer = await self._call("admit", _pack(fields), _pack(a.spec), _pack(a.presentation))
         kind = _text(answer[0])
@@ -321,18 +323,21 @@ class Broker:
         budget: int,
         max_generations: int,
         model_version: str,
-        prefixes: Sequence[str] = (),
+        rooms: Mapping[Lane, Room] | None = None,
     ) -> ClaimAnswer:
         """Take ownership of waiting generations whose cost fits into ``budget`` tokens.
+
+        ``rooms`` are those of lanes that may be given less: what is given to a lane is taken from
+        the room of its own rank and of those that give way to it.
 
         ``nonce`` is new for each call and ``turn`` counts calls: a lost answer is handed back by
         the beat that names the turn in ``seen`` without naming the generations.
         """
-        fields = (
-            worker, nonce, turn, budget, min(max_generations, 32), model_version, list(prefixes),
-        )  # fmt: skip
+        whole = Room(max_generations, budget)
+        by_rank = [(rooms or {}).get(lane, whole) for lane in LANES]
+        fields = (worker, nonce, turn, min(max_generations, 32), model_version, by_rank)
         reserve, found = await self._call("claim", _pack(fields))
-        return ClaimAnswer([_claimed(row) for row in found], reserve)
+        return ClaimAnswer([_claimed(row) for row in found], _reserve(reserve))
 
     async def read_spec(self, request_id: str) -> GenerationSpec | None:
         """The spec of a request whose body was too large for the claim; None if it ended."""
@@ -356,7 +361,7 @@ class Broker:
                 Refusal(_text(refused), _text(kind), int(at), _text(chain))
                 for refused, kind, at, chain in refusals
             ],
-            waiting,
+            dict(zip(LANES, waiting, strict=True)),
         )
 
     async def release(self, worker: str, held: Sequence[tuple[str, str]]) -> None:
@@ -395,17 +400,19 @@ class Broker:
         """
         await self._call("bury", _pack((worker,)))
 
-    async def wait_for_bell(self, timeout_s: float) -> bool:
-        """Wait until something may have been queued; False after ``timeout_s``."""
-        with mapped_errors():
-            rung: Any = await self._redis.execute_command(
-                "BLPOP", keys.bell(self._prefix), f"{timeout_s:g}"
-            )
-        return rung is not None
+    async def wait_for_bell(self, timeout_s: float, lanes: Iterable[Lane] = LANES) -> Lane | None:
+        """Wait until something may have been queued in one of ``lanes``.
 
-    async def pass_bell_on(self) -> None:
+        None after ``timeout_s``. Interactive lanes share a bell, of which the last one is told.
+        """
+        bells: dict[str, Lane] = {keys.bell(self._prefix, lane): lane for lane in lanes}
+        with mapped_errors():
+            rung: Any = await self._redis.execute_command("BLPOP", *bells, f"{timeout_s:g}")
+        return None if rung is None else bells[_text(rung[0])]
+
+    async def pass_bell_on(self, lane: Lane) -> None:
         """Wake another worker: for who heard the bell and has no room for what it announced."""
-        bell = keys.bell(self._prefix)
+        bell = keys.bell(self._prefix, lane)
         with mapped_errors():
             await self._redis.execute_command("LPUSH", bell, "1")
             await self._redis.execute_command("PEXPIRE", bell, _BELL_TTL_MS)
@@ -650,12 +657,19 @@ def _claimed(row: Sequence[Any]) -> Claimed:
         next=at,
         chain=_text(chain),
         deaths=deaths,
-        lane=_text(lane),
+        lane=msgspec.convert(_text(lane), Lane),
         admitted_ms=admitted,
         claimed_ms=claimed,
         body_bytes=size,
         spec=_decoded_spec(body),
     )
+
+
+def _reserve(row: Sequence[Any]) -> Reserve | None:
+    if not row:
+        return None
+    tokens, lane, is_starved = row
+    return Reserve(tokens, msgspec.convert(_text(lane), Lane), bool(is_starved))
 
 
 def _decoded_spec(body: bytes) -> GenerationSpec | None:

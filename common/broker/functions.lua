@@ -29,13 +29,14 @@
 --   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
 --   worker:<worker>     hash    presence                                15 s
 --   inbox:<gateway>     stream  packed records                          30 s
---   bell                list    wakes workers                           1 min
+--   bell, bell:<lane>   list    wakes workers; of lanes that give way   1 min
 --   told                string  up to where `ended` became webhooks        2 days
 --   mark                string  written to wait for the disk behind it  4 s
 
 local PROTOCOL = 1
 local LANES = { 'priority', 'default', 'flex', 'batch' }
 local RANK = { priority = 0, default = 1, flex = 2, batch = 3 }
+local CLASS = { priority = 0, default = 0, flex = 1, batch = 2 }   -- a lane gives way to those of a lower class
 local RANK_WIDTH = 1e13            -- above any time in ms, exact in a double with four ranks
 local HEAD_LIMIT_MS = { priority = 5000, default = 5000, flex = 60000, batch = 1800000 }
 local TAG_SCALE = 1000             -- tags are integers: thousandths of a token at weight 1
@@ -43,7 +44,6 @@ local WORKER_LEASE_MS = 5000       -- used when leases are re-based; beats name 
 local GATEWAY_LEASE_MS = 15000
 local SLEPT_MS = 5000              -- nobody looked at the clock for so long: the machine slept
 local RESERVE_AFTER_MS = 2000      -- a large head that waits longer gets a worker emptied for it
-local PREFIX_PATIENCE_MS = 250     -- a cached prefix may overtake a head no older than this
 local POISON_DEATHS = 3            -- in a row without progress, until suspects run on probation
 local PROGRESS_TOKENS = 8          -- who came so much further was hardly the cause of the next death
 local MAX_DEATHS = 10              -- however far it came
@@ -115,11 +115,10 @@ end
 
 local function is_unread(g) return g.mode == 'attached' and g.subs == '' end
 
-local function ring(P)
-  if redis.call('LLEN', P .. 'bell') < math.max(1, redis.call('ZCARD', P .. 'leases')) then
-    redis.call('LPUSH', P .. 'bell', '1')
-  end
-  redis.call('PEXPIRE', P .. 'bell', MINUTE_MS)
+local function ring(P, lane)
+  local bell = CLASS[lane] == 0 and P .. 'bell' or P .. 'bell:' .. lane
+  if redis.call('LLEN', bell) < math.max(1, redis.call('ZCARD', P .. 'leases')) then redis.call('LPUSH', bell, '1') end
+  redis.call('PEXPIRE', bell, MINUTE_MS)
 end
 
 -- Waiting ---------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ local function enqueue(P, id, g, queue, score)
   keep(P .. queue)
   redis.call('HSET', P .. 'gen:' .. id, 'st', 'Q', 'q', queue, 'fence', '', 'own', '')
   count_backlog(P, g, 1)
-  ring(P)
+  ring(P, g.lane)
 end
 
 local function dequeue(P, id, g)
@@ -145,12 +144,14 @@ local function dequeue(P, id, g)
   count_backlog(P, g, -1)
 end
 
+-- Tokens of work that wait: by lane, and in all.
 local function waiting_tokens(P)
-  local total = 0
-  for _, tokens in ipairs(redis.call('HMGET', P .. 'backlog', 'priority.tokens', 'default.tokens', 'flex.tokens', 'batch.tokens')) do
-    total = total + (tonumber(tokens) or 0)
+  local found, total = redis.call('HMGET', P .. 'backlog', 'priority.tokens', 'default.tokens', 'flex.tokens', 'batch.tokens'), 0
+  for rank = 1, #LANES do
+    found[rank] = tonumber(found[rank]) or 0
+    total = total + found[rank]
   end
-  return total
+  return found, total
 end
 
 -- R -> Q. What has shown tokens may only be continued by its own model version; what has killed two
@@ -460,14 +461,14 @@ local function foresee(keys, args)
 end
 
 -- ARGV: [request, choices, cost, room, lane, tenant, weight, attached, grace, queue limit, run limit,
---        retention, cap tokens, cap bytes, idem, fingerprint, gateway, prefix, resubmit, limits],
+--        retention, cap tokens, cap bytes, idem, fingerprint, gateway, resubmit, limits],
 --       body, out
 local function admit(keys, args)
   local P, now = prefix_of(keys), now_ms()
   local a, body, out = cmsgpack.unpack(args[1]), args[2], args[3]
   local request, choices, cost, room, lane, tenant, weight = a[1], a[2], a[3], a[4], a[5], a[6], a[7]
-  local idem, fingerprint, gateway, resubmit = a[15], a[16], a[17], a[19]
-  local quota = quota_of(P, now, a[20])
+  local idem, fingerprint, gateway, resubmit = a[15], a[16], a[17], a[18]
+  local quota = quota_of(P, now, a[19])
   local idem_key = idem_of(P, tenant, idem)
 
   if idem ~= '' then
@@ -504,7 +505,7 @@ local function admit(keys, args)
     -- What publish reads stands first: a small hash is a list that is searched from its front.
     redis.call('HSET', gen, 'st', 'Q', 'fence', '', 'next', 0, 'chain', '', 'subs', gateway, 'v', PROTOCOL,
       'epoch', 0, 'deaths', 0, 'lane', lane, 'tenant', tenant, 'weight', weight, 'cost', number(cost),
-      'room', number(room), 'bytes', g.bytes, 'tag', number(tag), 'ver', '', 'prefix', a[18],
+      'room', number(room), 'bytes', g.bytes, 'tag', number(tag), 'ver', '',
       'mode', a[8] and 'attached' or 'detached', 'grace', number(a[9]), 't0', number(now), 't1', 0, 't2', 0,
       'deadline', number(now + a[10]), 'run_limit', number(a[11]), 'retention', number(a[12]), 'out', out, 'idem', idem)
     if quota then redis.call('HSET', gen, 'quota', quota.id, 'hold', number(choice == 0 and cost or room)) end
@@ -530,7 +531,8 @@ end
 -- A moving average of claimed cost per second, over windows in which something always waited.
 local function measure_drain(P, now, taken)
   local key = P .. 'backlog'
-  if waiting_tokens(P) <= 0 then
+  local _, waiting = waiting_tokens(P)
+  if waiting <= 0 then
     redis.call('HDEL', key, 'since', 'sum')
     return
   end
@@ -568,7 +570,9 @@ local function take(P, id, g, picker)
   else
     redis.call('ZADD', P .. 'due', number(limit_of(g)), id)
   end
-  picker.budget = picker.budget - g.cost
+  for lane, room in pairs(picker.rooms) do   -- who gives way to it loses its room, not the other way round
+    if CLASS[lane] >= CLASS[g.lane] then room.slots, room.tokens = room.slots - 1, room.tokens - g.cost end
+  end
   picker.taken = picker.taken + g.cost
   local spec = P .. 'spec:' .. request_of(id)
   local size, body = redis.call('HSTRLEN', spec, 'body'), ''
@@ -578,7 +582,7 @@ local function take(P, id, g, picker)
 end
 
 -- Looks at one candidate. Returns false when the call must stop: full, or room is being reserved.
-local function consider(P, queue, id, is_head, picker)
+local function consider(P, queue, id, is_head, picker, is_starved)
   if #picker.found >= picker.max or picker.looked >= MAX_CANDIDATES then return false end
   picker.looked = picker.looked + 1
   local g = load(P, id)
@@ -590,45 +594,39 @@ local function consider(P, queue, id, is_head, picker)
     close(P, id, g, picker.now, picker.outbox, 'failed', g.t1 == 0 and 'QUEUE_TIMEOUT' or 'GENERATION_TIMEOUT')
     return true
   end
-  if g.cost <= picker.budget then
+  if g.cost <= picker.rooms[g.lane].tokens then
     take(P, id, g, picker)
   elseif is_head and picker.now - g.t0 > RESERVE_AFTER_MS and g.cost <= picker.max_cost then
-    picker.reserve = g.cost
+    -- Nobody of its lane or behind it is taken meanwhile; if its lane starves, nobody at all.
+    picker.reserve = { g.cost, g.lane, is_starved and 1 or 0 }
     return false
   end
   return true
 end
 
--- The first of a lane, those with a cached prefix first unless the head has waited too long.
-local function lookahead(P, lane, picker)
-  local ids = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, MAX_LOOKAHEAD - 1)
-  if #ids == 0 or not next(picker.prefixes) then return ids end
-  if picker.now - (tonumber(redis.call('HGET', P .. 'gen:' .. ids[1], 't0')) or 0) > PREFIX_PATIENCE_MS then return ids end
-  local cached, others = {}, {}
-  for _, id in ipairs(ids) do
-    local prefix = redis.call('HGET', P .. 'gen:' .. id, 'prefix')
-    local list = prefix and prefix ~= '' and picker.prefixes[prefix] and cached or others
-    list[#list + 1] = id
-  end
-  for _, id in ipairs(others) do cached[#cached + 1] = id end
-  return cached
-end
-
-local function pick_from(P, queue, ids, picker)
+local function pick_from(P, queue, lane, ids, picker)
   for i, id in ipairs(ids) do
+    if picker.rooms[lane].slots <= 0 then return true end
     if not consider(P, queue, id, i == 1, picker) then return false end
   end
   return true
 end
 
 -- The lowest lane whose head has waited beyond its limit gets one pick: strict order cannot starve
--- it, and promotion cannot take over.
+-- it, and promotion cannot take over. A worker with one free slot at a time makes one of two calls
+-- such a pick.
 local function pick_starved(P, picker)
   for rank = #LANES, 1, -1 do
     local lane = LANES[rank]
-    local id = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, 0)[1]
+    local room = picker.rooms[lane]
+    local id = room.slots > 0 and redis.call('ZRANGE', P .. 'lane:' .. lane, 0, 0)[1]
     local since = id and tonumber(redis.call('HGET', P .. 'gen:' .. id, 't0'))
-    if since and picker.now - since > HEAD_LIMIT_MS[lane] then return consider(P, 'lane:' .. lane, id, true, picker) end
+    if since and picker.now - since > HEAD_LIMIT_MS[lane] then
+      local takes_all = CLASS[lane] == 0 and room.slots == 1
+      if takes_all and redis.call('HDEL', P .. 'backlog', 'promoted') == 1 then return true end
+      if takes_all then redis.call('HSET', P .. 'backlog', 'promoted', 1) end
+      return consider(P, 'lane:' .. lane, id, true, picker, true)
+    end
   end
   return true
 end
@@ -638,28 +636,28 @@ local function pick_by_rank(P, picker)
     local from, to = number((rank - 1) * RANK_WIDTH), '(' .. number(rank * RANK_WIDTH)
     for _, queue in ipairs({ 'again:' .. picker.version, 'again:any' }) do
       local ids = redis.call('ZRANGE', P .. queue, from, to, 'BYSCORE', 'LIMIT', 0, MAX_LOOKAHEAD)
-      if not pick_from(P, queue, ids, picker) then return end
+      if not pick_from(P, queue, lane, ids, picker) then return end
     end
     while true do   -- a lane is read in slices, as long as whole slices are taken
       local before = #picker.found
-      local ids = lookahead(P, lane, picker)
-      if not pick_from(P, 'lane:' .. lane, ids, picker) then return end
+      local ids = redis.call('ZRANGE', P .. 'lane:' .. lane, 0, MAX_LOOKAHEAD - 1)
+      if not pick_from(P, 'lane:' .. lane, lane, ids, picker) then return end
       if #picker.found == before or #ids < MAX_LOOKAHEAD then break end
     end
   end
 end
 
--- ARGV: [worker, nonce, turn, budget, max, version, [prefix…]]
+-- ARGV: [worker, nonce, turn, max, version, [[slots, tokens] by rank of the lane]]
 local function claim(keys, args)
   local P, now = prefix_of(keys), now_ms()
   guard(P, now)
   local a = cmsgpack.unpack(args[1])
   local picker = {
-    worker = a[1], nonce = a[2], turn = a[3], budget = a[4], max = a[5], version = a[6], prefixes = {},
-    now = now, taken = 0, looked = 0, bytes = 0, reserve = 0, found = {}, outbox = {},
+    worker = a[1], nonce = a[2], turn = a[3], max = a[4], version = a[5], rooms = {},
+    now = now, taken = 0, looked = 0, bytes = 0, reserve = {}, found = {}, outbox = {},
   }
-  picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.budget
-  for _, prefix in ipairs(a[7]) do picker.prefixes[prefix] = true end
+  for rank, lane in ipairs(LANES) do picker.rooms[lane] = { slots = a[6][rank][1], tokens = a[6][rank][2] } end
+  picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.rooms.priority.tokens
   if pick_starved(P, picker) then pick_by_rank(P, picker) end
   if #picker.found > 0 then
     keep(P .. 'held:' .. picker.worker)
@@ -733,7 +731,8 @@ local function publish(keys, args)
   end
   deliver(P, outbox)
   redis.call('ZADD', P .. 'leases', 'XX', number(now + a[2]), a[1])
-  return { waiting_tokens(P), refusals }
+  local waiting = waiting_tokens(P)
+  return { waiting, refusals }
 end
 
 -- ARGV: [worker, [[id, fence]…]]

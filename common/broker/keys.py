@@ -4,6 +4,8 @@ The table of every key, its type and its time to live stands at the top of ``fun
 keys of one partition of a pool share the hash tag ``{pool/partition}`` and so one Cluster slot.
 """
 
+from common.messages import RANKS, Lane
+
 
 def prefix(pool: str, partition: int = 0) -> str:
     return f"hr:{{{pool}/{partition}}}:"
@@ -14,8 +16,9 @@ def clock(prefix: str) -> str:
     return f"{prefix}clock"
 
 
-def bell(prefix: str) -> str:
-    return f"{prefix}bell"
+def bell(prefix: str, lane: Lane = "default") -> str:
+    """A list on which idle workers block; interactive lanes share one."""
+    return f"{prefix}bell:{lane}" if RANKS[lane] else f"{prefix}bell"
 
 
 def ended(prefix: str) -> str:

@@ -1,6 +1,7 @@
 """Arguments and answers of the protocol's steps; all times in milliseconds of Redis ``TIME``."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -84,8 +85,6 @@ class Admission:
     lane_cap_bytes: int = 256 * 1024 * 1024
     idempotency_key: str = ""
     fingerprint: str = ""
-    prefix: str = ""
-    """Short hash of the prompt's beginning: a worker that holds it in its cache is preferred."""
     resubmit: bool = False
     """After Redis went back in time: admitted before, so no capacity check."""
     quota: Quota | None = None
@@ -115,7 +114,7 @@ class Claimed:
     """Tokens already in the log; the worker reads them and continues there."""
     chain: str
     deaths: int
-    lane: str
+    lane: Lane
     admitted_ms: int
     claimed_ms: int
     body_bytes: int
@@ -123,11 +122,29 @@ class Claimed:
     """None when the body is large, or damaged: :meth:`Broker.read_spec` reads it, or says so."""
 
 
+class Room(NamedTuple):
+    """What a worker may still be given of a lane."""
+
+    slots: int
+    tokens: int
+
+
+class Reserve(NamedTuple):
+    """A large generation waits at the head of ``lane``.
+
+    Nothing of it and of the lanes behind it shall be claimed until this room is free; if the lane
+    is starved, nothing at all.
+    """
+
+    tokens: int
+    lane: Lane
+    is_starved: bool
+
+
 @dataclass(frozen=True, slots=True)
 class ClaimAnswer:
     generations: list[Claimed]
-    reserve: int = 0
-    """> 0: a large generation waits at the head; claim nothing else until this budget is free."""
+    reserve: Reserve | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +173,8 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class PublishAnswer:
     refusals: list[Refusal]
-    waiting_tokens: int
-    """Backlog of the pool in tokens: a busy worker claims only when something waits."""
+    waiting: dict[Lane, int]
+    """Tokens of work that wait: a busy worker claims only when something waits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,7 @@ def slot_engine(path: Path, limits: Limits) -> BatchingEngine:
 
 def paged_engine(path: Path, limits: Limits, *, foresees: bool = False) -> BatchingEngine:
     ready = tiny_paged(path, limits)
-    places = PagePlaces(
-        ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
-    )
+    places = PagePlaces(ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.num_slots)
     runner = PagedRunner(ready.forward)
     return _engine(path, limits, runner, places, runner if foresees else None)
 
@@ -254,6 +252,35 @@ def test_being_put_back_changes_nothing(
     num_running: list[int] = []
     got = answers(engine, list(requests.values()), num_running)
     assert any(later < before for before, later in pairwise(num_running))
+    for name, answer in got.items():
+        assert_same(answer, expected[name])
+
+
+@pytest.mark.parametrize("build", [slot_engine, paged_engine, foreseeing_engine])
+def test_giving_way_changes_nothing(
+    tiny_model: Path,
+    requests: dict[str, EngineRequest],
+    expected: dict[str, Answer],
+    build: Callable[[Path, Limits], BatchingEngine],
+) -> None:
+    """Most pause at every possible place, some of them put back meanwhile."""
+    engine = build(tiny_model, Limits(6, 420, 48, MAX_DRAFT_TOKENS, spare_sequences=4))
+    got: dict[str, Answer] = {name: Answer() for name in requests}
+    to_come = [
+        replace(one, rank=(2, 0, 1)[number % 3]) for number, one in enumerate(requests.values())
+    ]
+    num_paused = 0
+    for step in count():
+        if step % 5 == 0 and to_come:
+            one = to_come.pop(0)
+            engine.submit(replace(one, matcher=_matcher(one.sampling.grammar)))
+        if not to_come and not is_busy(engine):
+            break
+        outputs = engine.step()
+        num_paused += engine.load().running > len(outputs)
+        for output in outputs:
+            add(got[output.id], output)
+    assert num_paused > 15
     for name, answer in got.items():
         assert_same(answer, expected[name])
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from common.broker import Broker, connect
+from common.broker import Broker, Room, connect
 from common.broker.keys import prefix
 from common.failures import Failure
+from common.messages import LANES, Lane
 from tests.conftest import POOL
 from tests.support.generations import ScriptedClaims, admission, admit
 from tests.support.redis_server import RawRedis, RedisServer, free_port
@@ -192,14 +193,37 @@ async def test_what_showed_nothing_goes_back_to_its_place(
     assert [a.id for a in await worker.claim()] == [first, second]
 
 
-async def test_a_cached_prefix_may_overtake_a_young_head_only(
+async def test_who_gives_way_takes_no_room_from_others(
+    broker: Broker, worker: ScriptedClaims
+) -> None:
+    """A lane has the room of its rank, and loses what goes to those it gives way to."""
+    for lane in LANES:
+        for _ in range(3):
+            await admit(broker, lane=lane)
+    rooms: dict[Lane, Room] = {
+        "priority": Room(2, 10_000),
+        "default": Room(2, 10_000),
+        "flex": Room(4, 10_000),
+        "batch": Room(3, 10_000),
+    }
+    claimed = await worker.claim(rooms=rooms)
+    lanes = [attempt.claimed.lane for attempt in claimed]
+    assert lanes == ["priority", "priority", "flex", "flex"]
+    rooms |= {"priority": Room(0, 0), "default": Room(0, 0)}
+    again = await worker.claim(rooms=rooms)
+    assert [attempt.claimed.lane for attempt in again] == ["flex", "batch", "batch"]
+
+
+async def test_one_free_slot_at_a_time_is_not_all_for_the_starved(
     broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
-    plain, cached = await admit(broker), await admit(broker, prefix="p1")
-    assert [a.id for a in await worker.claim(limit=1, prefixes=("p1",))] == [cached]
-    again = await admit(broker, prefix="p1")
-    await age(raw, plain, 300)
-    assert [a.id for a in await worker.claim(prefixes=("p1",))] == [plain, again]
+    """Of two lanes that share their room, the starved one has every second place."""
+    starved = [await admit(broker) for _ in range(3)]
+    for generation in starved:
+        await age(raw, generation, 6000)
+    urgent = [await admit(broker, lane="priority") for _ in range(3)]
+    claimed = [(await worker.claim_one()).id for _ in range(6)]
+    assert claimed == [starved[0], urgent[0], starved[1], urgent[1], starved[2], urgent[2]]
 
 
 async def test_a_deadline_that_passed_in_the_queue_ends_it(
@@ -244,8 +268,16 @@ async def test_the_bell_wakes_a_waiting_worker(
 ) -> None:
     waiting = asyncio.create_task(blocking_broker.wait_for_bell(10))
     await admit(broker)
-    assert await waiting
+    assert await waiting == "default"
     assert not await blocking_broker.wait_for_bell(0.01)
+
+
+async def test_a_bell_is_heard_only_by_who_has_room_for_its_lane(
+    broker: Broker, blocking_broker: Broker, worker: ScriptedClaims
+) -> None:
+    await admit(broker, lane="batch")
+    assert not await blocking_broker.wait_for_bell(0.01, ("priority", "default", "flex"))
+    assert await blocking_broker.wait_for_bell(5, LANES) == "batch"
 
 
 async def test_a_page_of_the_log_is_bounded(broker: Broker, worker: ScriptedClaims) -> None:

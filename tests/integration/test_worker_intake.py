@@ -79,8 +79,8 @@ async def test_a_busy_worker_claims_only_when_something_waits(parts: Parts) -> N
     """An idle round trip per step would cost more than it finds."""
     await admit(parts.broker)
     await parts.claim()
-    assert not parts.intake.should_claim(waiting_tokens=0)
-    assert parts.intake.should_claim(waiting_tokens=1)
+    assert not parts.intake.should_claim({})
+    assert parts.intake.should_claim({"default": 1})
 
 
 async def test_what_was_just_too_large_is_not_asked_for_in_each_step(parts: Parts) -> None:
@@ -89,9 +89,10 @@ async def test_what_was_just_too_large_is_not_asked_for_in_each_step(parts: Part
     [first] = await parts.claim()
     await admit(parts.broker, prompt_tokens=100, max_new_tokens=400)
     assert len(await parts.claim()) == 1
-    assert not parts.intake.should_claim(waiting_tokens=500)
+    assert not parts.intake.should_claim({"default": 500})
+    assert parts.intake.should_claim({"default": 512}), "somebody else has come"
     parts.step(first, 1, finish="length")
-    assert parts.intake.should_claim(waiting_tokens=500)
+    assert parts.intake.should_claim({"default": 500})
 
 
 async def test_the_bell_wakes_a_worker_with_room(parts: Parts) -> None:
@@ -102,7 +103,7 @@ async def test_the_bell_wakes_a_worker_with_room(parts: Parts) -> None:
     await admit(parts.broker)
     async with asyncio.timeout(0.9):  # less than the bell's own time-out
         await parts.wake.wait()
-    assert parts.intake.should_claim(waiting_tokens=0)
+    assert parts.intake.should_claim({})
 
 
 async def test_a_bell_heard_without_room_is_passed_on(parts: Parts, redis_url: str) -> None:
@@ -132,9 +133,9 @@ async def test_room_is_kept_for_a_large_generation_that_has_waited(
         PartitionView(raw, POOL).age(large, 3000)
     await parts.intake.claim()
     await admit(parts.broker)
-    assert not parts.intake.should_claim(waiting_tokens=912)
+    assert not parts.intake.should_claim({"default": 912})
     parts.step(small, 1, finish="length")
-    assert parts.intake.should_claim(waiting_tokens=912)
+    assert parts.intake.should_claim({"default": 912})
     await parts.publisher.publish()
     assert large in [attempt.id for attempt in await parts.claim()]
 
@@ -307,9 +308,9 @@ async def test_nobody_shares_when_that_is_switched_off(
 async def test_nothing_is_claimed_for_an_engine_that_hangs(parts: Parts) -> None:
     """What waits is better off with another worker; when the engine goes on, so do claims."""
     await admit(parts.broker)
-    assert parts.intake.should_claim(waiting_tokens=12)
+    assert parts.intake.should_claim({"default": 12})
     parts.engine.is_stalled = True
-    assert not parts.intake.should_claim(waiting_tokens=12)
+    assert not parts.intake.should_claim({"default": 12})
     parts.engine.is_stalled = False
     assert len(await parts.claim()) == 1
 
@@ -414,3 +415,118 @@ class Damaged(msgspec.Struct):
 async def admit_damaged(broker: Broker) -> str:
     request = admission()
     return await admit_spec(broker, request, Damaged(request.spec.sampling))
+
+
+async def test_a_worker_full_of_batch_rows_claims_interactive_ones(parts: Parts) -> None:
+    """They pause in their slots, for which some are kept; further ones are not asked for."""
+    full = Parts(parts.broker, parts.broker, name="w2", slots=4, spare=2)
+    await full.beat()
+    for _ in range(6):
+        await admit(parts.broker, lane="batch")
+    assert len(await full.claim()) == 4
+    assert set(full.intake.rooms()) == {"priority", "default", "flex"}
+    assert not full.intake.should_claim({"default": 0, "batch": 24})
+    interactive = [await admit(parts.broker) for _ in range(2)]
+    assert full.intake.should_claim({"default": 24, "batch": 24})
+    held = await full.claim()
+    assert [attempt.id for attempt in held[4:]] == interactive
+    assert await full.make_room() == []
+    await full.close()
+
+
+async def test_the_least_to_compute_again_is_handed_back_for_interactive_ones(
+    parts: Parts, redis_server: RedisServer
+) -> None:
+    """Without a death, and behind the last token that it has shown; its slot is free at once."""
+    full = Parts(parts.broker, parts.broker, name="w2", slots=3, spare=1)
+    await full.beat()
+    for lane in ("batch", "batch", "flex"):
+        await admit(parts.broker, lane=lane, max_new_tokens=50)
+    flex, longer, shorter = await full.claim()
+    for attempt, tokens in ((longer, range(9)), (shorter, range(4)), (flex, range(2))):
+        full.step(attempt, *tokens)
+    await full.publisher.publish()
+    for _ in range(3):
+        await admit(parts.broker)
+    assert len(await full.claim()) == 6
+    assert await full.make_room() == [shorter.id, longer.id]
+    assert full.engine.cancelled == [shorter.engine_id, longer.engine_id]
+    assert "batch" not in full.intake.rooms()
+
+    heir = Parts(parts.broker, parts.broker, name="w3")
+    await heir.beat()
+    await heir.claim()
+    await submitted(heir, 2)
+    logged = sorted(request.logged for request in heir.engine.submitted)
+    assert logged == [[0, 1, 2, 3], [*range(9)]]
+    with Redis(port=redis_server.port) as raw:
+        view = PartitionView(raw, POOL).look()
+        assert {view.generations[id]["deaths"] for id in (shorter.id, longer.id)} == {"0"}
+    await full.close()
+    await heir.close()
+
+
+async def test_tokens_promised_to_batch_rows_are_no_obstacle(parts: Parts) -> None:
+    """An eighth is kept for who comes next; beyond it somebody is handed back."""
+    full = Parts(parts.broker, parts.broker, name="w2", slots=4, spare=1, tokens=800)
+    await full.beat()
+    for _ in range(3):
+        await admit(parts.broker, lane="batch", prompt_tokens=100, max_new_tokens=250)
+    assert len(await full.claim()) == 2
+    await admit(parts.broker, prompt_tokens=50, max_new_tokens=40)
+    assert len(await full.claim()) == 3
+    assert await full.make_room() == []
+    await admit(parts.broker, prompt_tokens=50, max_new_tokens=40)
+    assert len(await full.claim()) == 4
+    assert len(await full.make_room()) == 1
+    await full.close()
+
+
+async def test_a_large_batch_generation_takes_what_it_needs_when_nobody_else_is_there(
+    parts: Parts,
+) -> None:
+    """Nothing is kept free against somebody who would else never run."""
+    large = await admit(parts.broker, lane="batch", prompt_tokens=100, max_new_tokens=900)
+    assert [attempt.id for attempt in await parts.claim()] == [large]
+
+
+async def test_room_kept_for_a_large_batch_generation_is_not_kept_from_interactive_ones(
+    parts: Parts, redis_server: RedisServer
+) -> None:
+    await admit(parts.broker, lane="batch", prompt_tokens=100, max_new_tokens=100)
+    [small] = await parts.claim()
+    large = await admit(parts.broker, lane="batch", prompt_tokens=100, max_new_tokens=800)
+    with Redis(port=redis_server.port) as raw:
+        PartitionView(raw, POOL).age(large, 3000)
+    await parts.claim()
+    await admit(parts.broker, lane="batch")
+    interactive = await admit(parts.broker)
+    assert not parts.intake.should_claim({"batch": 912})
+    assert parts.intake.should_claim({"default": 12, "batch": 912})
+    held = {attempt.id: attempt for attempt in await parts.claim()}
+    assert set(held) == {small.id, interactive}
+    assert not parts.intake.should_claim({"batch": 912}), "it is still kept"
+    for attempt in held.values():
+        parts.step(attempt, 1, finish="length")
+    await parts.publisher.publish()
+    assert large in [attempt.id for attempt in await parts.claim()]
+
+
+async def test_a_worker_full_of_batch_rows_hears_of_interactive_ones(
+    broker: Broker, blocking_broker: Broker
+) -> None:
+    """And leaves the bell of the others to workers with room for them."""
+    full = Parts(broker, blocking_broker, slots=1, spare=1)
+    await full.beat()
+    await admit(broker, lane="batch")
+    await full.claim()
+    full.wake.clear()
+    full.spawn(full.intake.listen())
+    generation = await admit(broker)
+    async with asyncio.timeout(5):
+        while generation not in [attempt.id for attempt in full.ledger.running()]:
+            await full.wake.wait()
+            full.wake.clear()
+            if full.intake.should_claim({}):
+                await full.intake.claim()
+    await full.close()

@@ -59,10 +59,12 @@ async def test_the_answer_says_how_much_waits_in_the_pool(parts: Parts) -> None:
     """A busy worker learns from its publish that it should claim."""
     attempt = await claimed_one(parts)
     parts.step(attempt, 1)
-    assert await parts.publisher.publish() == 0
+    assert set((await parts.publisher.publish()).values()) == {0}
     await admit(parts.broker, prompt_tokens=10, max_new_tokens=20)
+    await admit(parts.broker, lane="batch", prompt_tokens=10, max_new_tokens=30)
     parts.step(attempt, 2)
-    assert await parts.publisher.publish() == 30
+    waiting = {"priority": 0, "default": 30, "flex": 0, "batch": 40}
+    assert await parts.publisher.publish() == waiting
 
 
 async def test_a_generation_that_shows_nothing_yet_can_be_cancelled(
@@ -115,7 +117,7 @@ async def test_output_of_a_dropped_attempt_is_ignored(parts: Parts) -> None:
     attempt = await claimed_one(parts)
     parts.ledger.forget(attempt)
     parts.step(attempt, 1)
-    assert await parts.publisher.publish() == 0
+    assert await parts.publisher.publish() == {}
     assert await logged(parts.broker, attempt.id) == []
 
 

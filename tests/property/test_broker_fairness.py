@@ -12,8 +12,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.broker import Claimed
-from common.messages import LANES, Finish, Lane
+from common.broker import Claimed, Reserve, Room
+from common.messages import LANES, RANKS, Finish, Lane
 from tests.support.broker_actors import Worker
 from tests.support.broker_stage import BIG, Stage
 from tests.support.depth import searched
@@ -218,6 +218,15 @@ waiting = st.lists(
 )
 
 
+rooms = st.tuples(
+    *[
+        st.builds(Room, st.integers(0, 16), st.sampled_from((BIG, BIG, 100, 40)))
+        for _ in range(max(RANKS.values()) + 1)
+    ]
+).map(lambda drawn: [Room(*map(max, zip(*drawn[rank:], strict=True))) for rank in range(3)])
+"""By rank, each with no less than those that give way to it."""
+
+
 class Waiting:
     """One generation that waits, as the order of a claim sees it."""
 
@@ -239,24 +248,33 @@ class Waiting:
         return self.queue, self.score, self.id
 
 
-def order_of_a_claim(items: list[Waiting], budget: int, limit: int) -> tuple[list[str], int]:
-    """(what a worker of version m@1 is given, the cost to reserve room for), from the protocol."""
+def order_of_a_claim(
+    items: list[Waiting], rooms: dict[Lane, Room], limit: int
+) -> tuple[list[str], Reserve | None]:
+    """(what a worker of version m@1 is given, what to reserve room for), from the protocol."""
+    left_slots = {lane: room.slots for lane, room in rooms.items()}
+    left_tokens = {lane: room.tokens for lane, room in rooms.items()}
     left = sorted((it for it in items if it.shown_by != "m@2"), key=lambda it: it.place)
     taken: list[str] = []
-    starved = starved_head(left)
+    starved = starved_head([it for it in left if left_slots[it.lane] > 0])
     groups = [[starved]] if starved else []
     groups += [list(group) for _, group in groupby(left, key=lambda it: it.queue)]
-    for group in groups:
+    for number, group in enumerate(groups):
         candidates = [it for it in group if it.id not in taken]
         for i, item in enumerate(candidates):
+            if left_slots[item.lane] <= 0:
+                break
             if len(taken) == limit:
-                return taken, 0
-            if item.cost <= budget:
+                return taken, None
+            if item.cost <= left_tokens[item.lane]:
                 taken.append(item.id)
-                budget -= item.cost
+                for lane in LANES:
+                    if RANKS[lane] >= RANKS[item.lane]:
+                        left_slots[lane] -= 1
+                        left_tokens[lane] -= item.cost
             elif i == 0 and item.age_ms > RESERVE_AFTER_MS:
-                return taken, item.cost
-    return taken, 0
+                return taken, Reserve(item.cost, item.lane, bool(starved) and number == 0)
+    return taken, None
 
 
 def starved_head(items: list[Waiting]) -> Waiting | None:
@@ -269,12 +287,14 @@ def starved_head(items: list[Waiting]) -> Waiting | None:
 
 
 @searched(150)
-@given(drawn=waiting, budget=st.sampled_from((BIG, BIG, 100, 40)), limit=st.integers(1, 16))
+@given(drawn=waiting, by_rank=rooms, limit=st.integers(1, 16))
 def test_a_claim_takes_what_the_order_says(
-    redis_server: RedisServer, drawn: list[dict[str, Any]], budget: int, limit: int
+    redis_server: RedisServer, drawn: list[dict[str, Any]], by_rank: list[Room], limit: int
 ) -> None:
     """Handed back before fresh, lanes by rank, tags within; one pick for the lowest starved lane;
-    what does not fit is passed over, unless it is a head that has waited for room."""
+    what does not fit is passed over, unless it is a head that has waited for room. No lane is given
+    more than its room, of which others that give way take nothing."""
+    by_lane: dict[Lane, Room] = {lane: by_rank[RANKS[lane]] for lane in LANES}
     with opened(redis_server) as stage:
         workers = {version: stage.new_worker(version, MAX_COST) for version in ("m@1", "m@2")}
         items = [_admit(stage, **spec) for spec in drawn if spec["shown_by"] == "m@2"]
@@ -285,9 +305,9 @@ def test_a_claim_takes_what_the_order_says(
         zsets = stage.view.look().zsets
         for item in items:
             item.score = next(zsets[key][item.id] for key in zsets if _queues(key, item.id, zsets))
-        answer = stage.do(workers["m@1"].claim(budget=budget, max_generations=limit))
+        answer = stage.do(workers["m@1"].claim(max_generations=limit, rooms=by_lane))
         given_out = ([row.id for row in answer.generations], answer.reserve)
-        assert given_out == order_of_a_claim(items, budget, limit)
+        assert given_out == order_of_a_claim(items, by_lane, limit)
 
 
 def _queues(key: str, generation_id: str, zsets: dict[str, dict[str, float]]) -> bool:
@@ -309,27 +329,3 @@ def _show(stage: Stage, worker: Worker) -> None:
         stage.do(worker.publish([attempt.make(1) for attempt in worker.attempts.values()]))
         held = [(attempt.id, attempt.fence) for attempt in worker.attempts.values()]
         stage.do(stage.broker.release(worker.name, held))
-
-
-@searched(50)
-@given(
-    prefixes=st.lists(st.sampled_from(("", "p", "q")), min_size=2, max_size=8),
-    is_patient=st.booleans(),
-)
-def test_a_cached_prefix_goes_first_while_the_head_is_young(
-    redis_server: RedisServer, prefixes: list[str], *, is_patient: bool
-) -> None:
-    """It may overtake a head that has just come, not one that waits."""
-    with opened(redis_server) as stage:
-        worker = stage.new_worker()
-        ids: list[str] = []
-        for prefix in prefixes:
-            admission = stage.admission(prefix=prefix, attached=False)
-            stage.do(stage.broker.admit(admission))
-            ids.append(f"{admission.request_id}.0")
-            stage.view.age(ids[-1], NOT_YET_MS if is_patient else 1_000)
-        answer = stage.do(worker.claim(prefixes=["p"]))
-        cached = [id for id, prefix in zip(ids, prefixes, strict=True) if prefix == "p"]
-        others = [id for id in ids if id not in cached]
-        expected = cached + others if is_patient else ids
-        assert [row.id for row in answer.generations] == expected

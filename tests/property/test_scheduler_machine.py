@@ -227,11 +227,14 @@ class EngineMachine(RuleBasedStateMachine):
         cache=st.integers(0, 40),
         budget=st.integers(1, 24),
         draft=st.sampled_from([0, 1, 3, 10]),
+        spare=st.integers(0, 3),
         foresees=st.booleans(),
     )
-    def build(self, slots: int, cache: int, budget: int, draft: int, *, foresees: bool) -> None:
+    def build(
+        self, slots: int, cache: int, budget: int, draft: int, spare: int, *, foresees: bool
+    ) -> None:
         tokens = -(-(LARGEST + cache) // BLOCK) * BLOCK
-        self.limits = Limits(slots, tokens, budget, draft_tokens=draft)
+        self.limits = Limits(slots, tokens, budget, draft_tokens=draft, spare_sequences=spare)
         self.kept = self.places(self.limits)
         self.runner = Recorder(BLOCK if isinstance(self.kept, PagePlaces) else None)
         self.engine = BatchingEngine(
@@ -252,16 +255,25 @@ class EngineMachine(RuleBasedStateMachine):
         more=st.integers(1, 12),
         scope=st.sampled_from(["one", "two"]),
         stop=st.sampled_from([(), ("ee",), ("de",)]),
+        rank=st.sampled_from([0, 0, 1, 2, 2]),
     )
     def submit(
-        self, prompt: list[int], logged: list[int], more: int, scope: str, stop: tuple[str, ...]
+        self,
+        prompt: list[int],
+        logged: list[int],
+        more: int,
+        scope: str,
+        stop: tuple[str, ...],
+        rank: int,
     ) -> None:
         if any(one in text_of(logged) for one in stop):
             return
         self.num_submitted += 1
         id = str(self.num_submitted)
         plain = request(id, prompt, logged=logged, max_new_tokens=len(logged) + more, stop=stop)
-        self.alive[id] = EngineRequest(id, prompt, plain.sampling, logged, cache_scope=scope)
+        self.alive[id] = EngineRequest(
+            id, prompt, plain.sampling, logged, cache_scope=scope, rank=rank
+        )
         self.said[id] = list(logged)
         self.engine.submit(self.alive[id])
 
@@ -334,7 +346,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert sum(chunk.count for chunk in chunks) <= self.limits.step_tokens
         slots = [chunk.slot for chunk in chunks]
         assert len(set(slots)) == len(slots)
-        assert all(0 <= slot < self.limits.max_sequences for slot in slots)
+        assert all(0 <= slot < self.limits.num_slots for slot in slots)
+        assert len(slots) <= self.limits.max_sequences
         sources = {chunk.copied_from[0] for chunk in chunks if chunk.copied_from}
         starting = {chunk.slot for chunk in chunks if chunk.copied_from or chunk.start == 0}
         assert not sources & starting, "a source is overwritten before the step is over"
@@ -348,9 +361,23 @@ class EngineMachine(RuleBasedStateMachine):
             self.hits += chunk.start > 0 and self.runner.homes.get(chunk.sequence.id) is None
             if isinstance(self.kept, PagePlaces):
                 self.check_pages(chunk)
+        self.check_ranks(chunks)
         used = sum(s.num_tokens for s in self.engine._scheduler._running.values())
         used += sum(len(chunk.draft) for chunk in chunks)
         assert used <= self.limits.cache_tokens or isinstance(self.kept, PagePlaces)
+
+    def check_ranks(self, chunks: list[Chunk]) -> None:
+        """No interactive row is left out for the sake of others, or loses its place to them."""
+        running = self.engine._scheduler._running.values()
+        interactive = [seq for seq in running if seq.rank == 0]
+        others = sum(chunk.sequence.rank > 0 for chunk in chunks)
+        served = {chunk.sequence.id for chunk in chunks}
+        if others and interactive:
+            decoding = {seq.id for seq in interactive if seq.num_pending == 1}
+            assert decoding <= served
+        put_back = [seq for seq in self.engine._scheduler._waiting if seq.num_cached is not None]
+        if any(seq.rank == 0 for seq in put_back):
+            assert all(seq.rank == 0 for seq in running)
 
     def check_foreseen(self, chunks: list[Chunk]) -> None:
         """One place behind all that is known of everybody who runs and may go on."""
@@ -379,7 +406,7 @@ class EngineMachine(RuleBasedStateMachine):
         if self.num_submitted:
             load = self.engine.load()
             assert load.running + load.waiting == len(self.alive)
-            assert load.running <= self.limits.max_sequences
+            assert load.running <= self.limits.num_slots
             promised = sum(one.cost for one in self.alive.values())
             assert load.free_tokens == max(0, self.kept.capacity_tokens - promised)
 
@@ -410,19 +437,19 @@ class EngineMachine(RuleBasedStateMachine):
         assert kept._places == {}
         assert kept._starting == {}
         assert sorted(getattr(kept, "_free_slots", None) or kept._free) == list(
-            range(self.limits.max_sequences)
+            range(self.limits.num_slots)
         )
 
 
 class SlotMachine(EngineMachine):
     def places(self, limits: Limits) -> Places:
-        return SlotPlaces(limits.max_sequences, limits.cache_tokens, block_tokens=BLOCK)
+        return SlotPlaces(limits.num_slots, limits.cache_tokens, block_tokens=BLOCK)
 
 
 class PageMachine(EngineMachine):
     def places(self, limits: Limits) -> Places:
         return PagePlaces(
-            limits.cache_tokens // BLOCK, page_tokens=BLOCK, max_sequences=limits.max_sequences
+            limits.cache_tokens // BLOCK, page_tokens=BLOCK, max_sequences=limits.num_slots
         )
 
 

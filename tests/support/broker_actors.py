@@ -6,7 +6,7 @@ agree, the worst that an inexact engine can do.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.broker import (
@@ -15,9 +15,10 @@ from common.broker import (
     Claimed,
     Publication,
     PublishAnswer,
+    Room,
     WorkerPresence,
 )
-from common.messages import Finish, LogEntry, TokenRecord, chain_next, chain_start, chain_text
+from common.messages import Finish, Lane, LogEntry, TokenRecord, chain_next, chain_start, chain_text
 
 LEASE_MS = 600_000
 """Longer than any test: leases end when the test says so."""
@@ -95,7 +96,7 @@ class Worker:
         budget: int = 1_000_000,
         max_generations: int = 32,
         loses_answer: bool = False,
-        prefixes: Sequence[str] = (),
+        rooms: Mapping[Lane, Room] | None = None,
     ) -> ClaimAnswer:
         """Claim; with ``loses_answer`` the worker never learns what it owns now."""
         nonce = self.next_nonce()
@@ -107,7 +108,7 @@ class Worker:
             budget=budget,
             max_generations=max_generations,
             model_version=self.version,
-            prefixes=prefixes,
+            rooms=rooms,
         )
         if not loses_answer:
             for claimed in answer.generations:

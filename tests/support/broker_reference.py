@@ -5,12 +5,13 @@ and :meth:`Reference.check` compares it with what stands in Redis. It knows noth
 or times to live; those are judged by ``broker_invariants``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.broker import Admission, Claimed, Publication
 from common.ids import generation_id as name_of
 from common.ids import request_of
+from common.messages import Lane
 from tests.support.broker_actors import Reader
 from tests.support.broker_invariants import is_tombstone, limit_of
 from tests.support.broker_view import Snapshot
@@ -130,13 +131,14 @@ class Reference:
         assert row.fence == expected.fence
         expected.owner, expected.turn, expected.version = worker, turn, version
 
-    def could_take(self, version: str, budget: int) -> list[Expected]:
-        """What a claim with this budget left must not pass over."""
+    def could_take(self, version: str, left: Mapping[Lane, int]) -> list[Expected]:
+        """What a claim with so much left for each lane must not pass over."""
         queues = {f"again:{version}", "again:any"}
         return [
             it
             for it in self.of_state("Q")
-            if it.admission.cost <= budget and (it.queue in queues or it.queue[:5] == "lane:")
+            if it.admission.cost <= left[it.admission.lane]
+            and (it.queue in queues or it.queue[:5] == "lane:")
         ]
 
     def publish(self, items: Sequence[Publication]) -> list[tuple[str, str, int, str]]:

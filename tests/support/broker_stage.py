@@ -15,7 +15,16 @@ from redis import Redis
 from common.broker import Admission, Broker, Presentation, Publication, connect
 from common.failures import Failure
 from common.ids import generation_id as name_of
-from common.messages import Finish, GenerationSpec, Sampling, chain_next, chain_start, chain_text
+from common.messages import (
+    LANES,
+    RANKS,
+    Finish,
+    GenerationSpec,
+    Sampling,
+    chain_next,
+    chain_start,
+    chain_text,
+)
 from tests.support.broker_actors import LEASE_MS, Gateway, Reader, Worker
 from tests.support.broker_invariants import check_invariants, check_step
 from tests.support.broker_reference import Expected, Reference
@@ -149,14 +158,17 @@ class Stage:
         answer = self.do(
             worker.claim(budget=budget, max_generations=max_generations, loses_answer=loses_answer)
         )
+        left = dict.fromkeys(LANES, budget)
         for row in answer.generations:
             self.reference.claimed(worker.name, nonce, worker.turn, worker.version, row)
             self.claims.append((worker, (row.id, row.fence)))
-            budget -= self.reference.generations[row.id].admission.cost
-        assert budget >= 0
+            for lane in LANES:
+                if RANKS[lane] >= RANKS[row.lane]:
+                    left[lane] -= self.reference.generations[row.id].admission.cost
+        assert left["default"] >= 0
         assert len(answer.generations) <= max_generations
         if len(answer.generations) < max_generations and not answer.reserve:
-            assert not self.reference.could_take(worker.version, budget), "passed over"
+            assert not self.reference.could_take(worker.version, left), "passed over"
         self.settle()
 
     def step(
@@ -196,7 +208,7 @@ class Stage:
             answer = self.do(worker.publish(items))
         assert [(it.id, it.kind, it.next, it.chain) for it in answer.refusals] == expected
         waiting = sum(it.admission.cost for it in self.reference.of_state("Q"))
-        assert answer.waiting_tokens == waiting
+        assert sum(answer.waiting.values()) == waiting
         self.settle()
 
     def publish_raw(self, name: str, item: Publication, *, must_be_refused: bool = False) -> None:

@@ -68,7 +68,7 @@ def tiny_runner(path: Path, limits: Limits = ROOMY) -> ModelRunner:
     """The model in ``path`` in float32, checked and with a cache for ``limits``."""
     ready = ready_model(path)
     assert ready.vocab_size == Tokenizer.load(path).vocab_size
-    cache = cache_for(ready, limits.max_sequences)
+    cache = cache_for(ready, limits.num_slots)
     return ModelRunner(ready.bind(cache), cache, ready.sampler)
 
 

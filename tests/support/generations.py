@@ -1,14 +1,24 @@
 """Short forms for protocol steps: an admission, a worker that is alive, the next publication."""
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.broker import Admission, Broker, Claimed, Presentation, Publication, WorkerPresence
+from common.broker import (
+    Admission,
+    Broker,
+    Claimed,
+    Presentation,
+    Publication,
+    Room,
+    WorkerPresence,
+)
 from common.ids import generation_id, new_nonce, new_request_id
 from common.messages import (
     Finish,
     GenerationSpec,
+    Lane,
     Sampling,
     TokenRecord,
     chain_next,
@@ -113,7 +123,11 @@ class ScriptedClaims:
         )
 
     async def claim(
-        self, *, budget: int = 10_000, limit: int = 32, prefixes: tuple[str, ...] = ()
+        self,
+        *,
+        budget: int = 10_000,
+        limit: int = 32,
+        rooms: Mapping[Lane, Room] | None = None,
     ) -> list[Attempt]:
         self.turn += 1
         answer = await self.broker.claim(
@@ -123,7 +137,7 @@ class ScriptedClaims:
             budget=budget,
             max_generations=limit,
             model_version=self.version,
-            prefixes=prefixes,
+            rooms=rooms,
         )
         self.holding += [claimed.id for claimed in answer.generations]
         return [Attempt(claimed, self.version) for claimed in answer.generations]

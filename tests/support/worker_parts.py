@@ -68,6 +68,7 @@ class Parts:
         *,
         name: str = "w1",
         slots: int = 4,
+        spare: int = 0,
         tokens: int = 1000,
         clock: Callable[[], float] | None = None,
         prefix_cache: PrefixCache = "tenant",
@@ -98,7 +99,7 @@ class Parts:
             name,
             self.ledger,
             self.engine,
-            capacity=EngineLoad(running=0, waiting=0, free_tokens=tokens, free_slots=slots),
+            capacity=EngineLoad(0, 0, free_tokens=tokens, free_slots=slots, spare_slots=spare),
             model_version=VERSION,
             prefix_cache=prefix_cache,
             grammars=grammars or RecordingGrammars(),
@@ -127,6 +128,12 @@ class Parts:
             holding=self.ledger.holding(),
             lease_ms=5000,
         )
+
+    async def make_room(self) -> list[str]:
+        """Hand back whoever has to give way; returns their ids."""
+        too_many = self.intake.first_to_give_way()
+        await self.publisher.release(too_many, event="generation.yielded")
+        return [attempt.id for attempt in too_many]
 
     async def claim(self) -> list[Attempt]:
         """Claim, and return what is held now."""

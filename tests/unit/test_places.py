@@ -274,3 +274,15 @@ def test_what_is_lent_is_back_with_the_next_step(places: Places) -> None:
     places.begin_step()
     assert places.admit(three)
     assert not places.lend(one, 8)
+
+
+def test_nobody_waits_for_a_prefix_of_who_gives_way(places: Places) -> None:
+    """That one may be paused for as long as he is there himself."""
+    prompt = [70 + number % 7 for number in range(16 * BLOCK)]
+    behind = sequence("behind", prompt)
+    behind.rank = 2
+    first, second = sequence("first", prompt), sequence("second", [*prompt, 1])
+    places.begin_step()
+    assert places.admit(behind)
+    assert places.admit(first)
+    assert not places.admit(second)

@@ -134,7 +134,7 @@ class BatchingEngine:
         launcher: Launcher | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
-        places = places or SlotPlaces(limits.max_sequences, limits.cache_tokens)
+        places = places or SlotPlaces(limits.num_slots, limits.cache_tokens)
         self.model_version = model_version
         self.adapters = adapters
         self.max_cost = min(max_cost, places.capacity_tokens)
@@ -203,6 +203,7 @@ class BatchingEngine:
             waiting=waiting,
             free_tokens=max(0, self._capacity_tokens - self._scheduler.promised_tokens),
             free_slots=max(0, self._limits.max_sequences - running - waiting),
+            spare_slots=self._limits.spare_sequences,
         )
 
     def _run(self, chunks: list[Chunk]) -> list[StepOutput]:

@@ -136,9 +136,7 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
         model_version=stored.manifest.version,
         max_cost=ready.max_tokens,
         vocab_size=ready.vocab_size,
-        places=PagePlaces(
-            ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
-        ),
+        places=PagePlaces(ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.num_slots),
         adapters=StoredAdapters(
             _adapters_of(settings, stored),
             ready.forward.adapters,
@@ -174,7 +172,7 @@ def _build_slots(
     max_cost = min(settings.max_total_tokens, ready.max_tokens)
     cache = SlotCache(
         ready.layers,
-        num_slots=settings.max_batch_size,
+        num_slots=_limits(settings).num_slots,
         max_tokens=max_cost,
         dtype=dtype,
         device=device,
@@ -258,9 +256,7 @@ def _build_leader(
     limits = _limits(settings)
     places = None
     if rank.cache is None:
-        places = PagePlaces(
-            rank.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
-        )
+        places = PagePlaces(rank.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.num_slots)
     return BatchingEngine(
         ModelRunner(forward, None if rank.cache is None else forward, rank.sampler),
         _text_rules(Tokenizer.load(stored.path), stored),
@@ -296,7 +292,7 @@ def _rank_plan(settings: WorkerSettings, stored: StoredModel, followers: "Follow
         dtype=dtype,
         way=select_way(settings.engine_way, device),
         num_threads=settings.num_threads or share_of_threads(num_ranks),
-        max_sequences=limits.max_sequences,
+        max_sequences=limits.num_slots,
         max_tokens=settings.max_total_tokens,
         step_tokens=limits.step_tokens,
         cache_tokens=limits.cache_tokens if is_bounded else None,
@@ -328,6 +324,7 @@ def _limits(settings: WorkerSettings) -> Limits:
         cache_tokens=settings.max_batch_total_tokens,
         step_tokens=settings.max_step_tokens,
         draft_tokens=MAX_DRAFT_TOKENS if speculates else 0,
+        spare_sequences=-(-settings.max_batch_size // 4),
     )
 
 

@@ -40,10 +40,14 @@ beside many others or by a hiccup of the machine, is tried again some hundred st
 class Pace:
     """Limits of the next step, from the durations of those before. All times in seconds."""
 
-    def __init__(self, max_step_tokens: int) -> None:
+    def __init__(self, max_step_tokens: int, *, patience_s: float = 0.0) -> None:
+        """A step of prompts may take ``patience_s``, whatever is usual; and, if that is not 0, no
+        longer even when nobody decodes.
+        """
         self.step_tokens = max_step_tokens
         """Most tokens in the next step; less than allowed after the device had no memory for it."""
         self._max_step_tokens = max_step_tokens
+        self._patience_s = patience_s
         self._decode_s: float | None = None
         self._usual_s = 0.0
         """The longest of late that steps without prompts took on average."""
@@ -59,6 +63,11 @@ class Pace:
         """Rows of the last step with guesses."""
         self._steps_since_look = 0
 
+    @property
+    def decode_s(self) -> float | None:
+        """What a step without prompts and guesses takes; None before the first one."""
+        return self._decode_s
+
     def max_rows(self, *, is_alone: bool) -> int:
         """Most rows of one token; not ``is_alone``: some room is kept for prompts."""
         kept = 0 if is_alone else min(_MIN_PREFILL_TOKENS, self.step_tokens // 2)
@@ -71,13 +80,16 @@ class Pace:
         """
         room = self.step_tokens - num_decoding
         if num_decoding == 0:
-            return room
+            if not self._patience_s or not self._token_s:
+                return room
+            return min(room, max(int(self._patience_s / self._token_s), _MIN_PREFILL_TOKENS))
         if self._decode_s is None or self._steps_since_look >= _LOOK_EVERY_STEPS:
             return 0
         if not self._token_s:
             return room
         pressure = min(max(2 * (num_starting - _CROWD) / num_decoding, 1.0), _MAX_PRESSURE)
         affordable_s = pressure * (_STRETCH * self._usual_s - self._decode_s)
+        affordable_s = max(affordable_s, self._patience_s - self._decode_s)
         return min(room, max(int(affordable_s / self._token_s), _MIN_PREFILL_TOKENS))
 
     def draft_tokens(self, num_decoding: int) -> int:

@@ -109,7 +109,7 @@ class SlotPlaces:
         wanted = _wanted(sequence, self._block_tokens)
         matches = [_num_shared(chain, wanted) for chain in self._chains]
         best = max(matches)
-        if _is_coming(wanted, best, self._starting, self._block_tokens):
+        if _is_coming(sequence, wanted, best, self._starting, self._block_tokens):
             return False
         slot = min(free, key=lambda slot: self._rank(slot, matches[slot], best))
         copied_from = None
@@ -216,7 +216,7 @@ class PagePlaces:
         num_idle = sum(page in self._unused for page in found)
         if num_new > len(self._empty) + len(self._unused) - num_idle:
             return False
-        if _is_coming(wanted, len(found), self._starting, self._page_tokens):
+        if _is_coming(sequence, wanted, len(found), self._starting, self._page_tokens):
             return False
         for page in found:
             self._num_users[page] += 1
@@ -340,12 +340,17 @@ def _num_shared(chain: list[bytes], other: list[bytes]) -> int:
 
 
 def _is_coming(
-    wanted: list[bytes], num_found: int, starting: dict[str, Sequence], block_tokens: int
+    sequence: Sequence,
+    wanted: list[bytes],
+    num_found: int,
+    starting: dict[str, Sequence],
+    block_tokens: int,
 ) -> bool:
     """Whether a sequence without its first logits computes much more of ``wanted`` than is there.
 
     Choices of one request and prompts with one preamble come together; then one computes and the
-    others find.
+    others find. Nobody waits for who gives way to him: that one may be paused.
     """
-    num_coming = max((_num_shared(seq.digests, wanted) for seq in starting.values()), default=0)
+    before = (other for other in starting.values() if other.rank <= sequence.rank)
+    num_coming = max((_num_shared(other.digests, wanted) for other in before), default=0)
     return (num_coming - num_found) * block_tokens >= _WORTH_WAITING_TOKENS

@@ -40,6 +40,8 @@ class EngineRequest:
     matcher: Matcher | None = None
     """Of ``sampling.grammar``; belongs to this request alone."""
     adapter: str = ""
+    rank: int = 0
+    """Whom it gives way to: those of a lower rank. 0 is interactive."""
 
     @property
     def cost(self) -> int:
@@ -77,6 +79,8 @@ class EngineLoad:
     free_tokens: int
     """Cost that may still be claimed."""
     free_slots: int
+    spare_slots: int = 0
+    """Beside these, for those that pause while others of a lower rank are served."""
 
 
 class Adapters(Protocol):

@@ -68,6 +68,7 @@ class Sequence:
         """Prompt tokens that were found computed when it was first admitted; None before that."""
         self.cache_scope = request.cache_scope
         self.adapter = request.adapter
+        self.rank = request.rank
         self.matcher = request.matcher
         self.digests: list[bytes] = []
         """Names of its prefixes, block by block; see :func:`workers.engine.places.digests`."""
