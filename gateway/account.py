@@ -25,10 +25,9 @@ class Account:
         self.timing: Timing | None = None
         self._metrics = metrics
         self._inter_token_s = metrics.inter_token_s.labels(api)
-        self._ends: dict[int, int] = {}
-        """Tokens of each choice."""
+        self._num_tokens = 0
+        """Of all choices, with those before the cursors of a stream that is resumed."""
         self._first_token_at: float | None = None
-        self._last_token_at: dict[int, float] = {}
         self._finish: Finish | None = None
         self._failure: Failure | None = None
         self._left_at: float | None = None
@@ -41,26 +40,21 @@ class Account:
 
     def note_batch(self, batch: Batch) -> None:
         """Tokens or the end arrived at the gateway."""
-        if batch.tokens:
-            self._note_tokens(batch, monotonic_s())
+        if batch.gap_s is not None:
+            self._num_tokens += len(batch.tokens)
+            self._inter_token_s.observe(batch.gap_s / len(batch.tokens))
+        elif batch.tokens:
+            self._num_tokens += batch.start + len(batch.tokens)
+            self._note_first(batch)
         if batch.finish is not None and not self._has_failed:
             self._finish, self.timing = batch.finish, batch.timing
 
-    def _note_tokens(self, batch: Batch, now: float) -> None:
-        choice, num_tokens = batch.choice, len(batch.tokens)
-        self._ends[choice] = batch.start + num_tokens
-        last_at = self._last_token_at.get(choice)
-        self._last_token_at[choice] = now
-        if last_at is not None:
-            self._inter_token_s.observe((now - last_at) / num_tokens)
-        elif self._first_token_at is None:
-            self._first_token_at = now
+    def _note_first(self, batch: Batch) -> None:
+        """The first tokens of a choice."""
+        if self._first_token_at is None:
+            self._first_token_at = now = monotonic_s()
             if batch.start == 0:
                 self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
-
-    @property
-    def _num_tokens(self) -> int:
-        return sum(self._ends.values())
 
     @property
     def _has_failed(self) -> bool:

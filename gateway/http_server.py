@@ -17,7 +17,6 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
-    RequestResponseCycle,
 )
 
 from common.failures import Failure
@@ -26,7 +25,7 @@ from gateway.errors import envelope
 MAX_HEAD_BYTES = 64 * 1024
 """Above the application's own limit, whose answer is the better one; a piece from the network may
 be as long again."""
-_CYCLE = "headrace.cycle"
+_CONNECTION = "headrace.connection"
 """Name of the ASGI extension by which a request finds its :class:`DirectBody`."""
 
 
@@ -58,6 +57,7 @@ class BoundedHttp(HttpToolsProtocol):
     _head_bytes = 0
     _is_in_head = False
     _deadline: asyncio.TimerHandle | None = None
+    _direct: "DirectBody | None" = None
 
     def __init__(self, *args: Any, idle: IdleConnections, limit_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +73,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._idle.discard(self)
         self._end_deadline()
         super().connection_lost(exc)
+        self._open_direct(has_room=False)
+        self._direct = None
 
     def data_received(self, data: bytes) -> None:
         was_in_head = self._is_in_head
@@ -94,7 +96,24 @@ class BoundedHttp(HttpToolsProtocol):
         self._end_deadline()
         self._idle.discard(self)
         super().on_headers_complete()
-        self.scope["extensions"] = {_CYCLE: {"of": weakref.ref(self.cycle)}}
+        self.scope["extensions"] = {_CONNECTION: {"is": weakref.ref(self)}}
+
+    def direct_body(self) -> "DirectBody":
+        """Of the answer that is being sent; its head is."""
+        self._direct = DirectBody(self.transport, has_room=not self.flow.write_paused)
+        return self._direct
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._open_direct(has_room=False)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._open_direct(has_room=True)
+
+    def _open_direct(self, *, has_room: bool) -> None:
+        if self._direct is not None:
+            self._direct.has_room = has_room
 
     def on_response_complete(self) -> None:
         if not self.pipeline and not self.transport.is_closing():
@@ -127,29 +146,23 @@ class BoundedHttp(HttpToolsProtocol):
 class DirectBody:
     """Writes pieces of an answer's body, between those that go through ``send``."""
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
-        self._flow = cycle.flow
+    __slots__ = ("_write", "has_room")
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a piece would go out at once: ``send`` would not wait, and the body is open."""
-        cycle = self._cycle
-        return not (
-            self._flow.write_paused
-            or cycle.disconnected
-            or cycle.response_complete
-            or not cycle.chunked_encoding
-        )
+    def __init__(self, transport: asyncio.Transport, *, has_room: bool) -> None:
+        self._write = transport.write
+        self.has_room = has_room
+        """Whether ``send`` would not wait now."""
 
     def write(self, piece: bytes) -> None:
         """Only while there is room; ``piece`` is not empty, which would end the body."""
-        self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 def direct_body(scope: Scope) -> DirectBody | None:
-    """The short way to the client of a request; None where another server runs the application."""
-    extension = (scope.get("extensions") or {}).get(_CYCLE)
-    cycle = extension["of"]() if extension else None
-    return None if cycle is None else DirectBody(cycle)
+    """The short way to the client of a request whose answer has begun, in pieces of any length.
+
+    None where another server runs the application.
+    """
+    extension = (scope.get("extensions") or {}).get(_CONNECTION)
+    connection = extension["is"]() if extension else None
+    return None if connection is None else connection.direct_body()

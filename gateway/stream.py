@@ -73,6 +73,8 @@ class Batch(msgspec.Struct, gc=False):
     """Which of the answers to one request this belongs to."""
     place: Place | None = None
     """Instead of tokens, for a client that asked to be told."""
+    gap_s: float | None = None
+    """Since the tokens before these were taken; None for the first ones."""
 
 
 class Outlet(Protocol):
@@ -110,6 +112,35 @@ class Reader(Protocol):
 
 class Stream:
     """``position`` and ``chain`` say what the client has been given."""
+
+    __slots__ = (  # a token costs more by the memory that is touched than by what is computed
+        "_ahead",
+        "_failure",
+        "_has_end",
+        "_has_moved",
+        "_is_gone",
+        "_is_waited_for",
+        "_must_read",
+        "_nudged",
+        "_num_ahead",
+        "_outlet",
+        "_place",
+        "_read_log",
+        "_tail",
+        "_taken_at",
+        "_woken",
+        "chain",
+        "choice",
+        "heals",
+        "heard_at",
+        "id",
+        "lags",
+        "position",
+        "served_at",
+        "state",
+        "tells_place",
+        "tenant",
+    )
 
     def __init__(
         self,
@@ -151,6 +182,7 @@ class Stream:
         self._outlet: Outlet | None = None
         self._is_waited_for = False
         self._woken = asyncio.Event()
+        self._taken_at: float | None = None
 
     @property
     def tail(self) -> int:
@@ -361,7 +393,10 @@ class Stream:
         self._num_ahead = 0
         self._nudged = self._has_moved = False
         self._place = RUNNING
-        self.served_at = monotonic_s()
+        self.served_at = now = monotonic_s()
+        if batch.tokens:
+            batch.gap_s = None if self._taken_at is None else now - self._taken_at
+            self._taken_at = now
         if not batch.tokens and batch.finish is None and self._failure is not None:
             raise self._failure
         return batch

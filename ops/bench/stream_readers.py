@@ -24,6 +24,9 @@ Api = Literal["tgi", "chat"]
 BEGIN, TELL = b"begin\n", b"tell\n"
 _MAX_TOKENS = 30_000
 _PIECE_BYTES = 1 << 18
+_REST_S = 0.002
+"""Between two looks, as a network card gathers what comes: readers that slept until the next byte
+would have to be woken by nearly every write of the gateway, at its expense."""
 _BODIES: dict[str, tuple[str, dict[str, object], bytes]] = {
     "tgi": (
         "/generate_stream",
@@ -92,6 +95,7 @@ class Readers:
         asked = sys.stdin.fileno()
         self._poll.register(asked, select.EPOLLIN)
         while True:
+            time.sleep(_REST_S)
             for number, _ in self._poll.poll():
                 if number != asked:
                     self._read(number)
