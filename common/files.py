@@ -126,8 +126,13 @@ class Files:
         purpose: Purpose,
         *,
         expires_s: int = LIFE_S,
+        max_tenant_bytes: int = 0,
     ) -> FileRecord:
-        """Let what was written be a file of ``tenant`` for the next ``expires_s`` seconds."""
+        """Let what was written be a file of ``tenant`` for the next ``expires_s`` seconds.
+
+        Raises: Failure QUOTA_EXHAUSTED when all its files would be above ``max_tenant_bytes``, and
+            then nothing is left of this one. 0: no limit.
+        """
         now_s = _now_s()
         record = FileRecord(
             id=content.id,
@@ -139,8 +144,16 @@ class Files:
             created_at=now_s,
             expires_at=now_s + expires_s,
         )
-        await self._store.add(record)
+        num_bytes = await self._store.add(record)
+        if 0 < max_tenant_bytes < num_bytes:
+            await self._remove(record.id)
+            raise _no_room(max_tenant_bytes)
         return record
+
+    async def check_room(self, tenant: str, max_tenant_bytes: int) -> None:
+        """Raises: Failure QUOTA_EXHAUSTED when there is no room for another byte (0: no limit)."""
+        if max_tenant_bytes and await self._store.bytes_of(tenant) >= max_tenant_bytes:
+            raise _no_room(max_tenant_bytes)
 
     async def drop(self, content: Content) -> None:
         """Remove what was written, and what there may be of a record, as if it had never been."""
@@ -221,6 +234,14 @@ class _Measure:
             self.num_bytes += len(chunk)
             self.sha256.update(chunk)
             yield chunk
+
+
+def _no_room(max_tenant_bytes: int) -> Failure:
+    return Failure(
+        "QUOTA_EXHAUSTED",
+        f"All your files together may have at most {max_tenant_bytes} bytes: delete some first.",
+        field="file",
+    )
 
 
 def new_file_id() -> str:

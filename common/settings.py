@@ -158,6 +158,9 @@ class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
     """How long an ended stream can still be read."""
     response_retention_s: float = Field(default=3600.0, gt=0)
     """How long an ended response (``/v1/responses``) that asks to be stored can still be read."""
+    tenant_files_bytes: int = Field(default=0, ge=0)
+    """Most bytes of files that one tenant may have at once; results of batches count, but only
+    uploads are refused. 0: no limit."""
     disconnect_grace_s: float = Field(default=5.0, ge=0)
     """How long a generation goes on without a reader, unless the request says otherwise."""
     keep_alive_s: float = Field(default=15.0, gt=0)

@@ -37,17 +37,32 @@ class FileStore:
             pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
             await pipe.execute()
 
-    async def add(self, record: FileRecord) -> None:
-        """Record a file, in the place of what had its id."""
+    async def add(self, record: FileRecord) -> int:
+        """Record a file, in the place of what had its id. Returns the bytes of its tenant's files,
+        this one among them.
+        """
         of_tenant = keys.files_of(record.tenant)
-        with mapped_errors():
-            pipe = self._redis.pipeline(transaction=True)
+
+        async def replace(pipe: Any) -> None:
+            before = await pipe.get(keys.file(record.id))
+            pipe.multi()
+            num_bytes = record.bytes - (_unpack(before).bytes if before else 0)
             pipe.set(keys.file(record.id), _pack(record), px=_KEPT_MS)
             pipe.zadd(of_tenant, {record.id: wall_ms()}, nx=True)
             pipe.pexpire(of_tenant, _KEPT_MS)
             pipe.zadd(keys.FILES_DUE, {record.id: record.expires_at})
             pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
-            await pipe.execute()
+            pipe.incrby(keys.file_bytes(record.tenant), num_bytes)
+            pipe.pexpire(keys.file_bytes(record.tenant), _KEPT_MS)
+
+        with mapped_errors():
+            answers = await self._redis.transaction(replace, keys.file(record.id))
+        return int(answers[-2])
+
+    async def bytes_of(self, tenant: str) -> int:
+        """Of all files of a tenant."""
+        with mapped_errors():
+            return int(await self._redis.get(keys.file_bytes(tenant)) or 0)
 
     async def get(self, file_id: str) -> FileRecord | None:
         with mapped_errors():
@@ -90,15 +105,28 @@ class FileStore:
 
     async def remove(self, file_id: str) -> None:
         """Forget the record; the bytes are due at once."""
-        record = await self.get(file_id)
-        with mapped_errors():
-            pipe = self._redis.pipeline(transaction=True)
-            pipe.delete(keys.file(file_id))
+
+        async def take_out(pipe: Any) -> None:
+            packed = await pipe.get(keys.file(file_id))
+            record = _unpack(packed) if packed else None
+            num_left = 0
             if record is not None:
+                await pipe.watch(keys.file_bytes(record.tenant))
+                num_bytes = int(await pipe.get(keys.file_bytes(record.tenant)) or 0)
+                num_left = num_bytes - record.bytes
+            pipe.multi()
+            if record is not None:
+                pipe.delete(keys.file(file_id))
                 pipe.zrem(keys.files_of(record.tenant), file_id)
+                if num_left > 0:
+                    pipe.set(keys.file_bytes(record.tenant), num_left, px=_KEPT_MS)
+                else:  # of a tenant without files nothing is kept
+                    pipe.delete(keys.file_bytes(record.tenant))
             pipe.zadd(keys.FILES_DUE, {file_id: 0})
             pipe.pexpire(keys.FILES_DUE, _KEPT_MS)
-            await pipe.execute()
+
+        with mapped_errors():
+            await self._redis.transaction(take_out, keys.file(file_id))
 
     async def forget_unrecorded(self, file_id: str) -> None:
         """Nothing is in storage any more, unless there is a record of it."""

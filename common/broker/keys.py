@@ -127,6 +127,11 @@ def file(file_id: str) -> str:
     return f"hr:{{files}}:file:{file_id}"
 
 
+def file_bytes(tenant: str) -> str:
+    """string: of all files of a tenant together."""
+    return f"hr:{{files}}:bytes:{tenant}"
+
+
 def files_of(tenant: str) -> str:
     """zset: file -> when it was created, in milliseconds."""
     return f"hr:{{files}}:of:{tenant}"

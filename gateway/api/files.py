@@ -45,20 +45,27 @@ _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 
 async def upload_file(request: Request) -> Response:
-    """Raises: Failure BAD_REQUEST, BODY_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, DRAINING; those of
-    :class:`Files`.
+    """Raises: Failure BAD_REQUEST, BODY_TOO_LARGE, BODY_TIMEOUT, UNSUPPORTED_MEDIA_TYPE,
+    QUOTA_EXHAUSTED, DRAINING; those of :class:`Files`.
     """
     services, tenant = services_of(request), caller_of(request).tenant
     if services.is_draining:
         await _read_over(request)
         raise Failure("DRAINING")
     form = FileForm(request.headers.get("content-type", ""))
+    max_tenant_bytes = services.settings.tenant_files_bytes
+    await services.files.check_room(tenant, max_tenant_bytes)
     async with services.upload_places.taken(tenant):
         content = await services.files.write(_within_limits(form, request))
     try:
         wish = _wish(form)
         file = await services.files.record(
-            content, tenant, wish.filename, wish.purpose, expires_s=wish.expires_s
+            content,
+            tenant,
+            wish.filename,
+            wish.purpose,
+            expires_s=wish.expires_s,
+            max_tenant_bytes=max_tenant_bytes,
         )
         await services.broker.durable()
     except BaseException:

@@ -215,7 +215,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=shapes.FileForm,
         media_type="multipart/form-data",
         answer=shapes.File,
-        codes=("DRAINING", *_OF_STORAGE),
+        codes=("DRAINING", "QUOTA_EXHAUSTED", *_OF_STORAGE),
     ),
     ("GET", "/v1/files"): Operation(
         tag="Files",

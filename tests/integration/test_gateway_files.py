@@ -304,6 +304,28 @@ async def test_a_file_above_the_limit_is_refused_early(
     assert len(await stored(tmp_path)) == len(await due(stand)) == 2
 
 
+async def test_a_tenant_has_so_much_room_and_no_more(
+    stand: Stand, gateway: RunningGateway, tmp_path: Path
+) -> None:
+    """Whatever it has together, however many come at once; what is deleted makes room again."""
+    full = await stand.gateway(
+        storage_url=f"file://{tmp_path}/files", key_pepper=PEPPER, tenant_files_bytes=1000
+    )
+    answers = await asyncio.gather(*(upload(full, b"x" * 300) for _ in range(6)))
+    ids = [answer.json()["id"] for answer in answers if answer.status_code == 200]
+    assert len(ids) == 3
+    refused = next(answer for answer in answers if answer.status_code != 200)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert refused.headers["x-should-retry"] == "false"
+    assert (await upload(full, b"x" * 100)).status_code == 200
+    assert (await upload(full, b"")).status_code == 429, "it is full to the last byte"
+    await full.client.delete(f"/v1/files/{ids[0]}")
+    assert (await upload(full, b"x" * 301)).status_code == 429
+    assert (await upload(full, b"x" * 300)).status_code == 200
+    assert len(await stored(tmp_path)) == len(await due(stand)) == 4
+    assert await stand.broker.file_store.bytes_of("public") == 1000
+
+
 async def test_a_gateway_that_is_stopping_takes_no_files(gateway: RunningGateway) -> None:
     gateway.services.is_draining = True
     answer = await upload(gateway)
@@ -477,5 +499,6 @@ async def test_a_file_that_is_made_again_is_the_same_file(
         await files.create("public", "a", "batch_output", rows(b"broken"), id=id)
     assert (await gateway.client.get(f"/v1/files/{id}/content")).content == b"other"
     assert len((await gateway.client.get("/v1/files")).json()["data"]) == 1
+    assert await stand.broker.file_store.bytes_of("public") == len(b"other")
     raw: Any = stand.broker._redis
     assert await raw.zscore(keys.FILES_DUE, id) == file.expires_at
