@@ -90,15 +90,16 @@ def compare(
     build: Callable[[str], Engine],
     encode: Callable[[str], list[int]],
     concurrencies: list[int],
+    tasks: list[str],
     *,
     new_tokens: int,
     num_rounds: int,
 ) -> list[Comparison]:
-    """Every task at each concurrency, ``num_rounds`` times after one that does not count."""
+    """Each of ``tasks`` at each concurrency, ``num_rounds`` times after one that does not count."""
     plain, guessing = build("off"), build("auto")
     found: list[Comparison] = []
-    for task, text in _TASKS.items():
-        prompt, sampled = encode(text), task == "free"
+    for task in tasks:
+        prompt, sampled = encode(_TASKS[task]), task == "free"
         for concurrency in concurrencies:
             rounds = [
                 [
@@ -122,6 +123,7 @@ def compare(
 
 @click.command()
 @click.option("--concurrency", default="1,4", help="Generations at once, comma-separated.")
+@click.option("--text", type=click.Choice([*_TASKS]), multiple=True, help="Only this one.")
 @click.option("--new-tokens", default=192, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
@@ -130,6 +132,7 @@ def compare(
 @click.option("--json", "as_json", is_flag=True, help="A last line of JSON instead of a table.")
 def main(
     concurrency: str,
+    text: tuple[str, ...],
     new_tokens: int,
     rounds: int,
     dtype: str,
@@ -149,7 +152,8 @@ def main(
 
     counts = [int(count) for count in concurrency.split(",")]
     encode = Tokenizer.load(stored.path).encode
-    rows = compare(build, encode, counts, new_tokens=new_tokens, num_rounds=rounds)
+    tasks = list(text or _TASKS)
+    rows = compare(build, encode, counts, tasks, new_tokens=new_tokens, num_rounds=rounds)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return

@@ -46,7 +46,7 @@ def test_what_guessing_is_worth_is_compared_by_turns(tmp_path: Path) -> None:
     def encode(text: str) -> list[int]:
         return [ord(letter) for letter in text if ord(letter) < 128]
 
-    copied, free = compare(build, encode, [2], new_tokens=8, num_rounds=2)
+    copied, free = compare(build, encode, [2], ["copied", "free"], new_tokens=8, num_rounds=2)
     assert asked == ["off", "auto"]
     assert (copied.task, free.task, copied.concurrency) == ("copied", "free", 2)
     assert copied.tokens_per_step == 1
