@@ -1252,17 +1252,20 @@ void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query
   }
 }
 
-// Who computes what of a step's attention; the same in every layer.
+// Who computes what of a step's attention; the same in every layer. The kv heads of a single token
+// are items of their own, dealt to threads in runs; who is done first helps the others.
 class AttentionPlan {
  public:
-  AttentionPlan(const std::vector<Stretch>& stretches, int group, int num_threads)
+  AttentionPlan(const std::vector<Stretch>& stretches, int num_heads, int num_kv_heads,
+                int num_threads)
       : stretches_(stretches) {
-    const int tokens_together = std::max(1, kMaxQueryRows / group);
+    const int tokens_together = std::max(1, kMaxQueryRows / (num_heads / num_kv_heads));
     std::vector<int64_t> cost_before{0};
     for (int s = 0; s < static_cast<int>(stretches.size()); s++) {
       if (stretches[s].count == 1) {
         singles_.push_back(s);
-        cost_before.push_back(cost_before.back() + stretches[s].start + 16);
+        for (int head = 0; head < num_kv_heads; head++)
+          cost_before.push_back(cost_before.back() + stretches[s].start + 16);
       } else {
         for (int first = 0; first < stretches[s].count; first += tokens_together)
           blocks_.push_back({s, first, std::min(tokens_together, stretches[s].count - first)});
@@ -1272,30 +1275,36 @@ class AttentionPlan {
     std::stable_sort(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) {
       return stretches[a.stretch].start + a.first > stretches[b.stretch].start + b.first;
     });
-    // Single tokens are split where half (a third, …) of the positions to read lies behind.
+    // Items are split where half (a third, …) of the positions to read lies behind.
     for (int thread = 0; thread <= num_threads; thread++) {
       const int64_t target = cost_before.back() * thread / num_threads;
       const auto at = std::lower_bound(cost_before.begin(), cost_before.end(), target);
-      first_single_.push_back(static_cast<int>(at - cost_before.begin()));
+      first_item_.push_back(static_cast<int>(at - cost_before.begin()));
     }
   }
 
   // This thread's part for one layer whose new keys and values are all written. `next_block` is
   // shared by the threads and starts at 0.
-  void attend(int thread, bool use_amx, const Attention& shape, const LayerCache& cache,
+  void attend(Team& team, int thread, const Attention& shape, const LayerCache& cache,
               const TokenVectors& query, const Output& out, SpanScratch& scratch,
               std::atomic<int>& next_block) const {
     const int num_heads = shape.num_kv_heads;
-    const int last = first_single_[thread + 1] * num_heads;
-    for (int item = first_single_[thread] * num_heads; item < last; item++)
-      attend_single(item, std::min(item + 1, last - 1), shape, cache, query, out);
+    Claims& claims = team.next_claims(thread);
+    for (int i = 0; i < team.size(); i++) {
+      const int owner = (thread + i) % team.size();
+      const int first = first_item_[owner], last = first_item_[owner + 1];
+      for (int taken; (taken = claims.take(owner, last - first, i > 0)) >= 0;) {
+        const int item = first + taken;
+        attend_single(item, std::min(item + 1, last - 1), shape, cache, query, out);
+      }
+    }
     const int num_items = static_cast<int>(blocks_.size()) * num_heads;
     for (int item; (item = next_block.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
       const PrefillItem& block = blocks_[item / num_heads];
       const Stretch& stretch = stretches_[block.stretch];
       const int head = item % num_heads;
       const size_t offset = cache.offset(shape, stretch.slot, head);
-      attend_span(use_amx, shape, query, stretch.first_token + block.first, head,
+      attend_span(team.uses_amx(), shape, query, stretch.first_token + block.first, head,
                   stretch.start + block.first, block.count, cache.keys + offset,
                   cache.values + offset, scratch, out);
     }
@@ -1327,7 +1336,7 @@ class AttentionPlan {
   const std::vector<Stretch>& stretches_;
   std::vector<int> singles_;          // stretches of one token
   std::vector<PrefillItem> blocks_;   // the others, in pieces
-  std::vector<int> first_single_;     // per thread, and the end
+  std::vector<int> first_item_;       // per thread, and the end
 };
 
 // New keys and values of these tokens go into the cache.
@@ -1427,7 +1436,7 @@ class Engine {
   void attend(const Attention& shape, const LayerCache& cache,
               const std::vector<Stretch>& stretches, const TokenVectors& query,
               const TokenVectors& keys, const TokenVectors& values, const Output& out) {
-    const AttentionPlan plan(stretches, shape.group(), team.size());
+    const AttentionPlan plan(stretches, shape.num_heads, shape.num_kv_heads, team.size());
     std::atomic<int> next_block{0};
     team.run([&](int thread) {
       for (const Stretch& stretch : stretches) {
@@ -1438,7 +1447,7 @@ class Engine {
         write_cache(shape, cache, stretch, keys, values, share.first, share.last);
       }
       team.barrier();
-      plan.attend(thread, team.uses_amx(), shape, cache, query, out, spans(thread), next_block);
+      plan.attend(team, thread, shape, cache, query, out, spans(thread), next_block);
     });
   }
 
@@ -1769,7 +1778,7 @@ class Step {
       for (int i = 0; i < stretch.count; i++) places_.push_back({stretch.slot, stretch.start + i});
     for (auto& next : next_blocks_) next.store(0, std::memory_order_relaxed);
     Team& team = engine_.team;
-    const AttentionPlan plan(stretches, model_.num_heads / model_.num_kv_heads, team.size());
+    const AttentionPlan plan(stretches, model_.num_heads, model_.num_kv_heads, team.size());
     team.run([&](int thread) {
       const Share share(num_tokens, thread, team.size());
       for (int t = share.first; t < share.last; t++) embed(tokens[t], residual(t));
@@ -1841,7 +1850,7 @@ class Step {
     team.barrier();
     for (int t = share.first; t < share.last; t++) place_token(t, layer, shape, cache);
     team.barrier();
-    plan.attend(thread, team.uses_amx(), shape, cache, {query_, query_width_, model_.size},
+    plan.attend(team, thread, shape, cache, {query_, query_width_, model_.size},
                 {attended_, row_stride(query_width_)}, engine_.spans(thread),
                 next_blocks_[number]);
     team.barrier();
