@@ -1,7 +1,9 @@
 """A Headrace of its own for a benchmark: `headrace up` in a folder that ends with it."""
 
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ def own_instance(
 
     Raises: click.ClickException when it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         data_dir = Path(folder)
         if models is not None:
             (data_dir / "models").symlink_to(models.resolve())
@@ -42,6 +44,22 @@ def own_instance(
                     )
                 time.sleep(_LOOK_S)
             yield data_dir, _addresses(data_dir)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """While this lasts, SIGTERM ends this process in order: else what it started would outlive it.
+
+    Only a main thread may ask for signals; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_ready(data_dir: Path) -> bool:
