@@ -6,9 +6,16 @@ intervals come from :func:`monotonic_s`, which stops while the machine sleeps.
 
 import time
 
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 
 def monotonic_s() -> float:
     return time.monotonic()
+
+
+def awake_or_not_s() -> float:
+    """As :func:`monotonic_s`, but going on while the machine sleeps, if the system can tell."""
+    return time.clock_gettime(_BOOT_CLOCK)
 
 
 def wall_ms() -> int:

@@ -81,6 +81,7 @@ MEANINGS: dict[str, str] = {
     "generation.realigned": "A publish was sent again from the position that Redis names.",
     "generation.rejected": "A claimed generation can not be run: its spec, its log or its grammar.",
     "generation.released": "A worker gave a generation back for another one to continue.",
+    "generation.restored": "A worker put back what Redis, gone back in time, had forgotten.",
     "generation.yielded": "A generation was given back, to make room for others that go before it.",
     "grammar.trial_failed": "No process could be started to try a grammar.",
     "inbox.recreated": "A gateway's inbox had expired; everything was attached again.",

@@ -216,6 +216,10 @@ class Admissions:
             raise Failure("STREAM_EXPIRED")  # just now: key and stream expire together
         return attachment
 
+    def keep_document(self, request_id: str, document: bytes, ttl_ms: int) -> None:
+        """What Redis has been given beside an admission, in case it forgets that as well."""
+        self._recent.keep_document(request_id, document, ttl_ms)
+
     def withdraw(self, ticket: Ticket) -> None:
         """Take back what was admitted, whatever its client's manner: its answer will not be."""
         for stream in ticket.streams:

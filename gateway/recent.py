@@ -25,6 +25,9 @@ class _Kept:
     admission: Admission
     at: float
     has_token: bool = False
+    document: bytes = b""
+    """What its response says beside its tokens."""
+    document_ttl_ms: int = 0
 
 
 class RecentAdmissions:
@@ -45,10 +48,26 @@ class RecentAdmissions:
         while self._bytes > self._max_bytes:
             self.forget(next(iter(self._kept)))
 
+    def keep_document(self, request_id: str, document: bytes, ttl_ms: int) -> None:
+        """Remember what belongs to an admission as long as itself, if it is still kept."""
+        kept = self._kept.get(request_id)
+        if kept is not None:
+            kept.document, kept.document_ttl_ms = document, ttl_ms
+            self._bytes += len(document)
+
+    async def put_back_documents(self) -> None:
+        """Have Redis know the documents again that it may have forgotten.
+
+        Raises: Failure BROKER_UNAVAILABLE, BROKER_FULL.
+        """
+        for request_id, kept in list(self._kept.items()):
+            if kept.document:
+                await self._broker.keep_document(request_id, kept.document, kept.document_ttl_ms)
+
     def forget(self, request_id: str) -> None:
         kept = self._kept.pop(request_id, None)
         if kept is not None:
-            self._bytes -= len(kept.admission.spec.prompt)
+            self._bytes -= len(kept.admission.spec.prompt) + len(kept.document)
 
     def forget_of(self, tenant: str, request_id: str) -> None:
         """The same, if it is the tenant's: what another one cancels stays as safe as it was."""

@@ -264,6 +264,7 @@ class Relay:
         for read in list(self._readers):
             await self._attach_again(read)
         await self._resubmit_unread()
+        await self._recent.put_back_documents()
         self.joined.set()
         return beat.last_id or "0"
 
@@ -272,18 +273,29 @@ class Relay:
         readers = self._readers.get(id)
         if not readers:
             return
-        tenant, cursor = readers[0].tenant, min(stream.tail for stream in readers)
+        # A stranger may just have asked for it, and be about to be told that there is none.
+        found = [await self._attach_of(tenant, id) for tenant in {it.tenant for it in readers}]
+        if not any(found):
+            self._note_lost(id)
+            return
+        self._lost_since.pop(id, None)
+        if not readers:
+            self._detach_soon(id)  # the last one left while Redis was asked
+
+    async def _attach_of(self, tenant: str, id: str) -> bool:
+        """The same for a tenant's readers; whether there is such a generation for them."""
+        cursor = min((it.tail for it in self._of_tenant(tenant, id)), default=0)
         attachment = await self._attach(id, tenant, cursor)
         if attachment is None and await self._recent.resubmit(request_of(id), self.name):
             attachment = await self._attach(id, tenant, cursor)
         if attachment is None:
-            self._note_lost(id)
-            return
-        self._lost_since.pop(id, None)
-        for stream in readers:
+            return False
+        for stream in self._of_tenant(tenant, id):
             stream.offer_page(_page_of(attachment))
-        if not readers:
-            self._detach_soon(id)  # the last one left while Redis was asked
+        return True
+
+    def _of_tenant(self, tenant: str, id: str) -> list[Stream]:
+        return [stream for stream in self._readers.get(id, ()) if stream.tenant == tenant]
 
     async def _resubmit_unread(self) -> None:
         """What Redis forgot is queued again also for a client that left: it may come back."""

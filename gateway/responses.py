@@ -364,7 +364,9 @@ async def keep_document(
     """Keep it as long as the log may live: the longest wait and run, and then ``retention_s``."""
     settings = services.settings
     kept_s = settings.queue_limit_s + settings.run_limit_s + retention_s
-    await services.broker.keep_document(request_id, _pack(document), int(kept_s * 1000))
+    packed, ttl_ms = _pack(document), int(kept_s * 1000)
+    await services.broker.keep_document(request_id, packed, ttl_ms)
+    services.admissions.keep_document(request_id, packed, ttl_ms)
 
 
 async def read_document(broker: Broker, request_id: str) -> ResponseDocument | None:

@@ -4,15 +4,17 @@ An attempt knows what Redis has (``acked``) and what exists (``end``), so the ne
 cut of what lies between, however many engine steps made it. Nothing here does I/O.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from common.broker import Claimed, Publication
+from common.broker import Claimed, Publication, Restoration
+from common.clock import awake_or_not_s
 from common.ids import request_of
 from common.messages import (
     RANKS,
     Finish,
+    GenerationSpec,
     PromptLogprobs,
     TokenRecord,
     TopTokens,
@@ -29,9 +31,9 @@ _MAX_REALIGNMENTS = 3
 class Attempt:
     """One claim of one generation.
 
-    Positions count generated tokens from the start of the log; ``base`` is where this attempt
-    began. ``engine_id`` names it in the engine: never used twice, so that output of an attempt that
-    was replaced cannot be taken for output of its successor.
+    Positions count generated tokens from the start of the log; ``base`` is from where on they are
+    known here. ``engine_id`` names it in the engine: never used twice, so that output of an attempt
+    that was replaced cannot be taken for output of its successor.
     """
 
     def __init__(self, claimed: Claimed, turn: int, model_version: str, now_s: float) -> None:
@@ -43,7 +45,10 @@ class Attempt:
         self.finish: Finish | None = None
         self.is_finish_acked = False
         self.request: EngineRequest | None = None
+        self.spec: GenerationSpec | None = None
         self._claimed = claimed
+        self._began_at = claimed.next
+        self._model_version = model_version
         self._tokens: list[int] = []
         self._pieces: list[bytes] = []
         self._logprobs: list[float] = []
@@ -59,6 +64,8 @@ class Attempt:
         self._finished_s: float | None = None
         self.heard_s = now_s
         """When Redis last confirmed or refused it."""
+        self.confirmed_s = awake_or_not_s()
+        """When it was last known to be ours, sleep of the machine included."""
         self.ended_s = 0.0
 
     @property
@@ -101,6 +108,47 @@ class Attempt:
     def agrees(self, position: int, chain: str) -> bool:
         """Whether this attempt's own tokens reach ``position`` by that chain."""
         return self.base <= position <= self.end and self.chain_at(position) == chain
+
+    def recall(self, logged: Sequence[TokenRecord]) -> None:
+        """Know what was logged before this attempt, so that Redis can be told should it forget.
+
+        Before the engine has made anything.
+        """
+        if any(record.logprobs is None for record in logged):
+            return
+        chains = [chain_start(self.id, self._model_version)]
+        for record in logged:
+            for token in record.tokens:
+                chains.append(chain_next(chains[-1], token))
+            self._tokens += record.tokens
+            self._pieces += record.pieces
+            self._logprobs += record.logprobs or []
+            self._tops += record.tops or []
+            self._prompt = record.prompt or self._prompt
+        self._chains = chains
+        self.base = 0
+
+    def restoration(self, position: int, chain: str) -> Restoration | None:
+        """What it takes to go on from where the log now ends; None: that is not ours to go on from.
+
+        ``position`` 0 is also for a generation that Redis does not know at all.
+        """
+        if not self.agrees(position, chain):
+            return None
+        return Restoration(
+            self.id,
+            self.fence,
+            position,
+            chain,
+            self._model_version,
+            self.spec,
+            self._claimed.head,
+        )
+
+    def go_back(self, position: int) -> None:
+        """Redis has nothing behind ``position`` any more."""
+        self.acked = position
+        self.is_finish_acked = False
 
     def extend(self, output: StepOutput, now_s: float) -> None:
         """Take what one engine step made."""
@@ -169,10 +217,10 @@ class Attempt:
         claimed = self._claimed
         queue_s = max(0, claimed.claimed_ms - claimed.admitted_ms) / 1000
         generation_s = (self._finished_s or now_s) - self._claimed_s
-        new_tokens = len(self._tokens)
+        new_tokens = self.end - self._began_at
         first_s = self._first_token_s
         # Behind an earlier attempt, when the first token came is not ours to say.
-        is_first = self.base == 0 and self.fence.startswith("1.")
+        is_first = self._began_at == 0 and self.fence.startswith("1.")
         return {
             **self.names(),
             "queue_time": round(queue_s, 6),

@@ -32,6 +32,7 @@ from common.messages import (
     GenerationSpec,
     Grammar,
     Lane,
+    TokenRecord,
     chain_next,
     chain_start,
     chain_text,
@@ -239,14 +240,19 @@ class Intake:
             return  # nothing was claimed; running generations go on, and the bell comes again
         finally:
             self._ledger.seen = self._turn
+        if answer.settling_ms:
+            asyncio.get_running_loop().call_later(answer.settling_ms / 1000, self._claim_soon)
         if answer.reserve is not None or not is_kept:
             self._reserve = answer.reserve
         self._waited.clear()
         found_nothing = not answer.generations
         self._too_few_tokens = {lane: rooms[lane].tokens for lane in rooms if found_nothing}
         if len(answer.generations) == MAX_CLAIM:
-            self._is_due = True  # there may be more
-            self._wake()
+            self._claim_soon()  # there may be more
+
+    def _claim_soon(self) -> None:
+        self._is_due = True
+        self._wake()
 
     async def listen(self) -> None:
         """Wait for the bells of lanes for which there is room, until cancelled.
@@ -266,8 +272,7 @@ class Intake:
                     await self._bell.pass_bell_on(rung)
             except Failure:
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
-            self._is_due = True
-            self._wake()
+            self._claim_soon()
 
     async def stop_reading(self) -> None:
         """Give up what is still being read; it stays held until it is released."""
@@ -314,19 +319,23 @@ class Intake:
                 return self._start(attempt, spec, logged)
         return None
 
-    def _start(self, attempt: Attempt, spec: GenerationSpec | None, logged: list[int]) -> None:
+    def _start(
+        self, attempt: Attempt, spec: GenerationSpec | None, logged: list[TokenRecord]
+    ) -> None:
         if not self._ledger.is_running(attempt):
             return
         if spec is None:  # it ended meanwhile: nobody waits for it
             self._ledger.forget(attempt)
             self._wake()
         else:
-            self._submit(attempt, spec, logged)
+            attempt.recall(logged)
+            self._submit(attempt, spec, [token for it in logged for token in it.tokens])
 
     def _submit(self, attempt: Attempt, spec: GenerationSpec, logged: list[int]) -> None:
         if not spec.prompt or len(spec.prompt) % 4:
             self._reject_damaged(attempt, f"its prompt has {len(spec.prompt)} bytes")
             return
+        attempt.spec = spec
         prompt = list(struct.unpack(f"<{len(spec.prompt) // 4}I", spec.prompt))
         attempt.request = EngineRequest(
             attempt.engine_id,
@@ -394,27 +403,28 @@ class UnreadableLogError(Exception):
     """The log of a claimed generation is not what its claim says."""
 
 
-async def read_log(broker: Broker, claimed: Claimed, model_version: str) -> list[int]:
-    """All token ids of the log up to ``claimed.next``, with positions and chain checked.
+async def read_log(broker: Broker, claimed: Claimed, model_version: str) -> list[TokenRecord]:
+    """The log up to ``claimed.next``, with positions and chain checked.
 
     Raises:
         Failure: Redis did not answer.
         UnreadableLogError: the log has a gap, or its chain is not the claim's.
     """
-    tokens: list[int] = []
-    chain = chain_start(claimed.id, model_version)
-    while len(tokens) < claimed.next:
-        page = await broker.read(claimed.id, len(tokens))
+    logged: list[TokenRecord] = []
+    end, chain = 0, chain_start(claimed.id, model_version)
+    while end < claimed.next:
+        page = await broker.read(claimed.id, end)
         news = [entry.record for entry in page.entries] if page else []
-        news = [record for record in news if record.end > len(tokens)]
+        news = [record for record in news if record.end > end]
         if not news:
-            raise UnreadableLogError(f"its log ends at {len(tokens)} of {claimed.next}")
+            raise UnreadableLogError(f"its log ends at {end} of {claimed.next}")
         for record in news:
-            if record.start != len(tokens):
-                raise UnreadableLogError(f"its log has a gap at {len(tokens)}")
-            tokens += record.tokens
+            if record.start != end:
+                raise UnreadableLogError(f"its log has a gap at {end}")
+            end = record.end
+            logged.append(record)
             for token in record.tokens:
                 chain = chain_next(chain, token)
-    if claimed.next and (len(tokens) != claimed.next or chain_text(chain) != claimed.chain):
+    if claimed.next and (end != claimed.next or chain_text(chain) != claimed.chain):
         raise UnreadableLogError(f"its chain differs at {claimed.next}")
-    return tokens
+    return logged

@@ -9,8 +9,8 @@ pauses.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from common.broker import Broker, Publication, Refusal
-from common.clock import monotonic_s
+from common.broker import Broker, Publication, Refusal, Restoration
+from common.clock import awake_or_not_s, monotonic_s
 from common.logs import get_logger
 from common.messages import Lane
 from workers.attempts import Attempt, Ledger
@@ -27,6 +27,9 @@ MAX_BEHIND_S = 10.0
 CHECK_SILENT_S = 0.25
 """A generation that waits in the engine, or whose prompt takes many steps, publishes nothing. So
 often it sends a publication without tokens all the same, to learn that it was cancelled."""
+REVIVE_LIMIT_S = 30.0
+"""What Redis forgot is put back by who knew it to be his so recently. Who slept longer may hold
+what has long ended and expired; its sleep counts."""
 KEEP_ENDED_S = 3.0
 """Connected time after which an end counts as durable: an AOF everysec may forget two seconds."""
 
@@ -134,16 +137,50 @@ class Publisher:
         self, sent: list[tuple[Attempt, Publication]], refusals: list[Refusal]
     ) -> None:
         refused = {refusal.id: refusal for refusal in refusals}
+        forgotten: list[tuple[Attempt, Restoration]] = []
         for attempt, publication in sent:
             attempt.heard_s = self._clock()
             refusal = refused.get(attempt.id)
             if refusal is not None:
-                await self._handle(attempt, refusal)
+                restoration = self._restoration(attempt, refusal)
+                if restoration is not None:
+                    forgotten.append((attempt, restoration))
+                else:
+                    await self._handle(attempt, refusal)
                 continue
+            attempt.confirmed_s = awake_or_not_s()
             attempt.acknowledge(publication.record)
             if attempt.is_finish_acked and self._ledger.is_running(attempt):
                 self._ledger.end(attempt, self._clock())
                 self._tell("generation.finished", attempt)
+
+        if forgotten:
+            await self._put_back(forgotten)
+
+    def _restoration(self, attempt: Attempt, refusal: Refusal) -> Restoration | None:
+        """What puts back the claim of a publication that Redis refused; None: it is not ours."""
+        if refusal.kind not in ("unknown", "forgotten"):
+            return None
+        if awake_or_not_s() - attempt.confirmed_s > REVIVE_LIMIT_S:
+            return None
+        return attempt.restoration(refusal.next, refusal.chain)
+
+    async def _put_back(self, forgotten: list[tuple[Attempt, Restoration]]) -> None:
+        """Have again what Redis forgot that we had; what is behind it goes out with the next call.
+
+        Raises: Failure, with nothing changed here: the next publication is refused the same way.
+        """
+        answer = await self._broker.restore(self._worker, [it for _, it in forgotten])
+        refused = {refusal.id: refusal for refusal in answer}
+        for attempt, restoration in forgotten:
+            refusal = refused.get(attempt.id)
+            if refusal is not None:
+                await self._handle(attempt, refusal)
+                continue
+            attempt.confirmed_s = awake_or_not_s()
+            attempt.go_back(restoration.position)
+            log.warning("generation.restored", position=restoration.position, **attempt.names())
+            self._wake()
 
     async def _handle(self, attempt: Attempt, refusal: Refusal) -> None:
         match refusal.kind:
@@ -154,7 +191,7 @@ class Publisher:
                 await self.release([attempt], event="generation.diverged", position=refusal.next)
             case "gone":
                 self._drop(attempt, "generation.cancelled")
-            case _:  # "lost", or "unknown": what a rollback of Redis took is put back here one day
+            case _:  # "lost": it has another owner, or waits for one
                 self._drop(attempt, "generation.lost", cause=refusal.kind)
 
     def _drop(self, attempt: Attempt, event: str, **fields: object) -> None:

@@ -38,6 +38,7 @@ from common.broker.steps import (
     QuotaState,
     Refusal,
     Reserve,
+    Restoration,
     Room,
     ServerFacts,
     WorkerPresence,
@@ -336,8 +337,8 @@ class Broker:
         whole = Room(max_generations, budget)
         by_rank = [(rooms or {}).get(lane, whole) for lane in LANES]
         fields = (worker, nonce, turn, min(max_generations, 32), model_version, by_rank)
-        reserve, found = await self._call("claim", _pack(fields))
-        return ClaimAnswer([_claimed(row) for row in found], _reserve(reserve))
+        reserve, found, settling_ms = await self._call("claim", _pack(fields))
+        return ClaimAnswer([_claimed(row) for row in found], _reserve(reserve), settling_ms)
 
     async def read_spec(self, request_id: str) -> GenerationSpec | None:
         """The spec of a request whose body was too large for the claim; None if it ended."""
@@ -357,12 +358,19 @@ class Broker:
         records = [_pack(item.record) for item in publications]
         waiting, refusals = await self._call("publish", _pack((worker, lease_ms, items)), *records)
         return PublishAnswer(
-            [
-                Refusal(_text(refused), _text(kind), int(at), _text(chain))
-                for refused, kind, at, chain in refusals
-            ],
-            dict(zip(LANES, waiting, strict=True)),
+            [_not_taken(row) for row in refusals], dict(zip(LANES, waiting, strict=True))
         )
+
+    async def restore(self, worker: str, restorations: Sequence[Restoration]) -> list[Refusal]:
+        """Put back claims that Redis forgot; answers those that it does not take.
+
+        What it took is this worker's again, up to the position named: publish what is behind. It is
+        never taken over a later claim, nor where the log is another attempt's.
+        """
+        items = [(it.id, it.fence, it.position, it.chain, it.model_version) for it in restorations]
+        parts = [part for it in restorations for part in (_body(it.spec), it.head)]
+        answer = await self._call("restore", _pack((worker, items)), *parts)
+        return [_not_taken(row) for row in answer]
 
     async def release(self, worker: str, held: Sequence[tuple[str, str]]) -> None:
         """Hand back (id, fence) pairs at once. Send it after their last publish."""
@@ -649,8 +657,17 @@ def _refused(code: str, wait_ms: int, cause: str) -> Failure:
     return Failure(code, messages[cause], retry_after_ms=max(1000, wait_ms))
 
 
+def _not_taken(row: Sequence[Any]) -> Refusal:
+    refused, kind, at, chain = row
+    return Refusal(_text(refused), _text(kind), int(at), _text(chain))
+
+
+def _body(spec: GenerationSpec | None) -> bytes:
+    return b"" if spec is None else _pack(spec)
+
+
 def _claimed(row: Sequence[Any]) -> Claimed:
-    generation_id, fence, at, chain, deaths, lane, admitted, claimed, size, body = row
+    generation_id, fence, at, chain, deaths, lane, admitted, claimed, size, body, head = row
     return Claimed(
         id=_text(generation_id),
         fence=_text(fence),
@@ -662,6 +679,7 @@ def _claimed(row: Sequence[Any]) -> Claimed:
         claimed_ms=claimed,
         body_bytes=size,
         spec=_decoded_spec(body),
+        head=head,
     )
 
 

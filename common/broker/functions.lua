@@ -24,7 +24,7 @@
 --   tenants, backlog    hash    finish tags; waiting work, drain rate   1 day
 --   quota:<key id>      hash    what is left in a key's buckets         3 min: full by then
 --   using:<key id>      zset    its open requests -> end of their limit 1 day
---   clock               hash    run id and last sight of the server     1 day
+--   clock               hash    run id, last sight, end of settling     1 day
 --   secret              string  what stream tokens are signed with      1 day
 --   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
 --   worker:<worker>     hash    presence                                15 s
@@ -42,6 +42,7 @@ local HEAD_LIMIT_MS = { priority = 5000, default = 5000, flex = 60000, batch = 1
 local TAG_SCALE = 1000             -- tags are integers: thousandths of a token at weight 1
 local WORKER_LEASE_MS = 5000       -- used when leases are re-based; beats name their own
 local GATEWAY_LEASE_MS = 15000
+local SETTLE_MS = 2000             -- after Redis went back nobody claims: the survivors put back what it lost
 local SLEPT_MS = 5000              -- nobody looked at the clock for so long: the machine slept
 local RESERVE_AFTER_MS = 2000      -- a large head that waits longer gets a worker emptied for it
 local POISON_DEATHS = 3            -- in a row without progress, until suspects run on probation
@@ -50,6 +51,7 @@ local MAX_DEATHS = 10              -- however far it came
 local VERSION_SILENCE_MS = 60000   -- after this without a beat a model version counts as gone
 local NO_WORKER_GRACE_MS = 30000   -- a pool whose worker just restarts still accepts
 local TOMBSTONE_MS = 60000
+local FORGOTTEN_MS = 3600000       -- what was removed on purpose is not put back by who still has it
 local MAX_CANDIDATES = 64
 local MAX_LOOKAHEAD = 16
 local MAX_MOVES = 64
@@ -369,21 +371,37 @@ local function shift(key, by)
   end
 end
 
+-- Until when what a server without memory lost may be put back: it has just been started.
+local function settle_of_a_blank(server)
+  local up_ms = 1000 * tonumber(string.match(server, 'uptime_in_seconds:(%d+)'))
+  local keeps = string.match(redis.call('INFO', 'persistence'), 'aof_enabled:(%d)') == '1'
+  if keeps then return 0 end   -- nothing was ever there
+  return SETTLE_MS - up_ms
+end
+
 -- Nobody has died of a restart of Redis, a clock that was set, or a machine that slept: in these
--- cases every lease starts again, and what was heard of a model version keeps its age. (Settling
--- after a rollback will hook in here as well.)
+-- cases every lease starts again, and what was heard of a model version keeps its age. A server that
+-- is another one than before, or whose clock went back, may have lost its last second: for a while
+-- nothing is claimed, so that its owner can put it back. Returns how long, in ms.
 local function guard(P, now)
   local key = P .. 'clock'
-  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-  local stored = redis.call('HMGET', key, 'run', 'seen')
-  local seen = tonumber(stored[2])
+  local server = redis.call('INFO', 'server')
+  local run = string.match(server, 'run_id:(%x+)')
+  local stored = redis.call('HMGET', key, 'run', 'seen', 'settle')
+  local seen, settle = tonumber(stored[2]), tonumber(stored[3]) or 0
+  if not seen then
+    settle = now + settle_of_a_blank(server)
+  elseif stored[1] ~= run or now < seen - 1000 then
+    settle = now + SETTLE_MS
+  end
   if stored[1] ~= run or not seen or now < seen - 1000 or now - seen > SLEPT_MS then
     rebase(P .. 'leases', now, WORKER_LEASE_MS)
     rebase(P .. 'gateways', now, GATEWAY_LEASE_MS)
     if seen then shift(P .. 'versions', now - seen) end
   end
-  redis.call('HSET', key, 'run', run, 'seen', number(now))
+  redis.call('HSET', key, 'run', run, 'seen', number(now), 'settle', number(settle))
   keep(key)
+  return math.max(0, settle - now)
 end
 
 -- Admission -------------------------------------------------------------------------------------
@@ -449,6 +467,28 @@ local function refusal_of(P, now, quota, want)
   return nil, wait
 end
 
+-- The choices of a request that are to be queued: all or none. Any that is known says that it was
+-- admitted before: another may have ended and expired, or been cancelled ahead. Only where Redis went
+-- back, and workers have put back those known, are the others still to be queued.
+local function unknown_choices(P, request, choices, resubmit)
+  local missing, is_put_back = {}, true
+  for choice = 0, choices - 1 do
+    local known = redis.call('HMGET', P .. 'gen:' .. request .. '.' .. choice, 'st', 'put_back')
+    if not known[1] then missing[#missing + 1] = choice end
+    is_put_back = is_put_back and (not known[1] or known[2] == '1')
+  end
+  if #missing < choices and not (resubmit and is_put_back) then return {} end
+  return missing
+end
+
+-- A reader whose lease is over is given one, or nobody would notice its death. What its inbox was to
+-- hold meanwhile went elsewhere, so its next beat makes a new one, and has everything attached again.
+local function ensure_reader(P, gateway, now)
+  if redis.call('ZADD', P .. 'gateways', 'NX', number(now + GATEWAY_LEASE_MS), gateway) == 0 then return end
+  keep(P .. 'gateways')
+  redis.call('DEL', P .. 'inbox:' .. gateway)
+end
+
 -- What admit would say to the smallest of requests, before anybody works on a larger one.
 -- ARGV: [lane, tenant, idem, queue limit, cap tokens, cap bytes, limits]
 local function foresee(keys, args)
@@ -479,11 +519,8 @@ local function admit(keys, args)
       if other ~= request then return { 'existing', other, 0, 0, newest_version(P), shown(quota) } end
     end
   end
-  for choice = 0, choices - 1 do   -- any of them: one may have ended and expired, another cancelled ahead
-    if redis.call('EXISTS', P .. 'gen:' .. request .. '.' .. choice) == 1 then
-      return { 'existing', request, 0, 0, newest_version(P), shown(quota) }
-    end
-  end
+  local missing = unknown_choices(P, request, choices, resubmit)
+  if #missing == 0 then return { 'existing', request, 0, 0, newest_version(P), shown(quota) } end
   local total, wait = cost * choices, 0
   local tokens = cost + (choices - 1) * room   -- a prompt counts once, however many answers it has
   if not resubmit then
@@ -496,9 +533,10 @@ local function admit(keys, args)
   local ttl = a[10] + a[11] + a[12] + 5 * MINUTE_MS
   local spec, tag = P .. 'spec:' .. request, next_tag(P, lane, tenant)
   local position = redis.call('ZCARD', P .. 'lane:' .. lane)
-  redis.call('HSET', spec, 'body', body, 'left', choices)
+  redis.call('HSET', spec, 'body', body)
+  redis.call('HINCRBY', spec, 'left', #missing)
   redis.call('PEXPIRE', spec, ttl)
-  for choice = 0, choices - 1 do
+  for _, choice in ipairs(missing) do
     local id = request .. '.' .. choice
     local gen = P .. 'gen:' .. id
     local g = { lane = lane, cost = cost, bytes = math.floor(#body / choices) }
@@ -517,7 +555,10 @@ local function admit(keys, args)
     if gateway ~= '' then redis.call('SADD', P .. 'subs:' .. gateway, id) end
     tag = tag + math.max(1, math.floor(cost * TAG_SCALE / weight))
   end
-  if gateway ~= '' then keep(P .. 'subs:' .. gateway) end
+  if gateway ~= '' then
+    keep(P .. 'subs:' .. gateway)
+    ensure_reader(P, gateway, now)
+  end
   keep(P .. 'due')
   redis.call('HSET', P .. 'tenants', 't.' .. lane .. '.' .. tenant, number(tag))
   keep(P .. 'tenants')
@@ -550,6 +591,25 @@ local function measure_drain(P, now, taken)
   end
 end
 
+-- All of a generation but where it stands: what it takes to make it again.
+local HEAD = { 'lane', 'tenant', 'weight', 'cost', 'room', 'bytes', 'tag', 'prefix', 'mode', 'grace', 't0', 't1', 'deadline',
+               'run_limit', 'retention', 'out', 'idem', 'quota', 'hold', 'deaths', 'died_at', 'fruitless' }
+
+local function head_of(g)
+  local head = {}
+  for i, field in ipairs(HEAD) do head[i] = g[field] or '' end
+  return cmsgpack.pack(head)
+end
+
+-- A call of a worker may come when its lease has ended: without one nobody would notice its death,
+-- and under an old one the next reap would take back from the living what it holds.
+local function ensure_lease(P, worker, now)
+  keep(P .. 'held:' .. worker)
+  local lease = tonumber(redis.call('ZSCORE', P .. 'leases', worker))
+  if not lease or lease <= now then redis.call('ZADD', P .. 'leases', number(now + WORKER_LEASE_MS), worker) end
+  keep(P .. 'leases')
+end
+
 -- One claim call: what it may still take, and what it took.
 local function take(P, id, g, picker)
   if g.q == 'lane:' .. g.lane then   -- what was handed back, or passed over, has an old tag: time never goes back
@@ -578,7 +638,7 @@ local function take(P, id, g, picker)
   local size, body = redis.call('HSTRLEN', spec, 'body'), ''
   if size <= INLINE_BODY_BYTES and picker.bytes + size <= MAX_ANSWER_BYTES then body = redis.call('HGET', spec, 'body') or '' end
   picker.bytes = picker.bytes + #body
-  picker.found[#picker.found + 1] = { id, fence, g.next, g.chain, g.deaths, g.lane, g.t0, g.t1, size, body }
+  picker.found[#picker.found + 1] = { id, fence, g.next, g.chain, g.deaths, g.lane, g.t0, g.t1, size, body, head_of(g) }
 end
 
 -- Looks at one candidate. Returns false when the call must stop: full, or room is being reserved.
@@ -650,7 +710,8 @@ end
 -- ARGV: [worker, nonce, turn, max, version, [[slots, tokens] by rank of the lane]]
 local function claim(keys, args)
   local P, now = prefix_of(keys), now_ms()
-  guard(P, now)
+  local settling = guard(P, now)
+  if settling > 0 then return { {}, {}, settling } end
   local a = cmsgpack.unpack(args[1])
   local picker = {
     worker = a[1], nonce = a[2], turn = a[3], max = a[4], version = a[5], rooms = {},
@@ -659,24 +720,18 @@ local function claim(keys, args)
   for rank, lane in ipairs(LANES) do picker.rooms[lane] = { slots = a[6][rank][1], tokens = a[6][rank][2] } end
   picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.rooms.priority.tokens
   if pick_starved(P, picker) then pick_by_rank(P, picker) end
-  if #picker.found > 0 then
-    keep(P .. 'held:' .. picker.worker)
-    -- A claim may come when the worker's lease has ended: without one nobody would notice its death,
-    -- and under an old one the next reap would take these back from the living.
-    local lease = tonumber(redis.call('ZSCORE', P .. 'leases', picker.worker))
-    if not lease or lease <= now then
-      redis.call('ZADD', P .. 'leases', number(now + WORKER_LEASE_MS), picker.worker)
-    end
-    keep(P .. 'leases')
-  end
+  if #picker.found > 0 then ensure_lease(P, picker.worker, now) end
   measure_drain(P, now, picker.taken)
   deliver(P, picker.outbox)
-  return { picker.reserve, picker.found }
+  return { picker.reserve, picker.found, 0 }
 end
 
 -- Publishing ------------------------------------------------------------------------------------
 
--- One item of a publish call: nil when accepted, else the refusal {id, kind, next, chain}.
+local function epoch_of(fence) return tonumber(string.match(fence, '^%d+')) end
+
+-- One item of a publish call: nil when accepted, else the refusal {id, kind, next, chain}. Under a
+-- fence that was drawn later than anything known here, Redis went back: `forgotten`.
 local function append(P, now, outbox, item, record)
   local id, fence, start, n, prev, chain, reason, code, message = unpack(item)
   local gen, log = P .. 'gen:' .. id, P .. 'log:' .. id
@@ -687,7 +742,10 @@ local function append(P, now, outbox, item, record)
     if h[2] == fence and reason ~= '' and start + n == at then return nil end
     return { id, 'gone', at, h[4] }
   end
-  if st ~= 'R' or h[2] ~= fence then return { id, 'lost', at, h[4] } end
+  if st ~= 'R' or h[2] ~= fence then
+    local is_behind = tonumber(redis.call('HGET', gen, 'epoch')) < epoch_of(fence)
+    return { id, is_behind and 'forgotten' or 'lost', at, h[4] }
+  end
   local repeated = start + n <= at
   if repeated and reason == '' then return nil end
   if repeated and start + n == at and chain == h[4] then
@@ -735,6 +793,74 @@ local function publish(keys, args)
   return { waiting, refusals }
 end
 
+-- A generation that is not known any more, made again where its log begins. Nobody reads it until
+-- gateways attach again, which they have to, and the time of one gateway's lease for.
+local function make_again(P, id, head, body, now)
+  local g = { next = 0, chain = '', subs = '', st = 'R', q = '' }
+  for i, value in ipairs(cmsgpack.unpack(head)) do g[HEAD[i]] = value end
+  local gen, spec = P .. 'gen:' .. id, P .. 'spec:' .. request_of(id)
+  local ttl = g.run_limit + g.retention + 5 * MINUTE_MS
+  redis.call('HSET', gen, 'st', 'R', 'fence', '', 'next', 0, 'chain', '', 'subs', '', 'v', PROTOCOL, 't2', 0, 'ver', '',
+    'put_back', '1')
+  for _, field in ipairs(HEAD) do
+    local value = g[field]
+    if value ~= '' or (field ~= 'quota' and field ~= 'hold') then
+      redis.call('HSET', gen, field, type(value) == 'number' and field ~= 'weight' and number(value) or value)
+    end
+  end
+  redis.call('PEXPIRE', gen, number(ttl))
+  redis.call('HSET', spec, 'body', body)
+  redis.call('HINCRBY', spec, 'left', 1)
+  redis.call('PEXPIRE', spec, number(ttl))
+  if g.quota ~= '' then
+    redis.call('ZADD', P .. 'using:' .. g.quota, number(limit_of(g)), request_of(id))
+    keep(P .. 'using:' .. g.quota)
+  end
+  return g
+end
+
+-- One item of a restore call: nil when it is the worker's again, else the refusal. Only a claim
+-- that Redis has forgotten is put back, never over a later one; and only where the log, as far as it
+-- goes, is that worker's own. What comes behind is published as ever.
+local function put_back(P, worker, now, item, body, head)
+  local id, fence, at, chain, version = unpack(item)
+  local g = load(P, id)
+  if not g then
+    if at > 0 or head == '' or body == '' then return { id, 'unknown', 0, '' } end
+    g = make_again(P, id, head, body, now)
+  elseif g.st == 'R' and g.fence == fence then
+    return nil   -- the answer to this very call was lost
+  elseif g.st == 'T' or g.epoch >= epoch_of(fence) or g.next ~= at or g.chain ~= chain then
+    return { id, g.st == 'T' and 'gone' or 'lost', g.next, g.chain }
+  elseif g.st == 'Q' then
+    dequeue(P, id, g)
+  else
+    redis.call('ZREM', P .. 'held:' .. g.own, id)
+  end
+  if g.t1 == 0 then g.t1 = now end
+  redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(epoch_of(fence)), 'fence', fence, 'own', worker,
+    'ver', version, 't1', number(g.t1))
+  redis.call('ZADD', P .. 'held:' .. worker, 0, id)
+  local look_at = limit_of(g)
+  if is_unread(g) then look_at = math.min(look_at, now + GATEWAY_LEASE_MS + g.grace) end
+  redis.call('ZADD', P .. 'due', number(look_at), id)
+  keep(P .. 'due')
+  return nil
+end
+
+-- ARGV: [worker, [[id, fence, position, chain, version]…]], then body and head of each
+local function restore(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local a = cmsgpack.unpack(args[1])
+  local refusals = {}
+  for i, item in ipairs(a[2]) do
+    local refusal = put_back(P, a[1], now, item, args[2 * i], args[2 * i + 1])
+    if refusal then refusals[#refusals + 1] = refusal end
+  end
+  if #refusals < #a[2] then ensure_lease(P, a[1], now) end
+  return refusals
+end
+
 -- ARGV: [worker, [[id, fence]…]]
 local function release(keys, args)
   local P, now = prefix_of(keys), now_ms()
@@ -749,6 +875,14 @@ local function release(keys, args)
   return released
 end
 
+-- An end without anything before it: nobody reads it, and nothing makes it live.
+local function entomb(P, id, tenant, ttl, why)
+  local gen = P .. 'gen:' .. id
+  redis.call('HSET', gen, 'v', PROTOCOL, 'st', 'T', 'tenant', tenant, 'next', 0, 'chain', '', 'subs', '', 'out', '',
+    'fence', '', 'end', why)
+  redis.call('PEXPIRE', gen, ttl)
+end
+
 -- ARGV: [id, tenant]
 local function cancel(keys, args)
   local P, now, outbox = prefix_of(keys), now_ms(), {}
@@ -756,13 +890,10 @@ local function cancel(keys, args)
   local id, tenant = a[1], a[2]
   local g = load(P, id)
   if not g then   -- an admit that is still in the network must find this and not revive it
-    local gen = P .. 'gen:' .. id
-    redis.call('HSET', gen, 'v', PROTOCOL, 'st', 'T', 'tenant', tenant, 'next', 0, 'chain', '', 'subs', '', 'out', '',
-      'fence', '', 'end', 'cancelled')
-    redis.call('PEXPIRE', gen, TOMBSTONE_MS)
+    entomb(P, id, tenant, TOMBSTONE_MS, 'cancelled')
     return { 'unknown', '' }
   end
-  if g.tenant ~= tenant then return { 'unknown', '' } end
+  if g.tenant ~= tenant or g['end'] == 'forgotten' then return { 'unknown', '' } end
   if g.st == 'T' then return { 'ended', g['end'] or '' } end
   close(P, id, g, now, outbox, 'cancelled', '')
   deliver(P, outbox)
@@ -776,13 +907,14 @@ local function forget(keys, args)
   local a = cmsgpack.unpack(args[1])
   local id = a[1]
   local g = load(P, id)
-  if not g or g.tenant ~= a[2] then return { 'unknown', '' } end
+  if not g or g.tenant ~= a[2] or g['end'] == 'forgotten' then return { 'unknown', '' } end
   if g.st ~= 'T' then
     close(P, id, g, now, outbox, 'cancelled', '')
     deliver(P, outbox)
   end
   settle_key(P, id, g, 'cancelled', '', true)   -- nothing is left to be answered with
   redis.call('UNLINK', P .. 'gen:' .. id, P .. 'log:' .. id, P .. 'doc:' .. request_of(id))
+  entomb(P, id, g.tenant, FORGOTTEN_MS, 'forgotten')
   return { 'forgotten', '' }
 end
 
@@ -818,6 +950,7 @@ local function attach(keys, args)
     end
     redis.call('SADD', P .. 'subs:' .. gateway, id)
     keep(P .. 'subs:' .. gateway)
+    ensure_reader(P, gateway, now_ms())
     redis.call('ZADD', P .. 'due', number(limit_of(g)), id)   -- ends a grace time
     keep(P .. 'due')
   end
@@ -1169,6 +1302,7 @@ register('admit', admit, {})
 register('claim', claim, {})
 register('attach', attach, {})
 register('publish', publish, { 'allow-oom' })
+register('restore', restore, { 'allow-oom' })
 register('release', release, { 'allow-oom' })
 register('cancel', cancel, { 'allow-oom' })
 register('forget', forget, { 'allow-oom' })

@@ -120,6 +120,8 @@ class Claimed:
     body_bytes: int
     spec: GenerationSpec | None
     """None when the body is large, or damaged: :meth:`Broker.read_spec` reads it, or says so."""
+    head: bytes = b""
+    """All else that Redis knows of it, for :class:`Restoration`; nobody but Redis reads it."""
 
 
 class Room(NamedTuple):
@@ -145,6 +147,8 @@ class Reserve(NamedTuple):
 class ClaimAnswer:
     generations: list[Claimed]
     reserve: Reserve | None = None
+    settling_ms: int = 0
+    """> 0: Redis may have gone back in time; nothing is claimed for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +165,26 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True)
+class Restoration:
+    """A claim that Redis forgot, to be put back by its worker."""
+
+    id: str
+    fence: str
+    position: int
+    """Where the log in Redis ends now, 0 where it knows nothing of the generation."""
+    chain: str
+    """The worker's own chain there."""
+    model_version: str
+    spec: GenerationSpec | None
+    head: bytes
+    """With the spec what it takes to make again what is not known at all."""
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a publication was not accepted: ``lost``, ``gone``, ``unknown`` or ``realign``."""
+    """Why a publication was not accepted: ``lost``, ``gone``, ``unknown``, ``realign``, or
+    ``forgotten``, where Redis does not know the claim any more.
+    """
 
     id: str
     kind: str

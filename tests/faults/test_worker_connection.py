@@ -211,6 +211,32 @@ async def test_redis_comes_back_without_its_last_second(
     assert worker.events("generation.lost") == []
 
 
+async def test_a_server_without_memory_is_told_what_runs(tmp_path: Path) -> None:
+    """It comes back empty: the worker has prompt, tokens and all else, and goes on with them."""
+    server = RedisServer("valkey", tmp_path / "forgetful", ("--appendonly", "no"))
+    server.start()
+    broker = Broker(connect(server.url), POOL)
+    with processes(server.url, tmp_path / "processes") as started:
+        pool = WorkerPool(broker, started)
+        worker = await pool.worker(simulated_inter_token_ms=20)
+        undisturbed = await pool.tokens_of(await pool.admit(150))
+        generation = await pool.admit(150)
+        await pool.reached(generation, 20)
+        server.kill()
+        await worker.saw("redis.disconnected")
+        await start_again(pool, server)
+        await worker.saw("generation.restored", position=0)
+        entries = await pool.end_of(generation)
+        timing = entries[-1].timing
+        assert timing is not None
+        assert (timing.attempts, timing.deaths) == (1, 0)
+        assert tokens_of(entries) == undisturbed
+        after = await pool.tokens_of(await pool.admit(30))
+        assert after == undisturbed[:30], "what comes later is served as ever"
+    await broker.close()
+    server.kill()
+
+
 async def start_again(pool: WorkerPool, server: RedisServer) -> None:
     """Start the server, and let the test's own broker connect anew."""
     await pool.broker.close()

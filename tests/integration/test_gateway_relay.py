@@ -281,6 +281,39 @@ async def test_what_redis_forgot_is_queued_again_for_a_client_that_left(
     assert '"generated_text":"a"' in resumed.text
 
 
+async def test_a_response_that_redis_forgot_comes_back_with_its_document(
+    stand: Stand, raw: RawRedis
+) -> None:
+    """Its prompt is queued again, and what it says beside its tokens is there again, too."""
+    gateway, worker = await stand.gateway(), await stand.worker()
+    body = {"input": "Hello", "background": True, "instructions": "Be brief"}
+    promised = (await gateway.client.post("/v1/responses", json=body)).json()
+    await raw.flushall()
+    await stand.broker.load()
+    await worker.beat()
+    turn = await worker.take()
+    await turn.say("a", finish="eos_token")
+    other = await stand.gateway()
+    shown = (await other.client.get(f"/v1/responses/{promised['id']}")).json()
+    assert (shown["status"], shown["instructions"]) == ("completed", "Be brief")
+
+
+async def test_a_stranger_at_the_door_costs_the_reader_nothing(stand: Stand) -> None:
+    """It has opened the stream and not been told yet that there is none for it."""
+    gateway = await stand.gateway()
+    async with streaming(stand, gateway) as scene:
+        relay, read = gateway.services.relay, f"{scene.stream_id}.0"
+        stranger = relay.open(read, "stranger")
+        relay._readers[read].reverse()
+        tail = stranger.tail
+        await relay._attach_again(read)
+        assert not relay._lost_since
+        assert stranger.tail == tail, "nothing is put into its mailbox"
+        relay.close(stranger)
+        await scene.turn.say("b", finish="length")
+        assert (await scene.rest())[-1].json["generated_text"] == "ab"
+
+
 async def test_a_generation_that_redis_lost_for_good_is_said_to_be_gone(
     stand: Stand, raw: RawRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,8 +184,6 @@ class Job(NamedTuple):
     tokens: Tokens
     acked: int
     """Position acknowledged by this Redis; one more than all tokens: the finish is, too."""
-    rolled: bool
-    """Redis has gone back since the claim."""
     released: bool
 
 
@@ -278,7 +276,7 @@ def claim(rules: Rules, redis: Redis, worker: int, nonce: int) -> tuple[Redis, J
     gen = _known(redis)
     leases = redis.leases | 1 << worker if rules.claim_lease else redis.leases
     gen = gen._replace(state=RUNNING, epoch=gen.epoch + 1, nonce=nonce, owner=worker)
-    job = Job(gen.epoch, nonce, gen.log, len(gen.log), rolled=False, released=False)
+    job = Job(gen.epoch, nonce, gen.log, len(gen.log), released=False)
     return redis._replace(gen=gen, leases=leases), job
 
 
@@ -307,8 +305,11 @@ def publish(rules: Rules, redis: Redis, message: Publication) -> tuple[Redis, st
     return _append(redis, record)._replace(broken=broken), "ok"
 
 
-def restore(rules: Rules, redis: Redis, worker: int, job: Job, finish: str) -> tuple[Redis, str]:
-    """Put back under the worker's own fence what Redis has forgotten, or answer lost."""
+def restore(rules: Rules, redis: Redis, worker: int, job: Job) -> tuple[Redis, str]:
+    """Put back under the worker's own fence what Redis has forgotten, or answer lost.
+
+    The log stays as it is: what is behind it is published as ever.
+    """
     gen = redis.gen
     if gen is None:
         gen = Gen(RUNNING, job.epoch, job.nonce, worker, (), "", 0)
@@ -319,10 +320,7 @@ def restore(rules: Rules, redis: Redis, worker: int, job: Job, finish: str) -> t
     broken = ""
     if job.tokens[: len(gen.log)] != gen.log:
         broken = "the log mixes attempts: restore extended what another attempt wrote"
-    redis = redis._replace(gen=gen, leases=redis.leases | 1 << worker, broken=broken)
-    if len(job.tokens) > len(gen.log) or finish:
-        redis = _append(redis, Record(len(gen.log), job.tokens, finish))
-    return redis, "ok"
+    return redis._replace(gen=gen, leases=redis.leases | 1 << worker, broken=broken), "ok"
 
 
 def close(redis: Redis, finish: str) -> Redis:
@@ -539,8 +537,7 @@ def _start(scenario: Scenario, s: State, w: int) -> State:
     assert job
     if old and _agrees(scenario.rules, old, job.tokens):
         job = job._replace(tokens=old.tokens)
-    rolled = worker.duty == Duty.BEAT and s.used & Fault.ROLLBACK != 0
-    return _with_worker(s, w, worker._replace(job=job._replace(rolled=rolled), awaited=()))
+    return _with_worker(s, w, worker._replace(job=job, awaited=()))
 
 
 def _publish_steps(scenario: Scenario, s: State, w: int) -> Iterator[Step]:
@@ -578,7 +575,7 @@ def _answered(scenario: Scenario, redis: Redis, worker: Worker, answer: str) -> 
             return worker._replace(duty=Duty.RELEASE)
         return worker._replace(job=job._replace(acked=len(log)))
     forgotten = gen is None or gen.epoch < job.epoch
-    if answer != "gone" and scenario.rules.restore and (job.rolled or forgotten):
+    if answer != "gone" and scenario.rules.restore and forgotten:
         return worker._replace(duty=Duty.RESTORE)
     return worker._replace(duty=Duty.NONE, job=())
 
@@ -596,11 +593,11 @@ def _restore(scenario: Scenario, s: State, w: int) -> State:
     worker = s.workers[w]
     job = worker.job
     assert job
-    finish = LENGTH if _is_complete(scenario, job) else ""
-    redis, answer = restore(scenario.rules, s.redis, w, job, finish)
+    redis, answer = restore(scenario.rules, s.redis, w, job)
     worker = worker._replace(duty=Duty.NONE, job=())
     if answer == "ok":
-        worker = _settled(scenario, worker, job)
+        back = job._replace(acked=len(_known(redis).log))
+        worker = worker._replace(duty=Duty.PUBLISH, job=back)
     return _with_worker(s._replace(redis=redis), w, worker)
 
 
@@ -857,7 +854,7 @@ def _cut_off(s: State, w: int) -> Worker:
     holds = worker.job or worker.awaited or (gen is not None and gen.owner == w)
     if worker.duty == Duty.DEAD or not holds:
         return worker
-    job = worker.job._replace(acked=0, rolled=True) if worker.job else ()
+    job = worker.job._replace(acked=0) if worker.job else ()
     return worker._replace(duty=Duty.BEAT, job=job)
 
 

@@ -381,8 +381,19 @@ class Stage:
         self.is_sound = False
         moved = self._runner.run(self.broker.reap())
         assert not moved
+        if restarted:
+            self._nobody_claims()
+            self.view.end_settling()
         self.view.pass_lease()
         self.settle()
+
+    def _nobody_claims(self) -> None:
+        """While owners may put back what the other server lost."""
+        answer = self._runner.run(
+            self.broker.claim("nobody", "0", 1, budget=BIG, max_generations=32, model_version="m@1")
+        )
+        assert not answer.generations
+        assert answer.settling_ms > 0
 
     def _new_name(self, role: str) -> str:
         self._num_incarnations += 1

@@ -147,6 +147,10 @@ class PartitionView:
         self.sleep(4 * _SECOND_MS)
         self._redis.hset(f"{self._prefix}clock", "run", "0" * 40)
 
+    def end_settling(self) -> None:
+        """As if the time for putting back what the other server lost were over."""
+        self._redis.hset(f"{self._prefix}clock", "settle", "0")
+
     def pass_queue_deadline(self, generation_id: str) -> None:
         self._set(generation_id, deadline=self.now_ms() - _SECOND_MS)
         self._make_due(generation_id)
