@@ -215,6 +215,7 @@ async def test_nobody_claims_while_owners_may_come_back(
     await disk.go_back()
     worker = ScriptedClaims(parts.broker, "w2")
     await worker.beat()
+    await raw.hincrby(f"{KEY}clock", "settle", 60_000)  # however slow this machine is
     assert await worker.claim() == []
     await disk.end_settling()
     assert [attempt.id for attempt in await worker.claim()] == [generation]
@@ -227,11 +228,9 @@ async def test_a_worker_told_to_wait_claims_when_the_wait_is_over(
     disk = await Disk.of(raw)
     await disk.go_back()
     assert await parts.claim() == []
-    await raw.hincrby(f"{KEY}clock", "settle", -1900)
     parts.wake.clear()
-    assert await parts.claim() == []
     await parts.wake.wait()
-    assert parts.intake.should_claim(0)
+    assert parts.intake.should_claim({})
     assert len(await parts.claim()) == 1
 
 
