@@ -298,9 +298,12 @@ class Broker:
         """
         return _text((await self._call("cancel", _pack((generation_id, tenant))))[0])
 
-    async def forget(self, generation_id: str, tenant: str) -> bool:
-        """End a generation and remove all there is of it; False where the tenant has none such."""
-        answer = await self._call("forget", _pack((generation_id, tenant)))
+    async def forget(self, generation_id: str, tenant: str, *, for_good: bool = False) -> bool:
+        """End a generation and remove all there is of it; False where the tenant has none such.
+
+        ``for_good``: nothing brings it back, neither a worker nor an admission of the same id.
+        """
+        answer = await self._call("forget", _pack((generation_id, tenant, for_good)))
         return _text(answer[0]) == "forgotten"
 
     async def keep_document(self, request_id: str, document: bytes, ttl_ms: int) -> None:

@@ -901,7 +901,7 @@ local function cancel(keys, args)
 end
 
 -- Ends a generation and removes all there is of it at once, its document too: nobody can ask for it again.
--- ARGV: [id, tenant]
+-- ARGV: [id, tenant, for good: its id is not used again]
 local function forget(keys, args)
   local P, now, outbox = prefix_of(keys), now_ms(), {}
   local a = cmsgpack.unpack(args[1])
@@ -914,7 +914,7 @@ local function forget(keys, args)
   end
   settle_key(P, id, g, 'cancelled', '', true)   -- nothing is left to be answered with
   redis.call('UNLINK', P .. 'gen:' .. id, P .. 'log:' .. id, P .. 'doc:' .. request_of(id))
-  entomb(P, id, g.tenant, FORGOTTEN_MS, 'forgotten')
+  if a[3] then entomb(P, id, g.tenant, FORGOTTEN_MS, 'forgotten') end   -- or its worker would put it back
   return { 'forgotten', '' }
 end
 

@@ -469,7 +469,7 @@ async def delete_response(request: Request) -> Response:
     """
     services = services_of(request)
     request_id, document = await _loaded(request)
-    await services.broker.forget(generation_id(request_id), document.tenant)
+    await services.broker.forget(generation_id(request_id), document.tenant, for_good=True)
     log.info("response.deleted", stream_id=request_id)
     return JSONResponse({"id": PREFIX + request_id, "object": "response", "deleted": True})
 

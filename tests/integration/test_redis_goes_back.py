@@ -290,7 +290,7 @@ async def test_what_was_deleted_is_not_put_back(parts: Parts) -> None:
     generation = await admit(parts.broker)
     [attempt] = await parts.claim()
     await said(parts, attempt, 11)
-    assert await parts.broker.forget(generation, "public")
+    assert await parts.broker.forget(generation, "public", for_good=True)
     assert not await parts.broker.forget(generation, "public"), "it is not there any more"
     assert await parts.broker.cancel(generation, "public") == "unknown"
     await said(parts, attempt, 12)
