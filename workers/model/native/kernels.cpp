@@ -292,6 +292,53 @@ class Claims {
   std::vector<Taken> taken_;
 };
 
+// Memory that a thread will read soon, asked for bit by bit while it computes something else: what
+// is bound by reading then finds it in a cache. Each bit is small, for a processor waits for few
+// lines at a time, and those of the computation itself are among them.
+class Readahead {
+ public:
+  // Room for so many runs, so that nothing is allocated inside a job.
+  void reserve(size_t num_runs) { runs_.reserve(num_runs); }
+  void begin() {
+    runs_.clear();
+    num_bytes_ = 0;
+    next_run_ = 0;
+    at_ = end_ = nullptr;
+  }
+  void add(const void* from, size_t num_bytes) {
+    if (num_bytes == 0) return;
+    runs_.push_back({static_cast<const char*>(from), num_bytes});
+    num_bytes_ += num_bytes;
+  }
+  // So much at a time that all has been asked for after `num_pulls`.
+  void spread(size_t num_pulls) {
+    const size_t lines = num_bytes_ / kLine / std::max(num_pulls, size_t{1}) + 1;
+    bytes_per_pull_ = kLine * std::min(lines, kMostLines);
+  }
+
+  // Inlined always, as prefetch_step() is.
+  [[gnu::always_inline]] void pull() {
+    if (at_ >= end_) {
+      if (next_run_ == runs_.size()) return;
+      const Run& run = runs_[next_run_++];
+      at_ = run.from;
+      end_ = run.from + run.num_bytes;
+    }
+    const char* stop = std::min(at_ + bytes_per_pull_, end_);
+    for (; at_ < stop; at_ += kLine) _mm_prefetch(at_, _MM_HINT_T1);
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kMostLines = 32;
+  struct Run {
+    const char* from;
+    size_t num_bytes;
+  };
+  std::vector<Run> runs_;
+  size_t num_bytes_ = 0, next_run_ = 0, bytes_per_pull_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
 // A pool of threads that run one job together: the caller is number 0. Between jobs the others
 // sleep, after a while; inside a job they meet at barriers, which spin and then yield.
 // One thread at a time may call run().
@@ -302,6 +349,7 @@ class Team {
         use_amx_(use_amx),
         claims_{Claims(num_threads), Claims(num_threads)},
         num_shared_(num_threads),
+        readaheads_(num_threads),
         arenas_(num_threads) {
     try {
       for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { serve(i); });
@@ -317,6 +365,7 @@ class Team {
   int size() const { return num_threads_; }
   bool uses_amx() const { return use_amx_; }
   Arena& arena(int thread) { return arenas_[thread]; }
+  Readahead& readahead(int thread) { return readaheads_[thread].value; }
 
   // Room of a thread for a quantized block that has been widened; for products in tiles only.
   bf16* widened(int thread) { return widened_.empty() ? nullptr : widened_[thread].data<bf16>(); }
@@ -398,7 +447,11 @@ class Team {
     int value = 0;
   };
   Claims claims_[2];
+  struct alignas(128) OwnReadahead {
+    Readahead value;
+  };
   std::vector<Count> num_shared_;  // per thread
+  std::vector<OwnReadahead> readaheads_;  // per thread
   std::vector<Arena> arenas_;
   std::vector<Pages> widened_;  // per thread
   size_t widened_bytes_ = 0;
@@ -575,13 +628,16 @@ std::unique_ptr<Weight> pack(Team& team, int outputs, int inputs, const WeightSo
 // Which part of each step a product asks memory for while it computes, how far ahead, in bytes.
 // Several groups of rows pass over the same block: each asks for its share of the next block, so
 // that reading and computing overlap. At a thread's last block the next is that of the next weight.
+// Beside it each step pulls at the readahead, if there is one.
 struct Prefetch {
   size_t distance;
   int first_line, last_line;
-  Prefetch(int steps, size_t step_bytes, int group, int num_groups)
+  Readahead* readahead;
+  Prefetch(int steps, size_t step_bytes, int group, int num_groups, Readahead* also)
       : distance(num_groups > 1 ? steps * step_bytes : kPrefetchAhead),
         first_line(static_cast<int>(step_bytes / 64) * group / num_groups),
-        last_line(static_cast<int>(step_bytes / 64) * (group + 1) / num_groups) {}
+        last_line(static_cast<int>(step_bytes / 64) * (group + 1) / num_groups),
+        readahead(also) {}
 };
 
 // Inlined always: GCC 12 takes a function that only prefetches for one without effect, and then
@@ -590,6 +646,7 @@ struct Prefetch {
   const char* from = reinterpret_cast<const char*>(step) + ahead.distance;
   for (int line = ahead.first_line; line < ahead.last_line; line++)
     _mm_prefetch(from + line * 64, _MM_HINT_T1);
+  if (ahead.readahead != nullptr) ahead.readahead->pull();
 }
 
 // Inputs of ROWS rows, step by step, and what is added up of them.
@@ -704,7 +761,7 @@ void product_quantized(const bf16* a, size_t stride, const QuantizedStep* block,
 // A block in bf16, scales multiplied in: what tiles want, and worth its while for many rows.
 void widen_block(const QuantizedStep* block, int steps, bf16* to) {
   const QuantizedLines lines;
-  const Prefetch ahead(steps, sizeof(QuantizedStep), 0, 1);
+  const Prefetch ahead(steps, sizeof(QuantizedStep), 0, 1, nullptr);
   const Interleave interleave;
   const auto scaled = [&](__m512i pairs, __m512 scale) {  // a lane is two inputs of one output
     const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -779,18 +836,25 @@ inline BlockProduct<QuantizedStep> quantized_product(int rows) {
   return products[rows - 1];
 }
 
+// How a thread multiplies: with tiles or without, and what it asks memory for meanwhile, or null.
+struct Manner {
+  bool use_amx;
+  Readahead* readahead;
+};
+
 // For each row of a[rows, steps * 32]: epilogue(row, number, left 16, right 16 sums) of one block,
 // by product(rows) for at most `max_rows` at a time.
 template <class Block, class Product, class Epilogue>
 void multiply_block(const bf16* a, size_t stride, int rows, const Block* block, size_t step_bytes,
-                    int steps, int number, int max_rows, Product product, Epilogue epilogue) {
+                    int steps, int number, int max_rows, Readahead* readahead, Product product,
+                    Epilogue epilogue) {
   alignas(64) float sums[kMaxRowsAmx * kBlock];
   const int num_groups = (rows + max_rows - 1) / max_rows;
   for (int group = 0; group < num_groups; group++) {
     const Share share(rows, group, num_groups);
     const int count = share.last - share.first;
     product(count)(a + share.first * stride, stride, block, steps,
-                   Prefetch(steps, step_bytes, group, num_groups), sums);
+                   Prefetch(steps, step_bytes, group, num_groups, readahead), sums);
     for (int r = 0; r < count; r++)
       epilogue(share.first + r, number, _mm512_load_ps(sums + r * kBlock),
                _mm512_load_ps(sums + r * kBlock + 16));
@@ -799,24 +863,24 @@ void multiply_block(const bf16* a, size_t stride, int rows, const Block* block, 
 
 // The same for blocks of bf16 that lie one behind the other.
 template <class Epilogue>
-void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const bf16* blocks, int steps,
+void multiply(Manner manner, const bf16* a, size_t stride, int rows, const bf16* blocks, int steps,
               int first_block, int last_block, Epilogue epilogue) {
-  use_amx = use_amx && rows >= kFewestRowsAmx;
+  const bool use_amx = manner.use_amx && rows >= kFewestRowsAmx;
   const auto product = [&](int count) { return block_product(use_amx, count); };
   for (int b = first_block; b < last_block; b++, blocks += size_t(steps) * kStepSize)
     multiply_block(a, stride, rows, blocks, kStepSize * sizeof(bf16), steps, b,
-                   use_amx ? kMaxRowsAmx : kMaxRowsAvx, product, epilogue);
+                   use_amx ? kMaxRowsAmx : kMaxRowsAvx, manner.readahead, product, epilogue);
 }
 
 // The same for one quantized block, with room for it in bf16.
 template <class Epilogue>
-void multiply(bool use_amx, const bf16* a, size_t stride, int rows, const QuantizedStep* block,
+void multiply(Manner manner, const bf16* a, size_t stride, int rows, const QuantizedStep* block,
               int steps, int number, bf16* widened, Epilogue epilogue) {
-  if (rows < kFewestRowsAmx || (!use_amx && rows <= kMaxRowsQuantized))
+  if (rows < kFewestRowsAmx || (!manner.use_amx && rows <= kMaxRowsQuantized))
     return multiply_block(a, stride, rows, block, sizeof(QuantizedStep), steps, number,
-                          kMaxRowsQuantized, quantized_product, epilogue);
+                          kMaxRowsQuantized, manner.readahead, quantized_product, epilogue);
   widen_block(block, steps, widened);
-  multiply(use_amx, a, stride, rows, widened, steps, number, number + 1, epilogue);
+  multiply(manner, a, stride, rows, widened, steps, number, number + 1, epilogue);
 }
 
 // a[rows] x weight with the bias added: this thread's blocks, then what others have not begun.
@@ -825,6 +889,7 @@ template <class Epilogue>
 void multiply(Team& team, int thread, const Weight& weight, const bf16* a, int rows,
               Epilogue epilogue) {
   const size_t stride = row_stride(weight.inputs);
+  const Manner manner{team.uses_amx(), &team.readahead(thread)};
   Claims& claims = team.next_claims(thread);
   const auto product = [&](auto finish) {
     for (int i = 0; i < team.size(); i++) {
@@ -835,11 +900,11 @@ void multiply(Team& team, int thread, const Weight& weight, const bf16* a, int r
         const void* block = weight.data[owner] + taken * weight.block_bytes();
         const int number = first + taken;
         if (weight.is_quantized)
-          multiply(team.uses_amx(), a, stride, rows, static_cast<const QuantizedStep*>(block),
-                   weight.steps, number, team.widened(thread), finish);
+          multiply(manner, a, stride, rows, static_cast<const QuantizedStep*>(block), weight.steps,
+                   number, team.widened(thread), finish);
         else
-          multiply(team.uses_amx(), a, stride, rows, static_cast<const bf16*>(block), weight.steps,
-                   number, number + 1, finish);
+          multiply(manner, a, stride, rows, static_cast<const bf16*>(block), weight.steps, number,
+                   number + 1, finish);
       }
     }
   };
@@ -1206,6 +1271,7 @@ void pack_values(const bf16* values, int length, int size, bf16* to) {
 void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query, int first_token,
                  int kv_head, int start, int count, const bf16* keys, const bf16* values,
                  SpanScratch& scratch, const Output& out) {
+  const Manner manner{use_amx, nullptr};
   const int group = shape.group(), rows = count * group, size = shape.size;
   const int width = round_up(size, kStep);
   for (int r = 0; r < rows; r++) {
@@ -1222,7 +1288,7 @@ void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query
     const int blocks = round_up(length, kBlock) / kBlock;
     pack_keys(keys + size_t(first) * size, length, size, scratch.keys);
     pack_values(values + size_t(first) * size, length, size, scratch.values);
-    multiply(use_amx, scratch.queries, width, rows, scratch.keys, width / kStep, 0, blocks,
+    multiply(manner, scratch.queries, width, rows, scratch.keys, width / kStep, 0, blocks,
              [&](int row, int block, __m512 left, __m512 right) {
                float* at = scratch.scores + row * kSpan + block * kBlock;
                _mm512_store_ps(at, cap(left, shape.scale, shape.softcap));
@@ -1234,7 +1300,7 @@ void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query
           scratch.scores + r * kSpan, shape.first_visible(position) - first, position + 1 - first,
           length, scratch.weights + r * kSpan);
     }
-    multiply(use_amx, scratch.weights, kSpan, rows, scratch.values, blocks, 0, width / kBlock,
+    multiply(manner, scratch.weights, kSpan, rows, scratch.values, blocks, 0, width / kBlock,
              [&](int row, int block, __m512 left, __m512 right) {
                float* at = scratch.sums + row * width + block * kBlock;
                const __m512 shrink = _mm512_set1_ps(scratch.shrink[row]);
@@ -1252,8 +1318,8 @@ void attend_span(bool use_amx, const Attention& shape, const TokenVectors& query
   }
 }
 
-// Who computes what of a step's attention; the same in every layer. The kv heads of a single token
-// are items of their own, dealt to threads in runs; who is done first helps the others.
+// Who computes what of a step's attention; the same in every layer. A single token's kv heads are
+// items of their own, dealt to threads in runs; who is done first helps the others.
 class AttentionPlan {
  public:
   AttentionPlan(const std::vector<Stretch>& stretches, int num_heads, int num_kv_heads,
@@ -1293,10 +1359,9 @@ class AttentionPlan {
     for (int i = 0; i < team.size(); i++) {
       const int owner = (thread + i) % team.size();
       const int first = first_item_[owner], last = first_item_[owner + 1];
-      for (int taken; (taken = claims.take(owner, last - first, i > 0)) >= 0;) {
-        const int item = first + taken;
-        attend_single(item, std::min(item + 1, last - 1), shape, cache, query, out);
-      }
+      for (int taken; (taken = claims.take(owner, last - first, i > 0)) >= 0;)
+        attend_single(first + taken, std::min(first + taken + 1, last - 1), shape, cache, query,
+                      out);
     }
     const int num_items = static_cast<int>(blocks_.size()) * num_heads;
     for (int item; (item = next_block.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
@@ -1310,19 +1375,29 @@ class AttentionPlan {
     }
   }
 
+  // Has what this thread's items read in a layer asked for while `num_pulls` steps of products run.
+  void read_ahead(Team& team, int thread, const Attention& shape, const LayerCache& cache,
+                  size_t num_pulls) const {
+    const int first = first_item_[thread], last = first_item_[thread + 1];
+    Readahead& readahead = team.readahead(thread);
+    readahead.begin();
+    for (int item = first; item < last; item++) {
+      const auto [offset, count] = visible(item, shape, cache);
+      const size_t num_bytes = size_t(count - 1) * shape.size * sizeof(bf16);  // the last is new
+      readahead.add(cache.keys + offset, num_bytes);
+      readahead.add(cache.values + offset, num_bytes);
+    }
+    readahead.spread(num_pulls);
+  }
+
  private:
   void attend_single(int item, int next_item, const Attention& shape, const LayerCache& cache,
                      const TokenVectors& query, const Output& out) const {
-    const auto place = [&](int i) {
-      const Stretch& stretch = stretches_[singles_[i / shape.num_kv_heads]];
-      return cache.offset(shape, stretch.slot, i % shape.num_kv_heads) +
-             size_t(shape.first_visible(stretch.start)) * shape.size;
-    };
-    const Stretch& stretch = stretches_[singles_[item / shape.num_kv_heads]];
+    const Stretch& stretch = single(item, shape);
     const int kv_head = item % shape.num_kv_heads, group = shape.group();
-    const int count = stretch.start + 1 - shape.first_visible(stretch.start);
-    const bf16 *keys = cache.keys + place(item), *values = cache.values + place(item);
-    const bf16* next = cache.keys + place(next_item);
+    const auto [offset, count] = visible(item, shape, cache);
+    const bf16 *keys = cache.keys + offset, *values = cache.values + offset;
+    const bf16* next = cache.keys + visible(next_item, shape, cache).offset;
     for (int first = 0; first < group; first += kHeadsTogether) {
       const int heads = std::min(kHeadsTogether, group - first);
       const int head = kv_head * group + first;
@@ -1331,6 +1406,23 @@ class AttentionPlan {
           shape, query.at(stretch.first_token, head), query.head_stride, keys, values, count,
           following, out.data + stretch.first_token * out.token_stride + head * shape.size);
     }
+  }
+
+  struct Positions {
+    size_t offset;  // in a layer's keys or values
+    int count;
+  };
+
+  const Stretch& single(int item, const Attention& shape) const {
+    return stretches_[singles_[item / shape.num_kv_heads]];
+  }
+
+  // What an item sees, its own position included.
+  Positions visible(int item, const Attention& shape, const LayerCache& cache) const {
+    const Stretch& stretch = single(item, shape);
+    const int first = shape.first_visible(stretch.start);
+    const size_t head = cache.offset(shape, stretch.slot, item % shape.num_kv_heads);
+    return {head + size_t(first) * shape.size, stretch.start + 1 - first};
   }
 
   const std::vector<Stretch>& stretches_;
@@ -1750,6 +1842,10 @@ class Step {
     qkv_width_ = (model.num_heads + 2 * model.num_kv_heads) * model.size;
     gated_width_ = static_cast<const Weight*>(layer.down)->inputs;
     residual_stride_ = round_up(model.hidden, kBlock);
+    for (const void* packed : {layer.qkv, layer.out, layer.gate_up, layer.down}) {
+      const auto& weight = *static_cast<const Weight*>(packed);
+      num_layer_steps_ += size_t(weight.blocks) * weight.steps;
+    }
     reserve(num_tokens);
   }
 
@@ -1779,9 +1875,12 @@ class Step {
     for (auto& next : next_blocks_) next.store(0, std::memory_order_relaxed);
     Team& team = engine_.team;
     const AttentionPlan plan(stretches, model_.num_heads, model_.num_kv_heads, team.size());
+    for (int thread = 0; thread < team.size(); thread++)
+      team.readahead(thread).reserve(2 * stretches.size() * model_.num_kv_heads);
     team.run([&](int thread) {
       const Share share(num_tokens, thread, team.size());
       for (int t = share.first; t < share.last; t++) embed(tokens[t], residual(t));
+      read_ahead(thread, num_tokens, 0, plan);
       for (int i = 0; i < model_.num_layers; i++) {
         attend(thread, share, num_tokens, i, plan);
         feed_forward(thread, share, num_tokens, i);
@@ -1837,13 +1936,31 @@ class Step {
     engine_.team.barrier();
   }
 
+  Attention attention(int layer) const {
+    return {model_.num_heads, model_.num_kv_heads, model_.size,
+            model_.scale,     0.0f,                model_.layers[layer].window};
+  }
+  LayerCache cache(int layer) const {
+    return {model_.layers[layer].keys, model_.layers[layer].values, model_.max_tokens};
+  }
+
+  // The products between the attention of two layers are bound by arithmetic where rows are many:
+  // meanwhile memory brings what the next attention reads, which by itself would wait for it.
+  void read_ahead(int thread, int num_tokens, int layer, const AttentionPlan& plan) {
+    Team& team = engine_.team;
+    if (layer == model_.num_layers) return team.readahead(thread).begin();
+    const int rows_together = team.uses_amx() ? kMaxRowsAmx : kMaxRowsAvx;
+    const size_t passes = (num_tokens + rows_together - 1) / rows_together;
+    plan.read_ahead(team, thread, attention(layer), cache(layer),
+                    num_layer_steps_ / team.size() * passes);
+  }
+
   void attend(int thread, const Share& share, int num_tokens, int number,
               const AttentionPlan& plan) {
     const HeadraceLayer& layer = model_.layers[number];
     Team& team = engine_.team;
-    const Attention shape{model_.num_heads, model_.num_kv_heads, model_.size,
-                          model_.scale,     0.0f,                layer.window};
-    const LayerCache cache{layer.keys, layer.values, model_.max_tokens};
+    const Attention shape = attention(number);
+    const LayerCache cache = this->cache(number);
     normalise(share, layer.attention_norm);
     multiply_adapted(thread, layer.qkv, number, kQkv, normed_, num_tokens,
                      store_as_float(qkv_, qkv_width_, qkv_width_));
@@ -1853,6 +1970,7 @@ class Step {
     plan.attend(team, thread, shape, cache, {query_, query_width_, model_.size},
                 {attended_, row_stride(query_width_)}, engine_.spans(thread),
                 next_blocks_[number]);
+    read_ahead(thread, num_tokens, number + 1, plan);
     team.barrier();
     multiply_adapted(thread, layer.out, number, kOut, attended_, num_tokens,
                      add_to_float(residual_, residual_stride_));
@@ -1949,6 +2067,7 @@ class Step {
   Engine& engine_;
   const HeadraceModel model_;
   int query_width_, qkv_width_, gated_width_, residual_stride_;
+  size_t num_layer_steps_ = 0;  // of a layer's products, one pass over each weight
   int capacity_ = 0;  // tokens that the scratch memory holds
   Pages scratch_;
   // Per token. Rows of bf16 that a product reads lie row_stride() apart.
