@@ -2,6 +2,7 @@
 
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,30 @@ async def test_what_can_never_fit_is_refused_at_admission(pool: WorkerPool) -> N
     with pytest.raises(Failure, match="CONTEXT_LENGTH_EXCEEDED"):
         await pool.admit(97)
     assert len(await pool.tokens_of(await pool.admit(96))) == 96
+
+
+async def test_a_house_full_of_batch_rows_serves_who_comes_at_once(pool: WorkerPool) -> None:
+    """Some of them pause and some are handed back; whatever happens to them, they say the same.
+
+    Three come where one place is kept: they end before anything of the batch does, although all of
+    it came before them. Then the worker is killed, and another one ends what is left.
+    """
+    settings: dict[str, Any] = {"max_batch_size": 3, "simulated_inter_token_ms": 20, "beat_ms": 300}
+    worker = await pool.worker(lease_ms=1000, **settings)
+    batch = [await pool.admit(150, lane="batch") for _ in range(5)]
+    for generation in batch[:3]:
+        await pool.reached(generation, 5)
+    interactive = [await pool.admit(10) for _ in range(3)]
+    ends = [(await pool.end_of(generation))[-1] for generation in interactive]
+    assert [await pool.position(generation) < 150 for generation in batch] == [True] * 5
+    assert {end.timing.attempts for end in ends if end.timing} == {1}
+    assert 1 <= len(worker.events("generation.yielded")) <= 2
+    worker.kill()
+    await pool.worker(max_batch_size=8)
+    answers = [await pool.tokens_of(generation) for generation in batch]
+    assert answers == [answers[0]] * 5
+    deaths = [(await pool.end_of(one))[-1].timing.deaths for one in batch]  # pyright: ignore[reportOptionalMemberAccess]
+    assert max(deaths) == 1, "only the kill was one"
 
 
 async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:
