@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from common.broker import Broker, connect
+from common.broker import Broker, Reserve, connect
 from common.broker.keys import prefix
 from common.failures import Failure
 from common.messages import FinishReason
@@ -444,7 +444,7 @@ async def test_a_large_generation_at_the_head_gets_a_worker_emptied(
     answer = await broker.claim(
         "w1", "0" * 16, 9, budget=100, max_generations=8, model_version="m@1"
     )
-    assert (answer.generations, answer.reserve) == ([], 1000)
+    assert (answer.generations, answer.reserve) == ([], Reserve(1000, "default", False))
     [first, _] = await worker.claim(budget=5000)
     assert first.id == large
 

@@ -232,7 +232,7 @@ class Waiting:
 
     def __init__(self, id: str, lane: Lane, cost: int, age_ms: int, shown_by: str) -> None:
         self.id = id
-        self.lane = lane
+        self.lane: Lane = lane
         self.cost = cost
         self.age_ms = age_ms
         self.shown_by = shown_by
