@@ -3,10 +3,7 @@
 import asyncio
 import json
 import stat
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,38 +12,10 @@ from common import keys
 from common.broker import Broker, connect
 from common.keys import ApiKey
 from common.models.simulated import SIMULATED_MODEL
-from ops import cli as command
+from tests.support.command import Headrace, headrace_of
 from tests.support.redis_server import RedisServer
 
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Headrace = Callable[..., Said]
-
-
-@pytest.fixture
-def headrace(
-    redis_server: RedisServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Headrace:
-    """Runs `headrace keys …` on the server and in the data directory of this test."""
-
-    def run(*arguments: str, data_dir: Path = tmp_path) -> Said:
-        options = ("--redis-url", redis_server.url, "--data-dir", str(data_dir))
-        monkeypatch.setattr(sys, "argv", ["headrace", "keys", *arguments, *options])
-        with pytest.raises(SystemExit) as ending:
-            command.main()
-        captured = capsys.readouterr()
-        return Said(int(str(ending.value.code)), captured.out, captured.err)
-
-    return run
+headrace = headrace_of("keys")
 
 
 def stored(server: RedisServer) -> dict[str, ApiKey]:

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,41 +12,14 @@ from common import keys
 from common.broker import Broker, WebhookStore, connect
 from common.models.simulated import SIMULATED_MODEL
 from common.webhooks import Endpoint
-from ops import cli as command
 from ops import webhooks
+from tests.support.command import Headrace, headrace_of
 from tests.support.redis_server import RedisServer
 
 T = TypeVar("T")
 
 
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Headrace = Callable[..., Said]
-
-
-@pytest.fixture
-def headrace(
-    redis_server: RedisServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Headrace:
-    """Runs `headrace webhooks …` on the server and in the data directory of this test."""
-
-    def run(*arguments: str, data_dir: Path = tmp_path) -> Said:
-        options = ("--redis-url", redis_server.url, "--data-dir", str(data_dir))
-        monkeypatch.setattr(sys, "argv", ["headrace", "webhooks", *arguments, *options])
-        with pytest.raises(SystemExit) as ending:
-            command.main()
-        captured = capsys.readouterr()
-        return Said(int(str(ending.value.code)), captured.out, captured.err)
-
-    return run
+headrace = headrace_of("webhooks")
 
 
 def on_store(server: RedisServer, act: Callable[[WebhookStore], Awaitable[T]]) -> T:
