@@ -217,6 +217,11 @@ async def test_what_is_out_of_range_is_named(
     assert told.kind.status == 400
 
 
+async def test_a_large_limit_is_written_out(services: Services) -> None:
+    told = await refusal(services, converse, max_tokens=-3)
+    assert told.message == "`max_tokens` must be between 1 and 4294967295"
+
+
 async def test_no_top_k_has_two_spellings(services: Services) -> None:
     assert [(await converse(services, top_k=k)).sampling.top_k for k in (0, -1)] == [0, 0]
 
