@@ -118,13 +118,15 @@ def unsupported(name: str, why: str = "is not supported by this server yet") -> 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
     """Raises: Failure BAD_REQUEST when ``value`` is given and outside ``[low, high]``."""
     if value is not None and not low <= value <= high:
-        raise Failure("BAD_REQUEST", f"`{name}` must be between {low:.15g} and {high:.15g}", field=name)
+        message = f"`{name}` must be between {low:.15g} and {high:.15g}"
+        raise Failure("BAD_REQUEST", message, field=name)
 
 
 def check_above_0(name: str, value: float | None, high: float) -> None:
     """Raises: Failure BAD_REQUEST when ``value`` is given and outside ``]0, high]``."""
     if value is not None and not 0 < value <= high:
-        raise Failure("BAD_REQUEST", f"`{name}` must be above 0 and at most {high:.15g}", field=name)
+        message = f"`{name}` must be above 0 and at most {high:.15g}"
+        raise Failure("BAD_REQUEST", message, field=name)
 
 
 def check_stops(name: str, stops: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ _STRETCH_BESIDE = 1.2
 """A step with interactive rows may take so many times as long as with these alone."""
 _STRETCH_BETWEEN = 2.2
 """So many times that may a step take without any of them, while they come and go: whoever arrives
-waits for its end. Smaller steps cost throughput: with 1.4, a batch beside two readers a second had 348
-tokens/s, with this 419 (SmolLM2-135M on two cores, `headrace bench batch`)."""
+waits for its end. Smaller steps cost throughput: with 1.4, a batch beside two readers a second had
+348 tokens/s, with this 419 (SmolLM2-135M on two cores, `headrace bench batch`)."""
 _BETWEEN_S = 60.0
 """An engine that has computed for so long without anything interactive belongs to the others."""
 _GROWTH, _SHRINKAGE = 0.025, 0.075
