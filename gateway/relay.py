@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from common.broker import MAX_CHOICES, Attachment, Broker, Look, Page
+from common.broker import MAX_CHOICES, MAX_LOOKS, Attachment, Broker, Look, Page
 from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
 from common.ids import generation_id, request_of
@@ -43,7 +43,6 @@ LOST_LIMIT_S = 3.0
 """How long an id may be unknown to Redis before its readers are told that it is gone."""
 CANCEL_MEMORY_S = 3.0
 """Cancels that a Redis which went back may have forgotten are sent again within this time."""
-MAX_LOOKS = 256
 MAX_OFFERS, MAX_DELIVERIES = 4096, 256
 """Records taken in, and streams written to, before others of this process have their turn: some
 6 ms each."""
@@ -146,7 +145,7 @@ class Relay:
         first, *others = (generation_id(request_id, choice) for choice in range(MAX_CHOICES))
         # The first one first: its tombstone keeps out an admission that comes from now on.
         states = {await self._cancel(first, tenant)}
-        known = [look.id for look in await self._look_at(others) if look.state]
+        known = [look.id for look in await self._commands.look(self.name, others) if look.state]
         states |= {await self._cancel(id, tenant) for id in known}
         return next((state for state in ("cancelled", "ended") if state in states), "unknown")
 
@@ -301,7 +300,7 @@ class Relay:
         """What Redis forgot is queued again also for a client that left: it may come back."""
         kept = map(generation_id, self._recent.ids())
         unread = [known for known in kept if known not in self._readers]
-        for look in await self._look_at(unread):
+        for look in await self._commands.look(self.name, unread):
             if not look.state:
                 await self._recent.resubmit(request_of(look.id), gateway="")
 
@@ -351,16 +350,10 @@ class Relay:
 
     async def _check_tails(self, ids: list[str]) -> None:
         try:
-            for look in await self._look_at(ids):
+            for look in await self._commands.look(self.name, ids):
                 await self._heal(look)
         except Failure:
             return  # Redis is away: the inbox reader notices and joins again
-
-    async def _look_at(self, ids: list[str]) -> list[Look]:
-        looks: list[Look] = []
-        for start in range(0, len(ids), MAX_LOOKS):
-            looks += await self._commands.look(self.name, ids[start : start + MAX_LOOKS])
-        return looks
 
     async def _heal(self, look: Look) -> None:
         for stream in self._readers.get(look.id, []):

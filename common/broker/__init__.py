@@ -1,7 +1,7 @@
 """All that talks to Redis: the protocol steps, the connection, the keys."""
 
 from common.broker.batch_store import BatchStore, BatchWatch
-from common.broker.broker import MAX_CHOICES, Broker
+from common.broker.broker import MAX_CHOICES, MAX_LOOKS, Broker
 from common.broker.connection import Client, connect
 from common.broker.key_store import KeyStore
 from common.broker.steps import (
@@ -36,6 +36,7 @@ from common.broker.webhook_store import WebhookStore
 
 __all__ = [
     "MAX_CHOICES",
+    "MAX_LOOKS",
     "Admission",
     "Admitted",
     "Attachment",

@@ -55,6 +55,8 @@ START_PATIENCE_S = 5.0
 """How long a server may be away when a process starts."""
 _LOOK_AGAIN_S = 0.1
 MAX_CHOICES = 16
+MAX_LOOKS = 256
+"""Streams that one call looks at, or keeps."""
 GATEWAY_LEASE_MS = 15_000
 _BELL_TTL_MS = 60_000
 _DISK_LIMIT_MS = 4000
@@ -465,11 +467,14 @@ class Broker:
         return Page(_text(state), at, _text(chain), _entries(entries))
 
     async def look(self, gateway: str, generation_ids: Sequence[str]) -> list[Look]:
-        """State of streams (≤ 256), and what those that wait have ahead of them.
+        """State of streams, and what those that wait have ahead of them.
 
         It heals what a lost inbox record would leave hanging.
         """
-        rows = await self._call("look", _pack((gateway, list(generation_ids))), read_only=True)
+        rows: list[Any] = []
+        for first in range(0, len(generation_ids), MAX_LOOKS):
+            some = list(generation_ids[first : first + MAX_LOOKS])
+            rows += await self._call("look", _pack((gateway, some)), read_only=True)
         return [
             Look(
                 generation_id, _text(state), at, bool(subscribed), ahead, None if wait < 0 else wait

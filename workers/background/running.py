@@ -55,7 +55,6 @@ RETRY_S = 1.0
 _AT_ONCE = 4
 """Lines that are being made into requests, and as many that are being answered."""
 _FORGET_AT_ONCE = 16
-_MAX_LOOKS = 256
 _STALE = frozenset({"MODEL_VERSION_GONE", "QUEUE_TIMEOUT", "STREAM_DIVERGED", "STREAM_EXPIRED"})
 """Ends of a generation that say nothing of its line, and of which nobody has seen anything yet."""
 
@@ -222,10 +221,9 @@ class Running:
 
     async def _look(self) -> None:
         open_ids = [id for line in set(self._lines.values()) for id in line.open]
-        for first in range(0, len(open_ids), _MAX_LOOKS):
-            for look in await self._means.broker.look("", open_ids[first : first + _MAX_LOOKS]):
-                if look.state in ("", "T"):  # unknown: reading it tells
-                    self._hear(look.id)
+        for look in await self._means.broker.look("", open_ids):
+            if look.state in ("", "T"):  # unknown: reading it tells
+                self._hear(look.id)
 
     async def _collect(self) -> None:
         while True:

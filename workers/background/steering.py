@@ -18,6 +18,7 @@ from common.batches import (
     request_id,
     result_file_id,
 )
+from common.broker import MAX_LOOKS
 from common.broker.batch_store import Step
 from common.clock import wall_ms
 from common.files import RESULTS, FileRecord
@@ -51,7 +52,6 @@ LEASE_MS = 5000
 """Of a process that was killed, until another one goes on; at most, as a supervisor that sees it
 die ends its leases."""
 _RENEW_S = 1.5
-_MAX_LOOKS = 256
 
 _UNFINISHED = {
     "cancelling": ("batch_cancelled", "The batch was cancelled before this line was finished."),
@@ -219,11 +219,9 @@ class Steering:
         """
         index = await self._index(record)
         async with aclosing(open_lines(self._means, record, index, results)) as lines:
-            while some := await _take(lines, _MAX_LOOKS):
+            while some := await _take(lines, MAX_LOOKS):
                 for number, line in await patiently(lambda: self._unknown(record, some)):
-                    code, message = _UNFINISHED[record.status]
-                    result = unfinished_line(record.id, number, line.custom_id, code, message)
-                    results.add_failure(number, result)
+                    _leave(record, results, number, line)
                 for number, line in some:
                     if not results.has(number):
                         await self._take_up(record, results, number, line)
@@ -248,15 +246,12 @@ class Steering:
             lambda: requests_of(means.offer, means.broker, record, number, body)
         )
         wholes = await patiently(lambda: read_ended(means.broker, asked))
-        is_answered = wholes is not None and failed(wholes) is None
-        if is_answered and wholes is not None:
+        if wholes is not None and failed(wholes) is None:
             answer = answer_of(means.offer, asked, wholes)
             result = result_line(record.id, number, line.custom_id, answer)
             results.add_answer(number, result, answer.usage)
         else:
-            code, message = _UNFINISHED[record.status]
-            result = unfinished_line(record.id, number, line.custom_id, code, message)
-            results.add_failure(number, result)
+            _leave(record, results, number, line)
         generations = [id for one in asked for id in one.generations()]
         await patiently(lambda: forget(means.broker, record.tenant, generations))
 
@@ -286,6 +281,13 @@ class Steering:
 
         await patiently(write)
         return id
+
+
+def _leave(record: BatchRecord, results: Results, number: int, line: InputLine) -> None:
+    """Say of a line why it was not finished."""
+    code, message = _UNFINISHED[record.status]
+    result = unfinished_line(record.id, number, line.custom_id, code, message)
+    results.add_failure(number, result)
 
 
 async def _take(
