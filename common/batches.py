@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from common.files import LIFE_S
 from common.keys import PUBLIC_TENANT
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate"]
@@ -42,8 +43,6 @@ MAX_ERRORS = 100
 """Of a file that is refused; whoever has more mends these first."""
 WINDOW_S = 24 * 3600
 """``completion_window``: what is not finished by then expires."""
-FILE_LIFE_S = 30 * 24 * 3600
-"""How long files of results live, unless the batch says otherwise."""
 
 _PREFIX = "batch_"
 _FIELDS_OF_TIME = (
@@ -151,7 +150,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     """Parts of results whose lines are counted here."""
     output_file_id: str | None = None
     error_file_id: str | None = None
-    output_life_s: int = FILE_LIFE_S
+    output_life_s: int = LIFE_S
     """How long the files of results live."""
     fingerprint: str = ""
     """Of what was asked for, where an idempotency key was sent."""
@@ -159,11 +158,6 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     @property
     def is_final(self) -> bool:
         return self.status in FINAL
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether no more lines are run."""
-        return self.status not in ("validating", "in_progress")
 
     # Steps ---------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Parts:
 
     async def count(self) -> int:
         """How many there are."""
-        return len(await self._storage.list(parts_prefix(self._batch_id).rstrip("/")))
+        return len(await self._storage.list(parts_prefix(self._batch_id)))
 
     async def part(self, number: int) -> Part:
         """Raises: FileNotFoundError."""

@@ -11,18 +11,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from redis.exceptions import WatchError
 
-from common.batches import FILE_LIFE_S, BatchRecord
+from common.batches import BatchRecord
 from common.broker import keys
 from common.broker.connection import Client, mapped_errors
+from common.broker.records import page_of
 from common.clock import wall_ms
 from common.failures import Failure
+from common.files import LIFE_S
 
 Step = Callable[[BatchRecord], BatchRecord | None]
 """What becomes of a record; None: it stays as it is."""
 
-_KEPT_MS = FILE_LIFE_S * 1000
+_KEPT_MS = LIFE_S * 1000
 """How long a record is known behind its last change: as long as its files."""
 _CHANGES_KEPT = 1000
 _CHANGES_TTL_MS = 24 * 3600 * 1000
@@ -58,7 +59,10 @@ class BatchStore:
             pipe.pexpire(of_tenant, 2 * _KEPT_MS)
             return record
 
-        return await self._transact(add, record.id)
+        with mapped_errors():
+            return await self._redis.transaction(
+                add, keys.batch(record.id), value_from_callable=True
+            )
 
     async def get(self, batch_id: str, tenant: str | None = None) -> BatchRecord | None:
         """The batch; None: there is no such one, or it is not of this ``tenant``."""
@@ -73,19 +77,15 @@ class BatchStore:
         """Batches of a tenant, the newest first, behind the batch ``after``; and whether there are
         more. None: it has no batch ``after``.
         """
-        of_tenant = keys.batches_of(tenant)
         with mapped_errors():
-            first = 0
-            if after:
-                rank = await self._redis.zrevrank(of_tenant, after)
-                if rank is None:
-                    return None
-                first = rank + 1
-            ids = await self._redis.zrevrange(of_tenant, first, first + limit)
-            if not ids:
-                return [], False
-            packed = await self._redis.mget([keys.batch(id.decode()) for id in ids[:limit]])
-        return [_unpack(record) for record in packed if record], len(ids) > limit
+            return await page_of(
+                self._redis,
+                keys.batches_of(tenant),
+                keys.batch,
+                _unpack,
+                limit=limit,
+                after=after,
+            )
 
     async def change(self, batch_id: str, step: Step) -> BatchRecord | None:
         """The record as it stands after ``step``, which may be called again, with another record,
@@ -104,20 +104,10 @@ class BatchStore:
             _write(pipe, changed)
             return changed
 
-        return await self._transact(take_step, batch_id)
-
-    async def _transact(self, step: Callable[[Any], Any], batch_id: str) -> Any:
         with mapped_errors():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        await pipe.watch(keys.batch(batch_id))
-                        result = await step(pipe)
-                        await pipe.execute()
-                    except WatchError:
-                        continue
-                    else:
-                        return result
+            return await self._redis.transaction(
+                take_step, keys.batch(batch_id), value_from_callable=True
+            )
 
     # Steering ------------------------------------------------------------------------------------
 
@@ -130,32 +120,25 @@ class BatchStore:
         with mapped_errors():
             if await self._redis.set(lease, owner, nx=True, px=lease_ms):
                 return True
-            async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(lease)
-                if await pipe.get(lease) != owner.encode():
-                    return False
-                pipe.multi()
-                pipe.pexpire(lease, lease_ms)
-                try:
-                    await pipe.execute()
-                except WatchError:
-                    return False
-        return True
+        return await self._change_lease(lease, owner, lambda pipe: pipe.pexpire(lease, lease_ms))
 
     async def drop_leases(self, batch_ids: Iterable[str], owner: str) -> None:
         """End those leases that are ``owner``'s, so that others go on at once."""
+        for lease in map(keys.batch_lease, batch_ids):
+            await self._change_lease(lease, owner, lambda pipe, lease=lease: pipe.delete(lease))
+
+    async def _change_lease(self, lease: str, owner: str, change: Callable[[Any], object]) -> bool:
+        """Whether the lease is ``owner``'s; then it is changed."""
+
+        async def if_owned(pipe: Any) -> bool:
+            is_owned = await pipe.get(lease) == owner.encode()
+            pipe.multi()
+            if is_owned:
+                change(pipe)
+            return is_owned
+
         with mapped_errors():
-            for batch_id in batch_ids:
-                lease = keys.batch_lease(batch_id)
-                async with self._redis.pipeline(transaction=True) as pipe:
-                    await pipe.watch(lease)
-                    if await pipe.get(lease) == owner.encode():
-                        pipe.multi()
-                        pipe.delete(lease)
-                        try:
-                            await pipe.execute()
-                        except WatchError:
-                            continue
+            return await self._redis.transaction(if_owned, lease, value_from_callable=True)
 
     async def active(self, pool: str) -> list[str]:
         """Batches of ``pool`` that have not ended, the oldest first."""

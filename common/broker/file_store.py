@@ -11,12 +11,12 @@ import msgspec
 
 from common.broker import keys
 from common.broker.connection import Client, mapped_errors
+from common.broker.records import page_of
 from common.clock import wall_ms
 from common.files import MAX_LIFE_S, FileRecord
 
 _KEPT_MS = 2 * MAX_LIFE_S * 1000
 """How long what names files outlives the newest of them: background workers may be away so long."""
-_PAGE = 500
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(FileRecord).decode
@@ -79,29 +79,17 @@ class FileStore:
         newest_first: bool,
     ) -> tuple[list[FileRecord], bool] | None:
         """Files of a tenant that are wanted, and whether there are more. None: no ``after``."""
-        of_tenant = keys.files_of(tenant)
-        rank_of, ids_in = (
-            (self._redis.zrevrank, self._redis.zrevrange)
-            if newest_first
-            else (self._redis.zrank, self._redis.zrange)
-        )
-        found: list[FileRecord] = []
         with mapped_errors():
-            first = 0
-            if after:
-                rank = await rank_of(of_tenant, after)
-                if rank is None:
-                    return None
-                first = rank + 1
-            while len(found) <= limit:
-                ids = await ids_in(of_tenant, first, first + _PAGE - 1)
-                if not ids:
-                    break
-                first += len(ids)
-                packed = await self._redis.mget([keys.file(id.decode()) for id in ids])
-                records = [_unpack(record) for record in packed if record]
-                found += [record for record in records if is_wanted(record)]
-        return found[:limit], len(found) > limit
+            return await page_of(
+                self._redis,
+                keys.files_of(tenant),
+                keys.file,
+                _unpack,
+                limit=limit,
+                after=after,
+                is_wanted=is_wanted,
+                newest_first=newest_first,
+            )
 
     async def remove(self, file_id: str) -> None:
         """Forget the record; the bytes are due at once."""

@@ -11,6 +11,7 @@ import msgspec
 
 from common.broker import keys
 from common.broker.connection import Client, mapped_errors
+from common.broker.records import change_field
 from common.failures import Failure
 from common.keys import ApiKey
 
@@ -53,18 +54,8 @@ class KeyStore:
 
     async def change(self, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey | None:
         """Replace a key by what ``change`` makes of it, whoever else changes it; None: no such."""
-
-        async def replace(pipe: Any) -> ApiKey | None:
-            packed = await pipe.hget(keys.API_KEYS, key_id)
-            pipe.multi()
-            if packed is None:
-                return None
-            changed = change(_unpack(packed))
-            pipe.hset(keys.API_KEYS, key_id, _pack(changed))
-            return changed
-
         with mapped_errors():
-            return await self._redis.transaction(replace, keys.API_KEYS, value_from_callable=True)
+            return await change_field(self._redis, keys.API_KEYS, key_id, _unpack, change)
 
     async def remove(self, key_id: str) -> bool:
         """Forget a key; False: there was none."""

@@ -12,6 +12,7 @@ import msgspec
 
 from common.broker import keys
 from common.broker.connection import Client, mapped_errors
+from common.broker.records import change_field
 from common.clock import wall_ms
 from common.webhooks import GIVE_UP_S, Delivery, Endpoint, EventType, event_id
 
@@ -52,19 +53,9 @@ class WebhookStore:
         self, endpoint_id: str, change: Callable[[Endpoint], Endpoint]
     ) -> Endpoint | None:
         """Replace an endpoint by what ``change`` makes of it; None: there is none."""
-
-        async def replace(pipe: Any) -> Endpoint | None:
-            packed = await pipe.hget(keys.WEBHOOK_ENDPOINTS, endpoint_id)
-            pipe.multi()
-            if packed is None:
-                return None
-            changed = change(_endpoint(packed))
-            pipe.hset(keys.WEBHOOK_ENDPOINTS, endpoint_id, _pack(changed))
-            return changed
-
         with mapped_errors():
-            return await self._redis.transaction(
-                replace, keys.WEBHOOK_ENDPOINTS, value_from_callable=True
+            return await change_field(
+                self._redis, keys.WEBHOOK_ENDPOINTS, endpoint_id, _endpoint, change
             )
 
     async def remove_endpoint(self, endpoint_id: str) -> bool:

@@ -16,7 +16,6 @@ from starlette.routing import Route
 
 from common.batches import (
     ENDPOINTS,
-    FILE_LIFE_S,
     WINDOW_S,
     BatchRecord,
     Endpoint,
@@ -24,7 +23,7 @@ from common.batches import (
 )
 from common.clock import wall_ms
 from common.failures import Failure
-from common.files import MAX_LIFE_S, MIN_LIFE_S
+from common.files import LIFE_S, MAX_LIFE_S, MIN_LIFE_S
 from common.logs import get_logger
 from gateway.api.responses import check_metadata
 from gateway.bodies import check_range, decoded, read_json
@@ -128,7 +127,7 @@ async def _wish(services: Services, caller: Caller, body: BatchBody) -> _Wish:
 def _life(expires_after: ExpiresAfter | None) -> int:
     """Seconds that the files of results are to live."""
     if expires_after is None:
-        return FILE_LIFE_S
+        return LIFE_S
     if expires_after.anchor != "created_at":
         raise _refused(
             "`output_expires_after.anchor` must be created_at", "output_expires_after.anchor"

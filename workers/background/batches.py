@@ -86,7 +86,7 @@ class Steers:
         store, storage = self._means.store, self._means.storage
         while ended := await store.ended_before(wall_ms() // 1000 - FOLDER_LIFE_S):
             for batch_id in ended:
-                names = await storage.list(folder(batch_id).rstrip("/"))
+                names = await storage.list(folder(batch_id))
                 if names:
                     await storage.delete(*names)
                 await store.note_cleared(batch_id)
