@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from common.batches import BatchRecord
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.logs import get_logger
 from common.parts import Parts
+from gateway.api.batches import find_batch
 from gateway.batch_tail import END, BatchTail
 from gateway.callers import caller_of
 from gateway.errors import envelope
@@ -37,7 +37,7 @@ _CURSOR = re.compile(rf"(\d{{1,9}})({END})?")
 
 async def read_events(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, also for another tenant's; STREAM_EXPIRED; BAD_REQUEST."""
-    services, record = services_of(request), await _find(request)
+    services, record = services_of(request), await find_batch(request)
     position, has_seen_end = _cursor(request)
     shows_lines = _shows_lines(request)
     if has_seen_end and record.is_final:
@@ -61,20 +61,12 @@ async def read_events(request: Request) -> Response:
 
 async def make_token(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, BROKER_UNAVAILABLE."""
-    record, caller = await _find(request), caller_of(request)
+    record, caller = await find_batch(request), caller_of(request)
     token = await services_of(request).stream_tokens.issue_for_batch(record.id, caller.key_id)
     return JSONResponse(
         token.shown(record.id, f"/v1/batches/{record.id}/events"),
         headers={"cache-control": "no-store"},
     )
-
-
-async def _find(request: Request) -> BatchRecord:
-    batch_id = request.path_params["id"]
-    record = await services_of(request).broker.batch_store.get(batch_id, caller_of(request).tenant)
-    if record is None:
-        raise Failure("NOT_FOUND", f"No batch found with id '{batch_id[:80]}'.")
-    return record
 
 
 def _cursor(request: Request) -> tuple[int, bool]:
