@@ -258,7 +258,6 @@ def admission_of(
     settings: OrderSettings, caller: Caller, request_id: str, order: Order, trace: str = ""
 ) -> Admission:
     """What a request for ``order`` always is; whoever makes it says how it waits and who reads."""
-    shows_seed = order.flags & DETAILS and order.sampling.do_sample
     return Admission(
         request_id=request_id,
         spec=GenerationSpec(
@@ -270,16 +269,7 @@ def admission_of(
             adapter=order.adapter,
         ),
         cost=order.cost,
-        presentation=Presentation(
-            api=order.api,
-            flags=order.flags,
-            created=int(time.time()),
-            prompt_tokens=len(order.prompt),
-            seed=order.sampling.seed if shows_seed else None,
-            num_choices=order.num_choices,
-            prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
-            is_background=order.document is not None and order.document.is_background,
-        ),
+        presentation=presentation_of(order),
         gateway="",
         lane=order.lane,
         tenant=caller.tenant,
@@ -287,6 +277,21 @@ def admission_of(
         run_limit_ms=int(settings.run_limit_s * 1000),
         lane_cap_tokens=settings.lane_cap_tokens,
         lane_cap_bytes=settings.lane_cap_bytes,
+    )
+
+
+def presentation_of(order: Order) -> Presentation:
+    """How the answer to a request for ``order``, made now, is to be shown."""
+    shows_seed = order.flags & DETAILS and order.sampling.do_sample
+    return Presentation(
+        api=order.api,
+        flags=order.flags,
+        created=int(time.time()),
+        prompt_tokens=len(order.prompt),
+        seed=order.sampling.seed if shows_seed else None,
+        num_choices=order.num_choices,
+        prompt_characters=len(order.prompt_text) if order.flags & ECHO else 0,
+        is_background=order.document is not None and order.document.is_background,
     )
 
 

@@ -20,7 +20,7 @@ from common.failures import Failure
 from common.ids import generation_id
 from common.messages import LANES, Finish, FinishReason
 from common.settings import OrderSettings
-from gateway.admission import admission_of
+from gateway.admission import admission_of, presentation_of
 from gateway.answer import subject_of, whole_body
 from gateway.api import chat, completions, responses, tgi
 from gateway.bodies import decoded, max_prompt_items, unsupported
@@ -206,7 +206,7 @@ def _reply(offer: LineOffer, asked: Asked, choices: list[Completion]) -> Reply:
         if choice.finish.reason == FinishReason.FAILED:
             raise failure_of(choice.finish)
     timing = choices[0].timing
-    presentation = asked.admission(offer, queue_limit_ms=0, retention_ms=0).presentation
+    presentation = presentation_of(asked.order)
     if timing is not None:  # Redis knows when it was queued, whoever did it
         presentation = msgspec.structs.replace(presentation, created=timing.admitted // 1000)
     version = timing.model_version if timing else offer.model.version
