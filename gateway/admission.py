@@ -23,7 +23,7 @@ from common.keys import NO_LIMITS
 from common.messages import GenerationSpec, Lane
 from common.settings import GatewaySettings, OrderSettings
 from gateway.callers import Caller
-from gateway.idempotency import Idempotency
+from gateway.idempotency import Idempotency, digest_of
 from gateway.order import DETAILS, ECHO, Order
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
@@ -109,9 +109,7 @@ class Admissions:
         self._recent = recent
         self._settings = settings
 
-    async def foresee(
-        self, caller: Caller, lane: Lane, idempotency: Idempotency | None = None
-    ) -> None:
+    async def foresee(self, caller: Caller, lane: Lane, idempotency_key: str) -> None:
         """Refuse ahead of the work on a prompt what :meth:`admit` would refuse after it, whatever
         the prompt holds. Where Redis is away, :meth:`admit` finds out.
 
@@ -126,7 +124,7 @@ class Admissions:
                     queue_limit_ms=int(settings.queue_limit_s * 1000),
                     lane_cap_tokens=settings.lane_cap_tokens,
                     lane_cap_bytes=settings.lane_cap_bytes,
-                    idempotency_key=idempotency.key_of(0) if idempotency else "",
+                    idempotency_key=digest_of(idempotency_key, 0) if idempotency_key else "",
                     quota=_quota(caller, is_first=True),
                 )
         except TimeoutError:
@@ -166,7 +164,7 @@ class Admissions:
         if idempotency is not None:
             admission = replace(
                 admission,
-                idempotency_key=idempotency.key_of(first_choice),
+                idempotency_key=digest_of(idempotency.key, first_choice),
                 fingerprint=idempotency.fingerprint,
             )
         streams = self._open(request_id, caller.tenant, order.num_choices, first_choice)

@@ -21,7 +21,7 @@ from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, rate_limit_headers, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
-from gateway.idempotency import Idempotency, idempotency_of
+from gateway.idempotency import Idempotency, idempotency_of, key_in
 from gateway.middleware import arrival_of, trace_of
 from gateway.order import Order
 from gateway.responses import ResponseFrames, keep_document, nothing, response_object
@@ -93,8 +93,8 @@ async def turn_away_early(request: Request, lane: Lane = "default") -> None:
     _check_room(services, num_wanted=1)
     if len(await request.body()) < WORTH_ASKING_BYTES:
         return
-    caller, idempotency = caller_of(request), await idempotency_of(request)
-    await services.admissions.foresee(caller, caller.lane_for(lane), idempotency)
+    caller, key = caller_of(request), key_in(request.headers)
+    await services.admissions.foresee(caller, caller.lane_for(lane), key)
 
 
 def _check_room(services: Services, num_wanted: int) -> None:

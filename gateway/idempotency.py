@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from common.failures import Failure
@@ -31,12 +32,13 @@ class Idempotency:
     fingerprint: str
     """Of what was asked for: another one under the same key is refused."""
 
-    def key_of(self, choice: int) -> str:
-        """The key under which Redis knows the prompt whose first choice is ``choice``.
 
-        Several prompts in one body are as many requests.
-        """
-        return hashlib.sha256(f"{choice}:{self.key}".encode()).hexdigest()[:32]
+def digest_of(key: str, choice: int) -> str:
+    """What Redis knows the prompt by whose first choice is ``choice``.
+
+    Several prompts in one body are as many requests.
+    """
+    return hashlib.sha256(f"{choice}:{key}".encode()).hexdigest()[:32]
 
 
 async def idempotency_of(request: Request) -> Idempotency | None:
@@ -46,9 +48,17 @@ async def idempotency_of(request: Request) -> Idempotency | None:
 
     Raises: Failure BAD_REQUEST.
     """
-    texts = request.headers.getlist(HEADER)
-    if not texts:
+    key = key_in(request.headers)
+    if not key:
         return None
+    return Idempotency(key, _fingerprint(request.url.path, await request.body()))
+
+
+def key_in(headers: Headers) -> str:
+    """What the header says; "" without the header. Raises: Failure BAD_REQUEST."""
+    texts = headers.getlist(HEADER)
+    if not texts:
+        return ""
     key = _key(texts[0]) if len(texts) == 1 else ""
     if not 0 < len(key) <= MAX_CHARACTERS:
         raise Failure(
@@ -56,7 +66,7 @@ async def idempotency_of(request: Request) -> Idempotency | None:
             f"{HEADER} must be one string of 1 to {MAX_CHARACTERS} visible characters",
             field=HEADER,
         )
-    return Idempotency(key, _fingerprint(request.url.path, await request.body()))
+    return key
 
 
 def _key(text: str) -> str:
