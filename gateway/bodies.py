@@ -32,6 +32,9 @@ MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 64
 
+_MAX_DIGITS = 15
+"""Of a number written as text: more than any limit has, and exact as a float."""
+
 _INLINE_BYTES = 256 * 1024
 """A body up to here is checked in 2 ms, which may block the event loop."""
 _ID_DIGITS = 9
@@ -120,6 +123,18 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
     if value is not None and not low <= value <= high:
         message = f"`{name}` must be between {low:.15g} and {high:.15g}"
         raise Failure("BAD_REQUEST", message, field=name)
+
+
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+
+
+def number_in(name: str, text: str, low: int, high: int) -> int:
+    """A number in a query or a form. Raises: Failure BAD_REQUEST, outside ``[low, high]`` too."""
+    if not is_number(text):
+        raise Failure("BAD_REQUEST", f"`{name}` must be a number", field=name)
+    check_range(name, int(text), low, high)
+    return int(text)
 
 
 def check_above_0(name: str, value: float | None, high: float) -> None:

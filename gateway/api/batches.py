@@ -25,6 +25,7 @@ from common.clock import wall_ms
 from common.failures import Failure
 from common.files import LIFE_S, MAX_LIFE_S, MIN_LIFE_S
 from common.logs import get_logger
+from gateway.api.lists import page_limit, shown_page
 from gateway.api.responses import check_metadata
 from gateway.bodies import check_range, decoded, read_json
 from gateway.callers import Caller, caller_of
@@ -139,26 +140,16 @@ def _life(expires_after: ExpiresAfter | None) -> int:
 
 async def list_batches(request: Request) -> Response:
     """Batches of the caller, the newest first. Raises: Failure BAD_REQUEST."""
-    query, text = request.query_params, request.query_params.get("limit", str(DEFAULT_PAGE))
-    if not (text.isascii() and text.isdigit() and len(text) < 9):
-        raise _refused("`limit` must be a number", "limit")
-    check_range("limit", int(text), 1, MAX_PAGE)
-    store = services_of(request).broker.batch_store
+    query, store = request.query_params, services_of(request).broker.batch_store
     page = await store.page(
-        caller_of(request).tenant, limit=int(text), after=query.get("after", "")
+        caller_of(request).tenant,
+        limit=page_limit(query, default=DEFAULT_PAGE, most=MAX_PAGE),
+        after=query.get("after", ""),
     )
     if page is None:
         raise _refused("`after` must be the id of a batch", "after")
     records, has_more = page
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [record.shown() for record in records],
-            "first_id": records[0].id if records else None,
-            "last_id": records[-1].id if records else None,
-            "has_more": has_more,
-        }
-    )
+    return shown_page([record.shown() for record in records], has_more=has_more)
 
 
 async def show_batch(request: Request) -> Response:

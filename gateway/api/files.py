@@ -26,7 +26,8 @@ from common.files import (
     UploadPurpose,
 )
 from common.logs import get_logger
-from gateway.bodies import check_range
+from gateway.api.lists import is_newest_first, page_limit, shown_page
+from gateway.bodies import is_number, number_in
 from gateway.callers import caller_of
 from gateway.errors import failure_response
 from gateway.middleware import arrival_of
@@ -105,9 +106,7 @@ def _life(texts: dict[str, str]) -> int:
         return LIFE_S
     if texts.get(_ANCHOR) != "created_at":
         raise _refused(f"`{_ANCHOR}` must be created_at.", _ANCHOR)
-    seconds = _number(texts.get(_SECONDS, ""), _SECONDS)
-    check_range(_SECONDS, seconds, MIN_LIFE_S, MAX_LIFE_S)
-    return seconds
+    return number_in(_SECONDS, texts.get(_SECONDS, ""), MIN_LIFE_S, MAX_LIFE_S)
 
 
 async def _within_limits(form: FileForm, request: Request) -> AsyncIterator[bytes]:
@@ -151,30 +150,17 @@ async def list_files(request: Request) -> Response:
     Raises: Failure BAD_REQUEST.
     """
     query = request.query_params
-    limit = _number(query.get("limit", str(MAX_PAGE)), "limit")
-    check_range("limit", limit, 1, MAX_PAGE)
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise _refused("`order` must be one of asc, desc", "order")
     page = await services_of(request).files.list(
         caller_of(request).tenant,
-        limit=limit,
+        limit=page_limit(query, default=MAX_PAGE, most=MAX_PAGE),
         after=query.get("after", ""),
         purpose=query.get("purpose", ""),
-        newest_first=order == "desc",
+        newest_first=is_newest_first(query),
     )
     if page is None:
         raise _refused("`after` must be the id of a file", "after")
     files, has_more = page
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [file.shown() for file in files],
-            "first_id": files[0].id if files else None,
-            "last_id": files[-1].id if files else None,
-            "has_more": has_more,
-        }
-    )
+    return shown_page([file.shown() for file in files], has_more=has_more)
 
 
 async def show_file(request: Request) -> Response:
@@ -246,7 +232,7 @@ def _range(request: Request, file: FileRecord, etag: str) -> tuple[int, int] | N
     has_changed = request.headers.get("if-range", etag) != etag
     if unit.strip().lower() != "bytes" or not dash or has_changed:
         return everything
-    if not all(_is_number(each) or not each for each in (first, last)) or not (first or last):
+    if not all(is_number(each) or not each for each in (first, last)) or not (first or last):
         return everything
     if not first:
         start, end = max(0, file.bytes - int(last)), file.bytes
@@ -275,16 +261,6 @@ async def _find(request: Request) -> FileRecord:
 
 def _not_found(file_id: str) -> Failure:
     return Failure("NOT_FOUND", f"No such File object: {file_id[:80]}", field="id")
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 15
-
-
-def _number(text: str, field: str) -> int:
-    if not _is_number(text):
-        raise _refused(f"`{field}` must be a number", field)
-    return int(text)
 
 
 def _refused(message: str, field: str) -> Failure:

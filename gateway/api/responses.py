@@ -21,11 +21,13 @@ from gateway.account import Account
 from gateway.answer import answer, event_stream, turn_away_early
 from gateway.api.chat import MAX_TOP_LOGPROBS
 from gateway.api.items import items_of, said_by
+from gateway.api.lists import is_newest_first, page_limit, shown_page
 from gateway.api.openai import OpenAiBody, Wanted, lane_of, order
 from gateway.api.tools import Said, ToolUse, chat_form, render, tool_use
 from gateway.bodies import (
     MAX_NEW_TOKENS,
     check_range,
+    number_in,
     read_body,
     refuse_unsupported,
     unsupported,
@@ -55,6 +57,7 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 MAX_ITEMS_PAGE = 100
 DEFAULT_ITEMS_PAGE = 20
+MAX_EVENT_NUMBER = 999_999_999
 
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = frozenset({_LOGPROBS, "reasoning.encrypted_content"})
@@ -362,7 +365,7 @@ async def show_response(request: Request) -> Response:
     query = request.query_params
     _check_query(query)
     if query.get("stream") in ("true", "1"):
-        return await _stream(request, _number(query.get("starting_after"), "starting_after"))
+        return await _stream(request, _event_number(query))
     found = await _found(request, request.path_params["id"])
     return JSONResponse(found.shown(services_of(request)))
 
@@ -406,13 +409,10 @@ def _headers(attachment: Attachment) -> dict[str, str]:
     }
 
 
-def _number(text: str | None, field: str) -> int:
-    """-1 where it is not given."""
-    if text is None:
-        return -1
-    if len(text) > 9 or not text.isascii() or not text.isdigit():
-        raise Failure("BAD_REQUEST", f"`{field}` must be a number from 0 on", field=field)
-    return int(text)
+def _event_number(query: QueryParams) -> int:
+    """The last event that the client has seen; -1: none."""
+    text = query.get("starting_after")
+    return -1 if text is None else number_in("starting_after", text, 0, MAX_EVENT_NUMBER)
 
 
 async def list_input_items(request: Request) -> Response:
@@ -423,28 +423,15 @@ async def list_input_items(request: Request) -> Response:
     _, document = await _loaded(request)
     query = request.query_params
     _check_query(query)
-    limit = _number(query.get("limit", str(DEFAULT_ITEMS_PAGE)), "limit")
-    check_range("limit", limit, 1, MAX_ITEMS_PAGE)
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise Failure("BAD_REQUEST", "`order` must be one of asc, desc", field="order")
-    items = document.items if order == "asc" else document.items[::-1]
+    limit = page_limit(query, default=DEFAULT_ITEMS_PAGE, most=MAX_ITEMS_PAGE)
+    items = document.items[::-1] if is_newest_first(query) else document.items
     after = query.get("after")
     if after is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
             raise Failure("BAD_REQUEST", "`after` must be the id of an item", field="after")
         items = items[ids.index(after) + 1 :]
-    page = items[:limit]
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(items) > limit,
-        }
-    )
+    return shown_page(items[:limit], has_more=len(items) > limit)
 
 
 async def cancel_response(request: Request) -> Response:
