@@ -6,19 +6,16 @@
 // An open answer is read on after a reload, from the cursor that was stored together with its text.
 
 import { cancel, HeadraceError, resume, streamChat } from "./headrace.js";
+import { $, announce, authorization, BASE_URL } from "./page.js";
 import { openStore } from "./store.js";
 import { AnswerView, newQuestion } from "./turn.js";
 
-const BASE_URL = new URL("..", import.meta.url).href.replace(/\/$/, "");
 /** How long a generation goes on while nobody reads it: a reload, a tunnel, a walk to the router. */
 const DISCONNECT_GRACE_S = 300;
 /** After a stop the stream ends by itself; if that takes longer, the page stops listening. */
 const STOP_WAIT_MS = 3000;
 const NEAR_BOTTOM_PX = 80;
-const MAX_ANNOUNCEMENTS = 20;
 const DEFAULTS = { temperature: 0.7, maxTokens: 512, systemPrompt: "" };
-
-const $ = (id) => document.getElementById(id);
 
 const store = await openStore();
 let turns = store.loadTurns();
@@ -297,14 +294,6 @@ function scrollToBottom() {
   scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
 }
 
-/** Says something to screen readers, after what they are saying. */
-function announce(text) {
-  const line = document.createElement("p");
-  line.textContent = text;
-  $("announcer").append(line);
-  while ($("announcer").children.length > MAX_ANNOUNCEMENTS) $("announcer").firstChild.remove();
-}
-
 // Settings ----------------------------------------------------------------------------------------
 
 function connectSettings() {
@@ -325,11 +314,6 @@ function connectSettings() {
     store.saveApiKey($("api-key").value.trim());
     loadModel();
   });
-}
-
-function authorization() {
-  const key = $("api-key").value.trim();
-  return key ? { authorization: `Bearer ${key}` } : {};
 }
 
 /** Opens the settings at the field that is empty or wrong. */

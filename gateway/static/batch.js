@@ -6,7 +6,7 @@ import { describeBatch, describeBatchEnd, describeBatchState } from "./wording.j
 const RATE_OVER_MS = 15_000;
 const MAX_ERRORS = 10;
 const STOPPABLE = ["validating", "in_progress"];
-const ENDED = ["completed", "failed", "expired", "cancelled"];
+export const ENDED = ["completed", "failed", "expired", "cancelled"];
 
 export class BatchView {
   /**

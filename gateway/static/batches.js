@@ -3,22 +3,18 @@
 // The newest batches that are active are followed by their tails; the list is asked for again now and
 // then, for those that others hand over or that are too many to be followed.
 
-import { BatchView } from "./batch.js";
+import { BatchView, ENDED } from "./batch.js";
 import { followBatch, HeadraceError } from "./headrace.js";
+import { $, announce, authorization, BASE_URL } from "./page.js";
 import { openKey } from "./store.js";
 import { describeFailure } from "./wording.js";
 
-const BASE_URL = new URL("..", import.meta.url).href.replace(/\/$/, "");
 const SHOWN = 50;
 /** A browser opens six connections to one origin; the others are for everything else. */
 const MAX_FOLLOWED = 3;
 const LIST_EVERY_MS = 5000;
 const MAX_FIRST_LINE_BYTES = 4 * 1024 * 1024;
 const MAX_NAME_LENGTH = 512;
-const MAX_ANNOUNCEMENTS = 20;
-const ENDED = ["completed", "failed", "expired", "cancelled"];
-
-const $ = (id) => document.getElementById(id);
 
 const store = openKey();
 /** By id: the view of each batch that is shown. */
@@ -217,11 +213,6 @@ async function call(method, path, body) {
   return answer;
 }
 
-function authorization() {
-  const key = $("api-key").value.trim();
-  return key ? { authorization: `Bearer ${key}` } : {};
-}
-
 function lost() {
   return new HeadraceError("CONNECTION_LOST", "");
 }
@@ -247,12 +238,4 @@ function showProblem(error, of = "") {
     $("settings").open = true;
     $("api-key").focus();
   }
-}
-
-/** Says something to screen readers, after what they are saying. */
-function announce(text) {
-  const line = document.createElement("p");
-  line.textContent = text;
-  $("announcer").append(line);
-  while ($("announcer").children.length > MAX_ANNOUNCEMENTS) $("announcer").firstChild.remove();
 }
