@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from common.batches import Status
+from common.files import LIFE_S, UploadPurpose
 
 
 class Timings(msgspec.Struct):
@@ -345,11 +346,11 @@ class FileForm(msgspec.Struct):
     """The fields of an upload; ``file`` comes with its name."""
 
     file: str
-    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"]
+    purpose: UploadPurpose
     anchor: Literal["created_at"] = msgspec.field(
         name="expires_after[anchor]", default="created_at"
     )
-    seconds: int = msgspec.field(name="expires_after[seconds]", default=30 * 24 * 3600)
+    seconds: int = msgspec.field(name="expires_after[seconds]", default=LIFE_S)
 
 
 class File(msgspec.Struct):
@@ -390,19 +391,11 @@ class RequestCounts(msgspec.Struct):
     failed: int
 
 
-class CachedTokens(msgspec.Struct):
-    cached_tokens: int
-
-
-class ReasoningTokens(msgspec.Struct):
-    reasoning_tokens: int
-
-
 class BatchUsage(msgspec.Struct):
     input_tokens: int
-    input_tokens_details: CachedTokens
+    input_tokens_details: PromptDetails
     output_tokens: int
-    output_tokens_details: ReasoningTokens
+    output_tokens_details: AnswerDetails
     total_tokens: int
 
 
