@@ -144,7 +144,7 @@ class EventStream(Response):
         return self._direct is not None and self._direct.has_room
 
     def give(self, batch: Batch) -> None:
-        """What :meth:`_write` does with a batch, without waking its task."""
+        """What :meth:`_write_frames` does with a batch, without waking its task."""
         try:
             data = self._render(batch)
         except Exception as error:
@@ -190,13 +190,18 @@ def wants_queue_events(request: Request, *, or_in_query: bool = False) -> bool:
     return text == "1"
 
 
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @contextmanager
 def abandoned_on_disconnect(readers: Iterable[Reader], receive: Receive) -> Generator[None]:
     """While this lasts, the client's leaving makes ``next`` raise :class:`ReaderGone`."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         for reader in readers:
             reader.abandon()
 

@@ -28,7 +28,7 @@ from gateway.callers import caller_of
 from gateway.errors import envelope
 from gateway.middleware import arrival_of
 from gateway.services import services_of
-from gateway.sse import EVENT_STREAM_HEADERS, SEND_LIMIT_S
+from gateway.sse import EVENT_STREAM_HEADERS, SEND_LIMIT_S, disconnected
 
 log = get_logger()
 
@@ -116,7 +116,7 @@ class _TailResponse(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
-        tasks = [asyncio.create_task(self._write(send)), asyncio.create_task(_left(receive))]
+        tasks = [asyncio.create_task(self._write(send)), asyncio.create_task(disconnected(receive))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -149,12 +149,6 @@ class _TailResponse(Response):
 
 async def _send(send: Send, data: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-async def _left(receive: Receive) -> None:
-    """Return when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _error(failure: Failure) -> bytes:
