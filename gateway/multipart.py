@@ -19,14 +19,16 @@ MAX_BOUNDARY_BYTES = 200
 MAX_FILENAME = 255
 """In characters, as on most file systems."""
 
+_FIELD = "file"
+
 
 class FileForm:
-    """The form whose file is in the field ``field``; a browser, curl and every SDK sends such.
+    """The form whose file is in the field ``file``; a browser, curl and every SDK sends such.
 
     Raises: Failure UNSUPPORTED_MEDIA_TYPE for another ``content_type``.
     """
 
-    def __init__(self, content_type: str, field: str = "file") -> None:
+    def __init__(self, content_type: str) -> None:
         media_type, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if media_type != b"multipart/form-data" or not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
@@ -38,7 +40,6 @@ class FileForm:
         """Of the other fields, by their names; complete once the file was read to its end."""
         self.filename: str | None = None
         """As the client names it; None: the form has no file, or not yet."""
-        self._field = field
         self._num_parts = 0
         self._header = self._value = b""
         self._headers: dict[bytes, bytes] = {}
@@ -101,13 +102,13 @@ class FileForm:
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         name = options.get(b"name", b"").decode(errors="replace")
-        if name != self._field:
+        if name != _FIELD:
             self._name, self._text = name, b""
             return
         if self.filename is not None:
-            raise _refused(f"The form has more than one `{self._field}`.", self._field)
+            raise _refused(f"The form has more than one `{_FIELD}`.", _FIELD)
         if b"filename" not in options:
-            raise _refused(f"`{self._field}` must be a file, with a name.", self._field)
+            raise _refused(f"`{_FIELD}` must be a file, with a name.", _FIELD)
         self._name = None
         self.filename = _last_part(options[b"filename"].decode(errors="replace"))
 
