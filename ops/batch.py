@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -27,13 +26,13 @@ from common.settings import Settings
 from ops import runfile
 from ops.batch_client import ENDED, Batch, BatchClient
 from ops.gateways import DEFAULT_URL, Gateways
+from ops.tables import print_table, shown_time
 
 SOME_FAILED = 3
 """Exit code: the batch is done, and some of its lines failed."""
 NOT_COMPLETED = 4
 """Exit code: the batch failed, expired or was cancelled."""
 _MAX_LINE_BYTES = 16 * 1024 * 1024
-_WIDE_COLUMNS = 160
 _SHOWN_ERRORS = 10
 
 
@@ -371,7 +370,7 @@ def _show(batch: Batch) -> None:
             table.add_row(name, Text(str(value)))
     for error in _errors(batch)[:_SHOWN_ERRORS]:
         table.add_row("error", Text(_error_words(error)))
-    _print(table)
+    print_table(table)
 
 
 def _show_all(batches: list[Batch], *, as_json: bool) -> None:
@@ -390,15 +389,8 @@ def _show_all(batches: list[Batch], *, as_json: bool) -> None:
             batch["endpoint"],
             _time(batch["created_at"]),
         )
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    console.print(table) if console.is_terminal else Console(width=_WIDE_COLUMNS).print(table)
+    print_table(table)
 
 
 def _time(at_s: int | None) -> str:
-    if not at_s:
-        return ""
-    return datetime.fromtimestamp(at_s, UTC).isoformat(sep=" ", timespec="minutes")[:16] + " UTC"
+    return shown_time(at_s) if at_s else ""

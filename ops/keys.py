@@ -4,12 +4,10 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from common import keys
@@ -19,11 +17,11 @@ from common.messages import LANES, Lane
 from common.settings import KeySettings
 from ops import runfile
 from ops.options import build, options_of
+from ops.tables import print_table, shown_time
 
 T = TypeVar("T")
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_WIDE_COLUMNS = 200
 
 
 class NoSuchKey(click.ClickException):
@@ -157,7 +155,7 @@ def rotate(key_id: str, overlap_s: int, **given: Any) -> None:
     if _with_store(settings, change) is None:
         raise NoSuchKey(f"there is no key {key_id}")
     click.echo(text)
-    click.echo(f"The secret before it is taken until {_shown_time(until_s)}.", err=True)
+    click.echo(f"The secret before it is taken until {shown_time(until_s)}.", err=True)
 
 
 @click.command("revoke")
@@ -194,11 +192,10 @@ def show_list(*, as_json: bool, **given: Any) -> None:
             " ".join(key.models) or "all",
             key.best_lane,
             _shown_limits(key.limits),
-            _shown_time(key.expires_s) if key.expires_s else "never",
-            _shown_time(used_s) if used_s else "never",
+            shown_time(key.expires_s) if key.expires_s else "never",
+            shown_time(used_s) if used_s else "never",
         )
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=_WIDE_COLUMNS).print(table)
+    print_table(table)
 
 
 async def _pepper(settings: KeySettings, store: KeyStore) -> bytes:
@@ -209,15 +206,21 @@ async def _pepper(settings: KeySettings, store: KeyStore) -> bytes:
     return pepper or keys.make_pepper(settings.data_dir)
 
 
-def _with_store(settings: KeySettings, act: Callable[[KeyStore], Awaitable[T]]) -> T:
+def with_broker(settings: KeySettings, act: Callable[[Broker], Awaitable[T]]) -> T:
+    """What ``act`` returns on the Redis that the settings name."""
+
     async def run() -> T:
         broker = Broker(connect(runfile.redis_url_of(settings)), settings.model)
         try:
-            return await act(broker.key_store)
+            return await act(broker)
         finally:
             await broker.close()
 
     return asyncio.run(run())
+
+
+def _with_store(settings: KeySettings, act: Callable[[KeyStore], Awaitable[T]]) -> T:
+    return with_broker(settings, lambda broker: act(broker.key_store))
 
 
 def _without_hashes(key: ApiKey) -> dict[str, Any]:
@@ -232,7 +235,3 @@ def _shown_limits(limits: Limits) -> str:
         (limits.streams, "at once"),
     )
     return ", ".join(f"{limit} {unit}" for limit, unit in shown if limit) or "none"
-
-
-def _shown_time(at_s: int) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(sep=" ", timespec="minutes")[:16] + " UTC"

@@ -3,17 +3,14 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from common import keys
-from common.broker import Broker, WebhookStore, connect
+from common.broker import Broker, WebhookStore
 from common.failures import Failure
 from common.settings import KeySettings
 from common.webhooks import (
@@ -25,13 +22,10 @@ from common.webhooks import (
     new_salt,
     target_of,
 )
-from ops import runfile
-from ops.keys import seconds, tenant_name
+from ops.keys import seconds, tenant_name, with_broker
 from ops.options import build, options_of
+from ops.tables import print_table, shown_time
 
-T = TypeVar("T")
-
-_WIDE_COLUMNS = 200
 _TEST_WAIT_S = 20.0
 _TEST_LOOK_S = 0.2
 
@@ -83,7 +77,7 @@ def add(tenant: str, url: str, events: tuple[EventType, ...], **given: Any) -> N
         await broker.webhook_store.add_endpoint(endpoint)
         return endpoint, pepper
 
-    endpoint, pepper = _with_broker(settings, act)
+    endpoint, pepper = with_broker(settings, act)
     click.echo(endpoint.secrets(pepper, time.time())[0])
     click.echo(f"Endpoint {endpoint.id} of {tenant}. Its secret is not shown again.", err=True)
 
@@ -114,8 +108,8 @@ def rotate_secret(endpoint_id: str, overlap_s: int, **given: Any) -> None:
         )
         return _found(endpoint, endpoint_id).secrets(pepper, now_s)[0]
 
-    click.echo(_with_broker(settings, act))
-    until = _shown_time(now_s + overlap_s)
+    click.echo(with_broker(settings, act))
+    until = shown_time(now_s + overlap_s)
     click.echo(f"Events are signed with the secret before, too, until {until}.", err=True)
 
 
@@ -124,12 +118,9 @@ def rotate_secret(endpoint_id: str, overlap_s: int, **given: Any) -> None:
 @options_of(KeySettings)
 def remove(endpoint_id: str, **given: Any) -> None:
     """Tell an endpoint nothing any more; what is on its way there is given up."""
-
-    async def act(broker: Broker) -> None:
-        if not await broker.webhook_store.remove_endpoint(endpoint_id):
-            raise _no_endpoint(endpoint_id)
-
-    _with_broker(build(KeySettings, given), act)
+    settings = build(KeySettings, given)
+    if not with_broker(settings, lambda broker: broker.webhook_store.remove_endpoint(endpoint_id)):
+        raise _no_endpoint(endpoint_id)
     click.echo(f"Endpoint {endpoint_id} is removed.", err=True)
 
 
@@ -138,14 +129,13 @@ def remove(endpoint_id: str, **given: Any) -> None:
 @options_of(KeySettings)
 def enable(endpoint_id: str, **given: Any) -> None:
     """Serve an endpoint again that answered 410, and so said that it is gone."""
-
-    async def act(broker: Broker) -> None:
-        endpoint = await broker.webhook_store.change_endpoint(
+    endpoint = with_broker(
+        build(KeySettings, given),
+        lambda broker: broker.webhook_store.change_endpoint(
             endpoint_id, lambda known: msgspec.structs.replace(known, disabled="")
-        )
-        _found(endpoint, endpoint_id)
-
-    _with_broker(build(KeySettings, given), act)
+        ),
+    )
+    _found(endpoint, endpoint_id)
     click.echo(f"Endpoint {endpoint_id} is served.", err=True)
 
 
@@ -154,7 +144,7 @@ def enable(endpoint_id: str, **given: Any) -> None:
 @options_of(KeySettings)
 def show_list(*, as_json: bool, **given: Any) -> None:
     """List the endpoints; never a secret."""
-    found = _with_broker(build(KeySettings, given), lambda broker: broker.webhook_store.endpoints())
+    found = with_broker(build(KeySettings, given), lambda broker: broker.webhook_store.endpoints())
     rows = [
         {
             "id": endpoint.id,
@@ -162,7 +152,7 @@ def show_list(*, as_json: bool, **given: Any) -> None:
             "url": endpoint.url,
             "events": "all" if endpoint.events == EVENTS else " ".join(endpoint.events),
             "state": f"off: {endpoint.disabled}" if endpoint.disabled else "on",
-            "created": _shown_time(endpoint.created_s),
+            "created": shown_time(endpoint.created_s),
         }
         for endpoint in found
     ]
@@ -190,12 +180,10 @@ def show_dead(*, as_json: bool, **given: Any) -> None:
 @options_of(KeySettings)
 def resend(delivery_id: str, **given: Any) -> None:
     """Send a delivery anew, under its old webhook-id; again for 72 hours."""
-
-    async def act(broker: Broker) -> None:
-        if await broker.webhook_store.send_again(delivery_id) is None:
-            raise NoSuchThing(f"there is no delivery {delivery_id}")
-
-    _with_broker(build(KeySettings, given), act)
+    settings = build(KeySettings, given)
+    sent = with_broker(settings, lambda broker: broker.webhook_store.send_again(delivery_id))
+    if sent is None:
+        raise NoSuchThing(f"there is no delivery {delivery_id}")
     click.echo(f"{delivery_id} is sent again.", err=True)
 
 
@@ -215,7 +203,7 @@ def send_test(endpoint_id: str, **given: Any) -> None:
         sent = await store.enqueue_for(endpoint, endpoint.events[0], object_id)
         return await _outcome(store, sent)
 
-    delivery = _with_broker(build(KeySettings, given), act)
+    delivery = with_broker(build(KeySettings, given), act)
     if delivery.state != "delivered":
         came_to = delivery.last or "nobody sends it: does a background worker run?"
         raise click.ClickException(f"{delivery.id} {delivery.state}: {came_to}")
@@ -234,7 +222,7 @@ async def _outcome(store: WebhookStore, delivery: Delivery) -> Delivery:
 
 
 def _show_deliveries(settings: KeySettings, *, only_dead: bool, as_json: bool) -> None:
-    found = _with_broker(
+    found = with_broker(
         settings, lambda broker: broker.webhook_store.deliveries(only_dead=only_dead)
     )
     rows = [
@@ -245,7 +233,7 @@ def _show_deliveries(settings: KeySettings, *, only_dead: bool, as_json: bool) -
             "of": delivery.object_id,
             "state": delivery.state,
             "attempts": delivery.attempts,
-            "last attempt": _shown_time(delivery.last_s) if delivery.last_s else "",
+            "last attempt": shown_time(delivery.last_s) if delivery.last_s else "",
             "came to": delivery.last,
         }
         for delivery in found
@@ -261,8 +249,7 @@ def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], *, as_json: bool
     table = Table(*columns)
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=_WIDE_COLUMNS).print(table)
+    print_table(table)
 
 
 async def _pepper(settings: KeySettings, broker: Broker, *, may_make: bool = False) -> bytes:
@@ -288,17 +275,6 @@ async def _pepper(settings: KeySettings, broker: Broker, *, may_make: bool = Fal
     return pepper
 
 
-def _with_broker(settings: KeySettings, act: Callable[[Broker], Awaitable[T]]) -> T:
-    async def run() -> T:
-        broker = Broker(connect(runfile.redis_url_of(settings)), settings.model)
-        try:
-            return await act(broker)
-        finally:
-            await broker.close()
-
-    return asyncio.run(run())
-
-
 def _found(endpoint: Endpoint | None, endpoint_id: str) -> Endpoint:
     if endpoint is None:
         raise _no_endpoint(endpoint_id)
@@ -307,7 +283,3 @@ def _found(endpoint: Endpoint | None, endpoint_id: str) -> Endpoint:
 
 def _no_endpoint(endpoint_id: str) -> NoSuchThing:
     return NoSuchThing(f"there is no endpoint {endpoint_id}")
-
-
-def _shown_time(at_s: int) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(sep=" ", timespec="minutes")[:16] + " UTC"
