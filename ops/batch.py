@@ -22,9 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from common.batches import FINAL
 from common.settings import Settings
 from ops import runfile
-from ops.batch_client import ENDED, Batch, BatchClient
+from ops.batch_client import Batch, BatchClient
 from ops.gateways import DEFAULT_URL, Gateways
 from ops.tables import print_table, shown_time
 
@@ -124,7 +125,7 @@ def status(
         raise click.UsageError("--watch needs the id of a batch")
     with _client(urls, key, console) as client:
         if batch_id is None:
-            batches = [batch for batch in client.newest(100) if batch["status"] not in ENDED]
+            batches = [batch for batch in client.newest(100) if batch["status"] not in FINAL]
             _show_all(batches, as_json=as_json)
             return 0
         batch = client.get(batch_id)
@@ -173,7 +174,7 @@ def results(
     console = _console()
     with _client(urls, key, console) as client:
         batch = client.get(batch_id)
-        if batch["status"] not in ENDED:
+        if batch["status"] not in FINAL:
             raise click.ClickException(
                 f"{batch_id} is {_words(batch['status'])}: there are files once it has ended"
             )
@@ -355,7 +356,7 @@ def _show(batch: Batch) -> None:
         "model": batch.get("model"),
         "created": _time(batch["created_at"]),
         "expires": _time(batch.get("expires_at")),
-        "ended": _time(batch.get(f"{batch['status']}_at")) if batch["status"] in ENDED else "",
+        "ended": _time(batch.get(f"{batch['status']}_at")) if batch["status"] in FINAL else "",
         "tokens": usage.get("total_tokens"),
         "input file": batch["input_file_id"],
         "output file": batch.get("output_file_id"),

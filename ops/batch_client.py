@@ -18,8 +18,6 @@ from ops.gateways import Gateways, NotNow, checked, events_of, opened
 Batch = dict[str, Any]
 """As the API shows one."""
 
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
-"""States that a batch does not leave."""
 _UPLOAD_TIMEOUT_S = 120.0
 """For an answer behind the last byte: by then all of it must lie in storage."""
 _CHUNK_BYTES = 256 * 1024

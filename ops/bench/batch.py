@@ -23,6 +23,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from common.batches import FINAL
 from common.clock import monotonic_s
 from common.models.store import DEFAULT_MODEL
 from ops.bench.instance import own_instance
@@ -36,7 +37,6 @@ _START_LIMIT_S = 120.0
 _SETTLE_S = 2.0
 """From a batch's first tokens to its full size."""
 _PLAIN_AT_ONCE = 64
-_ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 
 Body = dict[str, object]
 
@@ -99,14 +99,14 @@ class Job:
 
     async def num_tokens(self) -> float:
         batch = _checked(await self.client.get(f"/v1/batches/{self.id}"))
-        if batch["status"] in _ENDED:
+        if batch["status"] in FINAL:
             raise click.ClickException(f"the batch is {batch['status']}: it needs more --lines")
         return batch["request_counts"]["completed"] * self.new_tokens
 
     async def stop(self) -> None:
         _checked(await self.client.post(f"/v1/batches/{self.id}/cancel"))
         batch: dict[str, Any] = {"status": ""}
-        while batch["status"] not in _ENDED:
+        while batch["status"] not in FINAL:
             await asyncio.sleep(_RETRY_S)
             batch = _checked(await self.client.get(f"/v1/batches/{self.id}"))
 
