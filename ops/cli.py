@@ -20,12 +20,13 @@ from common.settings import (
     BackgroundSettings,
     GatewaySettings,
     Settings,
+    StorageSettings,
     WorkerSettings,
     first_error,
 )
 from ops.launcher import launcher_options
 from ops.options import build, options_of
-from ops.processes import DoctorSettings, ForgetSettings, UpSettings
+from ops.processes import DoctorSettings, UpSettings
 
 if TYPE_CHECKING:
     from ops.bench.dialects import ApiName
@@ -196,7 +197,7 @@ def doctor_command(*, as_json: bool, loads: bool, accepted: tuple[str, ...], **g
 @click.option("--dry-run", is_flag=True, help="Only say what there is.")
 @click.option("--keys", "takes_keys", is_flag=True, help="Its API keys and webhooks, too.")
 @click.option("--yes", "is_sure", is_flag=True, help="Do not ask.")
-@options_of(ForgetSettings)
+@options_of(StorageSettings)
 def forget_command(
     tenant: str, *, dry_run: bool, takes_keys: bool, is_sure: bool, **given: Any
 ) -> None:
@@ -207,7 +208,7 @@ def forget_command(
     """
     from ops.forget import forget
 
-    settings = build(ForgetSettings, given)
+    settings = build(StorageSettings, given)
     forget(settings, tenant, only_looks=dry_run, takes_keys=takes_keys, is_sure=is_sure)
 
 

@@ -25,12 +25,13 @@ from common.broker import (
 from common.broker.file_store import FileStore
 from common.clock import monotonic_s, wall_ms
 from common.files import FileRecord, Files
+from common.settings import StorageSettings
 from common.storage import Storage, open_storage
 from common.webhooks import Endpoint
 from ops import runfile
-from ops.processes import ForgetSettings
 
 T = TypeVar("T")
+R = TypeVar("R", BatchRecord, FileRecord)
 
 KEYS_HOLD_S = 1.0
 """For so long a gateway may go on taking a key that was removed."""
@@ -61,7 +62,7 @@ class Found:
 
 
 def forget(
-    settings: ForgetSettings, tenant: str, *, only_looks: bool, takes_keys: bool, is_sure: bool
+    settings: StorageSettings, tenant: str, *, only_looks: bool, takes_keys: bool, is_sure: bool
 ) -> None:
     """Show what there is of ``tenant`` and, unless ``only_looks``, remove it.
 
@@ -139,27 +140,24 @@ class Place:
             running = [record.id for record in records if record and not record.is_final]
 
     async def _batches_of(self, tenant: str) -> list[BatchRecord]:
-        found: list[BatchRecord] = []
-        has_more = True
-        while has_more:
-            page = await self._batches.page(
-                tenant, limit=_PAGE, after=found[-1].id if found else ""
-            )
-            records, has_more = page or ([], False)
-            found += records
-        return found
+        return await _all(lambda last: self._batches.page(tenant, limit=_PAGE, after=last))
 
     async def _files_of(self, tenant: str) -> list[FileRecord]:
-        found: list[FileRecord] = []
-        has_more = True
-        while has_more:
-            page = await self._files.list(tenant, limit=_PAGE, after=found[-1].id if found else "")
-            records, has_more = page or ([], False)
-            found += records
-        return found
+        return await _all(lambda last: self._files.list(tenant, limit=_PAGE, after=last))
 
 
-def _with_place(settings: ForgetSettings, act: Callable[[Place], Awaitable[T]]) -> T:
+async def _all(page_behind: Callable[[str], Awaitable[tuple[list[R], bool] | None]]) -> list[R]:
+    """The records of all pages, each asked for by the last id of the one before."""
+    found: list[R] = []
+    has_more = True
+    while has_more:
+        page = await page_behind(found[-1].id if found else "")
+        records, has_more = page or ([], False)
+        found += records
+    return found
+
+
+def _with_place(settings: StorageSettings, act: Callable[[Place], Awaitable[T]]) -> T:
     async def run() -> T:
         redis = connect(runfile.redis_url_of(settings))
         try:

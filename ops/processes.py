@@ -89,10 +89,6 @@ class DoctorSettings(KeySettings, StorageSettings):
     """Port that the first gateway is to listen on."""
 
 
-class ForgetSettings(StorageSettings):
-    """Where `headrace forget` looks."""
-
-
 @dataclass(frozen=True, slots=True)
 class Processes:
     """Specs of all processes but the server, for one start.
