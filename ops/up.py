@@ -8,6 +8,8 @@ loses what he still needs: gateways drain, workers hand over, the server ends la
 import asyncio
 import os
 import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
@@ -230,26 +232,26 @@ class _Run:
         before, self._num_oom_kills = self._num_oom_kills, count_oom_kills()
         was_oom_killed = before is None or before != self._num_oom_kills
         was_shot = exit_code == -signal.SIGKILL and not was_oom_killed
-        broker = Broker(connect(self._processes.redis_url), self._settings.model)
-        try:
-            async with asyncio.timeout(_BURY_TIMEOUT_S):
-                if was_shot:
-                    await broker.leave_worker(worker)
-                else:
-                    await broker.bury_worker(worker)
-                    await broker.reap()
-        except (Failure, TimeoutError) as error:  # then the lease ends it
-            log.warning("redis.disconnected", error=str(error))
-        finally:
-            await broker.close()
+        async with self._broker_if_it_answers() as broker:
+            if was_shot:
+                await broker.leave_worker(worker)
+            else:
+                await broker.bury_worker(worker)
+                await broker.reap()
 
     async def _free_batches(self, background: str) -> None:
         """We saw it die: others steer its batches now, not when its leases end."""
+        async with self._broker_if_it_answers() as broker:
+            store = broker.batch_store
+            await store.drop_leases(await store.active(self._settings.model), background)
+
+    @asynccontextmanager
+    async def _broker_if_it_answers(self) -> AsyncGenerator[Broker]:
+        """For what leases end, too, only later: where it does not answer, that is left to them."""
         broker = Broker(connect(self._processes.redis_url), self._settings.model)
-        store = broker.batch_store
         try:
             async with asyncio.timeout(_BURY_TIMEOUT_S):
-                await store.drop_leases(await store.active(self._settings.model), background)
+                yield broker
         except (Failure, TimeoutError) as error:
             log.warning("redis.disconnected", error=str(error))
         finally:
