@@ -72,10 +72,9 @@ class Report:
     def lines(self) -> list[str]:
         continued = sum(outcome.attempts > 1 for outcome in self.disturbed)
         resumes = sum(outcome.resumes for outcome in self.disturbed)
-        kills = ", ".join(f"{n} {role}" for role, n in sorted(self.kills.items())) or "none"
         return [
             f"streams            {len(self.disturbed)} in peace, then again under fire",
-            f"killed             {kills}",
+            f"killed             {shown_kills(self.kills)}",
             f"continued          {continued} by another worker, {resumes} reconnects by clients",
             f"failed             {len(self.failed)}",
             f"texts that differ  {len(self.changed)}",
@@ -237,6 +236,10 @@ def kill_one(data_dir: Path, victims: Collection[str]) -> str:
     except ProcessLookupError:
         return ""
     return victim.role
+
+
+def shown_kills(kills: Counter[str]) -> str:
+    return ", ".join(f"{n} {role}" for role, n in sorted(kills.items())) or "none"
 
 
 @click.command()

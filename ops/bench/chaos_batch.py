@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import orjson
 from common.clock import monotonic_s
 from ops import runfile
 from ops.batch_client import Batch, BatchClient
-from ops.bench.chaos import kill_one
+from ops.bench.chaos import kill_one, shown_kills
 from ops.bench.instance import own_instance
 from ops.gateways import Gateways
 from ops.supervisor import State
@@ -77,23 +78,23 @@ class Report:
     phases: list[Outcome]
 
     @property
+    def outcomes(self) -> list[Outcome]:
+        return [self.peaceful, self.disturbed, *self.phases]
+
+    @property
     def slowdown(self) -> float:
         return self.disturbed.seconds / self.peaceful.seconds
 
     @property
     def has_passed(self) -> bool:
-        return not any(o.problems for o in (self.peaceful, self.disturbed, *self.phases))
+        return not any(outcome.problems for outcome in self.outcomes)
 
     def lines(self) -> list[str]:
         rows = [
-            f"{o.name:<28} {o.status:<10} {o.seconds:7.1f} s   killed: {_shown(o.kills)}"
-            for o in (self.peaceful, self.disturbed, *self.phases)
+            f"{o.name:<28} {o.status:<10} {o.seconds:7.1f} s   killed: {shown_kills(o.kills)}"
+            for o in self.outcomes
         ]
-        problems = [
-            f"  {o.name}: {problem}"
-            for o in (self.peaceful, self.disturbed, *self.phases)
-            for problem in o.problems[:10]
-        ]
+        problems = [f"  {o.name}: {problem}" for o in self.outcomes for problem in o.problems[:10]]
         return [*rows, f"time under fire              {self.slowdown:.2f} times", *problems]
 
 
@@ -118,7 +119,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Report:
             disturbed = _batch(client, "under fire", plan, plan.num_lines, data_dir)
         disturbed.kills = Counter(kills)
         disturbed.problems += _changed(peaceful, disturbed)
-        tell(f"under fire: {disturbed.seconds:.1f} s, killed {_shown(kills)}")
+        tell(f"under fire: {disturbed.seconds:.1f} s, killed {shown_kills(kills)}")
         phases: list[Outcome] = []
         for phase in plan.phases * plan.phase_rounds:
             for victim in plan.victims:
@@ -127,7 +128,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Report:
                     client, name, plan, plan.phase_lines, data_dir, phase=phase, victim=victim
                 )
                 outcome.problems += _changed(peaceful, outcome)
-                tell(f"{name}: {outcome.seconds:.1f} s, killed {_shown(outcome.kills)}")
+                tell(f"{name}: {outcome.seconds:.1f} s, killed {shown_kills(outcome.kills)}")
                 phases.append(outcome)
         return Report(peaceful, disturbed, phases)
 
@@ -150,7 +151,7 @@ def _batch(
     began_s = monotonic_s()
     created = batch = client.create(client.upload(input_path), _ENDPOINT)
     has_cancelled = phase != "cancelling"
-    for batch in _with_first(created, client):
+    for batch in chain([created], client.followed(created["id"])):
         status, counts = batch["status"], batch["request_counts"]
         if not has_cancelled and counts["completed"] > _CANCEL_AT * num_lines:
             has_cancelled = True
@@ -165,11 +166,6 @@ def _batch(
         _content(client, batch["error_file_id"]),
     )
     return Outcome(name, batch["status"], seconds, answers, problems, kills)
-
-
-def _with_first(batch: Batch, client: BatchClient) -> Generator[Batch]:
-    yield batch
-    yield from client.followed(batch["id"])
 
 
 def _lines(num_lines: int, max_new_tokens: int) -> Generator[bytes]:
@@ -268,10 +264,6 @@ def _kept_killing(data_dir: Path, plan: Plan) -> Generator[Counter[str]]:
     finally:
         has_ended.set()
         thread.join()
-
-
-def _shown(kills: Counter[str]) -> str:
-    return ", ".join(f"{n} {role}" for role, n in sorted(kills.items())) or "none"
 
 
 @click.command()
