@@ -36,8 +36,6 @@ from ops.embedded import server_binary, server_spec
 _START_TIMEOUT_S = 30.0
 _DRAIN_LIMIT_S = 5.0
 _LOOK_S = 0.05
-GOAL_MS = 50.0
-"""p99 of latency up to which a rate counts as relayed."""
 
 Told = TypeVar("Told", bound=msgspec.Struct)
 
@@ -70,10 +68,6 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     """Resident memory that each stream added to the gateway, by the end of this level."""
     open_ms: float
     """Processor time of the gateway to open one stream."""
-
-    @property
-    def is_relayed(self) -> bool:
-        return self.latency_p99_ms <= GOAL_MS and not self.missing
 
 
 @click.command()

@@ -52,11 +52,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     events: int
     pieces: int
-    bytes: int
     cpu_s: float
     age_ms: tuple[float, float, float]
-    ended: int
-    """Streams that came to an end, which none should."""
 
 
 class Readers:
@@ -66,7 +63,6 @@ class Readers:
         self._sockets: dict[int, socket.socket] = {}
         self._ends_open: set[int] = set()
         """Connections whose last piece ended between the two bytes that end an event."""
-        self._num_ended = 0
         self._forget()
 
     def open(self, host: str, port: int) -> None:
@@ -111,11 +107,9 @@ class Readers:
         piece = self._sockets[number].recv(_PIECE_BYTES)
         now_s = monotonic_s()
         if not piece:
-            self._num_ended += 1
             self._poll.unregister(number)
             return
         self._num_pieces += 1
-        self._num_bytes += len(piece)
         self._num_events += piece.count(b"\n\n")
         if number in self._ends_open:
             self._ends_open.discard(number)
@@ -131,10 +125,8 @@ class Readers:
         figures = Figures(
             events=self._num_events,
             pieces=self._num_pieces,
-            bytes=self._num_bytes,
             cpu_s=time.process_time() - self._cpu_s,
             age_ms=(self._age_ms(50), self._age_ms(99), self._age_ms(100)),
-            ended=self._num_ended,
         )
         sys.stdout.write(msgspec.json.encode(figures).decode() + "\n")
         sys.stdout.flush()
@@ -149,7 +141,7 @@ class Readers:
         return 0.0
 
     def _forget(self) -> None:
-        self._num_events = self._num_pieces = self._num_bytes = 0
+        self._num_events = self._num_pieces = 0
         self._ages: Counter[int] = Counter()
         self._cpu_s = time.process_time()
 

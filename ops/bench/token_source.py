@@ -42,7 +42,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What became of an order. ``late_s``: how far steps were behind their time at the worst."""
 
     tokens: int
-    seconds: float
     cpu_s: float
     late_s: float
 
@@ -139,7 +138,7 @@ async def serve(redis_url: str, num_streams: int, rows: int, model_version: str)
     workers = [_Worker(broker, model_version) for _ in range(-(-num_streams // rows))]
     for worker in workers:
         await worker.beat()
-    _tell(Report(tokens=0, seconds=0, cpu_s=0, late_s=0))
+    _tell(Report(tokens=0, cpu_s=0, late_s=0))
     await _claim_all(workers, num_streams, rows)
     _tell(Ready(num_streams))
     loop = asyncio.get_running_loop()
@@ -181,12 +180,7 @@ async def _follow(order: Order, workers: list[_Worker]) -> Report:
         await worker.step(order.per_step)
         num_tokens += order.per_step * len(worker.rows)
         number += 1
-    return Report(
-        tokens=num_tokens,
-        seconds=monotonic_s() - began_s,
-        cpu_s=time.process_time() - cpu_s,
-        late_s=late_s,
-    )
+    return Report(tokens=num_tokens, cpu_s=time.process_time() - cpu_s, late_s=late_s)
 
 
 def _tell(told: msgspec.Struct) -> None:
