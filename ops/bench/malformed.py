@@ -10,24 +10,23 @@ import asyncio
 import json
 import random
 import sys
-import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import httptools
 
 from common.failures import KINDS
 from ops import runfile
-from ops.bench.processes import running
-from ops.probe import free_ports, http_status
+from ops.bench.instance import own_instance
+from ops.bench.metrics import buckets_in, metrics_at
+from ops.probe import http_status
 
-_START_S = 120.0
 _ANSWER_S = 30.0
 _MAX_TOTAL_TOKENS = 64
 _MAX_GROWN = 50_000
@@ -342,21 +341,18 @@ def _code_of(body: bytes) -> str:
 @click.option("--clients", default=8, show_default=True)
 def main(count: int, seed: int, clients: int) -> None:
     """Send malformed requests to a Headrace of their own; exits with 1 when one did harm."""
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(_run(Path(folder), count, seed, clients))
+    sys.exit(_run(count, seed, clients))
 
 
-def _run(folder: Path, count: int, seed: int, clients: int) -> int:
-    [port] = free_ports("127.0.0.1", 0, 1)
-    command = [sys.executable, "-P", "-m", "ops.cli", "up", "--engine", "simulated"]
-    command += ["--port", str(port), "--data-dir", str(folder), "--payload-limit", "2000000"]
+def _run(count: int, seed: int, clients: int) -> int:
+    options = ("--engine", "simulated", "--payload-limit", "2000000")
     env = {
         "HEADRACE_MAX_TOTAL_TOKENS": str(_MAX_TOTAL_TOKENS),
         "HEADRACE_SIMULATED_FIRST_TOKEN_MS": "0",
         "HEADRACE_SIMULATED_INTER_TOKEN_MS": "0",
     }
-    with running(command, env, folder / "up.log"):
-        asyncio.run(_until_ready(port))
+    with own_instance(*options, env=env) as (folder, addresses):
+        port = urlsplit(addresses[0]).port or 0
         before = _pids(folder)
         began = time.monotonic()
         outcome = asyncio.run(send_all("127.0.0.1", port, seed, count, clients))
@@ -365,8 +361,9 @@ def _run(folder: Path, count: int, seed: int, clients: int) -> int:
             outcome.problems.append(f"processes were {before}, are {_pids(folder)}")
         if asyncio.run(http_status("127.0.0.1", port, "/ready")) != 200:
             outcome.problems.append("not ready afterwards")
-        lag = _looks(port, "headrace_event_loop_lag_seconds")
-        held = _looks(port, "headrace_event_loop_held_seconds")
+        text = metrics_at(port)
+    lag = looks_in(text, "headrace_event_loop_lag_seconds")
+    held = looks_in(text, "headrace_event_loop_held_seconds")
     if held.num_stalls:
         outcome.problems.append(f"the gateway held up its own event loop: {held}")
     statuses = ", ".join(f"{status}: {n}" for status, n in sorted(outcome.statuses.items()))
@@ -379,14 +376,6 @@ def _run(folder: Path, count: int, seed: int, clients: int) -> int:
     for problem in outcome.problems[:20]:
         click.echo(f"problem    {problem}")
     return 0 if outcome.has_passed else 1
-
-
-async def _until_ready(port: int) -> None:
-    deadline = time.monotonic() + _START_S
-    while await http_status("127.0.0.1", port, "/ready") != 200:
-        if time.monotonic() > deadline:
-            raise RuntimeError("headrace up did not become ready")
-        await asyncio.sleep(0.1)
 
 
 def _pids(folder: Path) -> dict[str, tuple[int, int]]:
@@ -411,19 +400,9 @@ class Looks:
         )
 
 
-def _looks(port: int, name: str) -> Looks:
-    url = f"http://127.0.0.1:{port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return looks_in(answer.read().decode(), name)
-
-
 def looks_in(text: str, name: str) -> Looks:
     """What the histogram ``name`` says in Prometheus' text format."""
-    buckets = {
-        float(line.partition('le="')[2].partition('"')[0]): float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if line.startswith(f"{name}_bucket")
-    }
+    buckets = buckets_in(text, name)
     total = buckets[float("inf")]
     return Looks(
         count=int(total),

@@ -12,22 +12,20 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import httptools
 
 from ops import runfile
-from ops.bench.processes import running
-from ops.probe import free_ports, http_status
+from ops.bench.instance import own_instance
+from ops.bench.metrics import buckets_in, metrics_at
 
 MEMORY_LIMIT_BYTES = 32 * 1000**2
 LAG_LIMIT_S = 0.05
-_START_S = 120.0
 _ANSWER_S = 300.0
 _BLOCK_BYTES = 1024 * 1024
 _BOUNDARY = b"headrace-bench"
@@ -70,20 +68,16 @@ class Figures:
 @click.option("--storage-url", default="", help="Where they go; else a directory.")
 def main(megabytes: int, at_once: str, storage_url: str) -> None:
     """Upload large files to a Headrace of their own; exits with 1 when they cost it too much."""
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        figures = _run(Path(folder), megabytes, list(map(int, at_once.split(","))), storage_url)
+    figures = _run(megabytes, list(map(int, at_once.split(","))), storage_url)
     sys.exit(0 if all(each.has_passed for each in figures) else 1)
 
 
-def _run(folder: Path, megabytes: int, counts: list[int], storage_url: str) -> list[Figures]:
-    [port] = free_ports("127.0.0.1", 0, 1)
-    command = [sys.executable, "-P", "-m", "ops.cli", "up", "--engine", "simulated"]
-    command += ["--port", str(port), "--data-dir", str(folder)]
-    command += ["--storage-url", storage_url] * bool(storage_url)
+def _run(megabytes: int, counts: list[int], storage_url: str) -> list[Figures]:
+    options = ["--engine", "simulated"] + ["--storage-url", storage_url] * bool(storage_url)
     rows = _rows(megabytes * 1000**2)
     figures: list[Figures] = []
-    with running(command, {}, folder / "up.log"):
-        asyncio.run(_until_ready(port))
+    with own_instance(*options) as (folder, addresses):
+        port = urlsplit(addresses[0]).port or 0
         gateway = _gateway_pid(folder)
         asyncio.run(_up_and_down(port, rows[:_BLOCK_BYTES], 1, gateway))  # so that all is loaded
         for count in counts:
@@ -172,7 +166,7 @@ class _Watch:
     def __init__(self, port: int, pid: int) -> None:
         self._port = port
         self._pid = pid
-        self._looks = _metrics(port)
+        self._looks = metrics_at(port)
         Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the peak is: now
         self._before = _memory(pid, "VmRSS")
         self._began_s = time.monotonic()
@@ -181,7 +175,7 @@ class _Watch:
         took_s = time.monotonic() - self._began_s
         memory = _memory(self._pid, "VmHWM") - self._before
         time.sleep(0.2)  # the loop's last look
-        looks = _metrics(self._port)
+        looks = metrics_at(self._port)
         lag_s, held_s = (
             _longest(self._looks, looks, f"headrace_event_loop_{name}_seconds")
             for name in ("lag", "held")
@@ -194,25 +188,12 @@ def _memory(pid: int, name: str) -> int:
     return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
-def _metrics(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        return answer.read().decode()
-
-
 def _longest(before: str, after: str, name: str) -> float:
     """The edge of the highest bucket that has more in it than before."""
-    old, new = _buckets(before, name), _buckets(after, name)
+    old, new = buckets_in(before, name), buckets_in(after, name)
     in_it = {edge: new[edge] - old[edge] for edge in new}
     total = in_it[float("inf")]
     return min(edge for edge, count in in_it.items() if count == total)
-
-
-def _buckets(text: str, name: str) -> dict[float, float]:
-    return {
-        float(line.partition('le="')[2].partition('"')[0]): float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if line.startswith(f"{name}_bucket")
-    }
 
 
 def _gateway_pid(folder: Path) -> int:
@@ -221,11 +202,3 @@ def _gateway_pid(folder: Path) -> int:
     if not pids:
         raise click.ClickException("headrace up has no gateway")
     return pids[0]
-
-
-async def _until_ready(port: int) -> None:
-    deadline = time.monotonic() + _START_S
-    while await http_status("127.0.0.1", port, "/ready") != 200:
-        if time.monotonic() > deadline:
-            raise click.ClickException("headrace up did not become ready")
-        await asyncio.sleep(0.1)
