@@ -371,7 +371,7 @@ local function shift(key, by)
   end
 end
 
--- Until when what a server without memory lost may be put back: it has just been started.
+-- For how many ms more what a server without memory lost may be put back: it has just been started.
 local function settle_of_a_blank(server)
   local up_ms = 1000 * tonumber(string.match(server, 'uptime_in_seconds:(%d+)'))
   local keeps = string.match(redis.call('INFO', 'persistence'), 'aof_enabled:(%d)') == '1'
@@ -592,7 +592,7 @@ local function measure_drain(P, now, taken)
 end
 
 -- All of a generation but where it stands: what it takes to make it again.
-local HEAD = { 'lane', 'tenant', 'weight', 'cost', 'room', 'bytes', 'tag', 'prefix', 'mode', 'grace', 't0', 't1', 'deadline',
+local HEAD = { 'lane', 'tenant', 'weight', 'cost', 'room', 'bytes', 'tag', 'mode', 'grace', 't0', 't1', 'deadline',
                'run_limit', 'retention', 'out', 'idem', 'quota', 'hold', 'deaths', 'died_at', 'fruitless' }
 
 local function head_of(g)
@@ -610,6 +610,16 @@ local function ensure_lease(P, worker, now)
   keep(P .. 'leases')
 end
 
+local function epoch_of(fence) return tonumber(string.match(fence, '^%d+')) end
+
+-- To R: from here on it is this worker's, under this fence. `turn` is that of its claim call.
+local function hand_to(P, id, g, worker, turn, fence, version, now)
+  if g.t1 == 0 then g.t1 = now end
+  redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(epoch_of(fence)), 'fence', fence, 'own', worker,
+    'ver', version, 't1', number(g.t1))
+  redis.call('ZADD', P .. 'held:' .. worker, number(turn), id)
+end
+
 -- One claim call: what it may still take, and what it took.
 local function take(P, id, g, picker)
   if g.q == 'lane:' .. g.lane then   -- what was handed back, or passed over, has an old tag: time never goes back
@@ -618,13 +628,8 @@ local function take(P, id, g, picker)
     keep(P .. 'tenants')
   end
   dequeue(P, id, g)
-  g.epoch = g.epoch + 1
-  if g.t1 == 0 then g.t1 = picker.now end
-  local fence = number(g.epoch) .. '.' .. picker.nonce
-  local ver = g.next > 0 and g.ver or picker.version
-  redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(g.epoch), 'fence', fence, 'own', picker.worker,
-    'ver', ver, 't1', number(g.t1))
-  redis.call('ZADD', P .. 'held:' .. picker.worker, number(picker.turn), id)
+  local fence = number(g.epoch + 1) .. '.' .. picker.nonce
+  hand_to(P, id, g, picker.worker, picker.turn, fence, g.next > 0 and g.ver or picker.version, picker.now)
   if is_unread(g) then   -- its grace time goes on, but not beyond the run limit
     redis.call('ZADD', P .. 'due', 'LT', number(limit_of(g)), id)
   else
@@ -727,8 +732,6 @@ local function claim(keys, args)
 end
 
 -- Publishing ------------------------------------------------------------------------------------
-
-local function epoch_of(fence) return tonumber(string.match(fence, '^%d+')) end
 
 -- One item of a publish call: nil when accepted, else the refusal {id, kind, next, chain}. Under a
 -- fence that was drawn later than anything known here, Redis went back: `forgotten`.
@@ -837,10 +840,7 @@ local function put_back(P, worker, now, item, body, head)
   else
     redis.call('ZREM', P .. 'held:' .. g.own, id)
   end
-  if g.t1 == 0 then g.t1 = now end
-  redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(epoch_of(fence)), 'fence', fence, 'own', worker,
-    'ver', version, 't1', number(g.t1))
-  redis.call('ZADD', P .. 'held:' .. worker, 0, id)
+  hand_to(P, id, g, worker, 0, fence, version, now)
   local look_at = limit_of(g)
   if is_unread(g) then look_at = math.min(look_at, now + GATEWAY_LEASE_MS + g.grace) end
   redis.call('ZADD', P .. 'due', number(look_at), id)
