@@ -295,7 +295,7 @@ class Claims {
 // Memory that a thread will read soon, asked for bit by bit while it computes something else: what
 // is bound by reading then finds it in a cache. Each bit is small, for a processor waits for few
 // lines at a time, and those of the computation itself are among them.
-class Readahead {
+class alignas(128) Readahead {
  public:
   // Room for so many runs, so that nothing is allocated inside a job.
   void reserve(size_t num_runs) { runs_.reserve(num_runs); }
@@ -365,7 +365,7 @@ class Team {
   int size() const { return num_threads_; }
   bool uses_amx() const { return use_amx_; }
   Arena& arena(int thread) { return arenas_[thread]; }
-  Readahead& readahead(int thread) { return readaheads_[thread].value; }
+  Readahead& readahead(int thread) { return readaheads_[thread]; }
 
   // Room of a thread for a quantized block that has been widened; for products in tiles only.
   bf16* widened(int thread) { return widened_.empty() ? nullptr : widened_[thread].data<bf16>(); }
@@ -384,12 +384,18 @@ class Team {
     work(0);
   }
 
-  // Fresh claims for the next thing that all threads share; between two such things is a barrier.
-  // So while one set is in use nobody looks at the other, and it can be made ready.
-  Claims& next_claims(int thread) {
-    const int number = num_shared_[thread].value++;
-    if (thread == 0) claims_[(number + 1) % 2].reset();
-    return claims_[number % 2];
+  // Work that all threads share: work(owner, number) for the items of this thread, then for those
+  // that others have not begun. A thread's items are `first[thread]` up to `first[thread + 1]`.
+  // All threads of a job call it; between two such calls is a barrier.
+  template <class Work>
+  void share(int thread, const std::vector<int>& first, Work work) {
+    Claims& claims = next_claims(thread);
+    for (int i = 0; i < num_threads_; i++) {
+      const int owner = (thread + i) % num_threads_;
+      const int count = first[owner + 1] - first[owner];
+      for (int taken; (taken = claims.take(owner, count, i > 0)) >= 0;)
+        work(owner, first[owner] + taken);
+    }
   }
 
   // All threads of a job wait here for one another.
@@ -405,6 +411,13 @@ class Team {
   }
 
  private:
+  // While one set of claims is in use nobody looks at the other, and it can be made ready.
+  Claims& next_claims(int thread) {
+    const int number = num_shared_[thread].value++;
+    if (thread == 0) claims_[(number + 1) % 2].reset();
+    return claims_[number % 2];
+  }
+
   void work(int thread) {
     if (use_amx_) {
       const TileConfig config;
@@ -447,11 +460,8 @@ class Team {
     int value = 0;
   };
   Claims claims_[2];
-  struct alignas(128) OwnReadahead {
-    Readahead value;
-  };
   std::vector<Count> num_shared_;  // per thread
-  std::vector<OwnReadahead> readaheads_;  // per thread
+  std::vector<Readahead> readaheads_;  // per thread
   std::vector<Arena> arenas_;
   std::vector<Pages> widened_;  // per thread
   size_t widened_bytes_ = 0;
@@ -890,23 +900,17 @@ void multiply(Team& team, int thread, const Weight& weight, const bf16* a, int r
               Epilogue epilogue) {
   const size_t stride = row_stride(weight.inputs);
   const Manner manner{team.uses_amx(), &team.readahead(thread)};
-  Claims& claims = team.next_claims(thread);
   const auto product = [&](auto finish) {
-    for (int i = 0; i < team.size(); i++) {
-      const int owner = (thread + i) % team.size();
-      const int first = weight.first_block[owner];
-      const int count = weight.first_block[owner + 1] - first;
-      for (int taken; (taken = claims.take(owner, count, i > 0)) >= 0;) {
-        const void* block = weight.data[owner] + taken * weight.block_bytes();
-        const int number = first + taken;
-        if (weight.is_quantized)
-          multiply(manner, a, stride, rows, static_cast<const QuantizedStep*>(block), weight.steps,
-                   number, team.widened(thread), finish);
-        else
-          multiply(manner, a, stride, rows, static_cast<const bf16*>(block), weight.steps, number,
-                   number + 1, finish);
-      }
-    }
+    team.share(thread, weight.first_block, [&](int owner, int number) {
+      const int taken = number - weight.first_block[owner];
+      const void* block = weight.data[owner] + taken * weight.block_bytes();
+      if (weight.is_quantized)
+        multiply(manner, a, stride, rows, static_cast<const QuantizedStep*>(block), weight.steps,
+                 number, team.widened(thread), finish);
+      else
+        multiply(manner, a, stride, rows, static_cast<const bf16*>(block), weight.steps, number,
+                 number + 1, finish);
+    });
   };
   if (weight.bias == nullptr) return product(epilogue);
   product([&](int row, int block, __m512 left, __m512 right) {
@@ -1355,14 +1359,10 @@ class AttentionPlan {
               const TokenVectors& query, const Output& out, SpanScratch& scratch,
               std::atomic<int>& next_block) const {
     const int num_heads = shape.num_kv_heads;
-    Claims& claims = team.next_claims(thread);
-    for (int i = 0; i < team.size(); i++) {
-      const int owner = (thread + i) % team.size();
-      const int first = first_item_[owner], last = first_item_[owner + 1];
-      for (int taken; (taken = claims.take(owner, last - first, i > 0)) >= 0;)
-        attend_single(first + taken, std::min(first + taken + 1, last - 1), shape, cache, query,
-                      out);
-    }
+    team.share(thread, first_item_, [&](int owner, int item) {
+      const int next = std::min(item + 1, first_item_[owner + 1] - 1);
+      attend_single(item, next, shape, cache, query, out);
+    });
     const int num_items = static_cast<int>(blocks_.size()) * num_heads;
     for (int item; (item = next_block.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
       const PrefillItem& block = blocks_[item / num_heads];
