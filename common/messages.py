@@ -18,9 +18,9 @@ PROTOCOL = 1
 
 Lane = Literal["priority", "default", "flex", "batch"]
 LANES: tuple[Lane, ...] = get_args(Lane)
+"""Lanes in the order in which they are claimed; the names are OpenAI's ``service_tier``."""
 RANKS: Mapping[Lane, int] = {"priority": 0, "default": 0, "flex": 1, "batch": 2}
 """Whom a lane gives way to: those of a lower rank. 0 is interactive."""
-"""Lanes by rank; the names are OpenAI's ``service_tier``."""
 
 
 class FinishReason(StrEnum):
