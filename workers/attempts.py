@@ -116,17 +116,10 @@ class Attempt:
         """
         if any(record.logprobs is None for record in logged):
             return
-        chains = [chain_start(self.id, self._model_version)]
-        for record in logged:
-            for token in record.tokens:
-                chains.append(chain_next(chains[-1], token))
-            self._tokens += record.tokens
-            self._pieces += record.pieces
-            self._logprobs += record.logprobs or []
-            self._tops += record.tops or []
-            self._prompt = record.prompt or self._prompt
-        self._chains = chains
         self.base = 0
+        self._chains = [chain_start(self.id, self._model_version)]
+        for record in logged:
+            self._append(record)
 
     def restoration(self, position: int, chain: str) -> Restoration | None:
         """What it takes to go on from where the log now ends; None: that is not ours to go on from.
@@ -154,17 +147,20 @@ class Attempt:
         """Take what one engine step made."""
         if output.tokens and self._first_token_s is None:
             self._first_token_s = now_s
-        for token in output.tokens:
-            self._chains.append(chain_next(self._chains[-1], token))
-        self._tokens += output.tokens
-        self._pieces += output.pieces
-        self._logprobs += output.logprobs
-        self._tops += output.tops or []
-        self._prompt = output.prompt or self._prompt
+        self._append(output)
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish is not None:
             finish = output.finish
             self.end_with(msgspec.structs.replace(finish, cached_tokens=self.cached_tokens), now_s)
+
+    def _append(self, made: StepOutput | TokenRecord) -> None:
+        for token in made.tokens:
+            self._chains.append(chain_next(self._chains[-1], token))
+        self._tokens += made.tokens
+        self._pieces += made.pieces
+        self._logprobs += made.logprobs or []
+        self._tops += made.tops or []
+        self._prompt = made.prompt or self._prompt
 
     def end_with(self, finish: Finish, now_s: float) -> None:
         self.finish = finish
