@@ -24,6 +24,7 @@ from common.messages import (
 )
 from workers.engine.port import EngineRequest, StepOutput
 
+_NUM_RANKS = 1 + max(RANKS.values())
 _MAX_REALIGNMENTS = 3
 """In a row, without an accepted publication between them: after that the logs cannot agree."""
 
@@ -318,11 +319,20 @@ class Ledger:
     def most_unacknowledged(self) -> int:
         return max((attempt.num_unacknowledged for attempt in self._running.values()), default=0)
 
-    def promised(self, rank: int) -> tuple[int, int | None]:
-        """(slots, tokens) promised in the engine to those who do not give way to ``rank``.
+    def promised(self) -> list[tuple[int, int | None]]:
+        """Per rank, (slots, tokens) promised in the engine to those who do not give way to it.
 
-        No tokens, but None, while some spec is not read yet.
+        No tokens, but None, while one of their specs is not read yet.
         """
-        held = [it for it in self._running.values() if it.is_in_engine and it.rank <= rank]
-        known = [it.cost for it in held if it.cost is not None]
-        return len(held), sum(known) if len(known) == len(held) else None
+        costs: list[list[int | None]] = [[] for _ in range(_NUM_RANKS)]
+        for attempt in self._running.values():
+            if attempt.is_in_engine:
+                costs[attempt.rank].append(attempt.cost)
+        promised: list[tuple[int, int | None]] = []
+        known: list[int] = []
+        slots = 0
+        for of_rank in costs:
+            slots += len(of_rank)
+            known += [cost for cost in of_rank if cost is not None]
+            promised.append((slots, sum(known) if len(known) == slots else None))
+        return promised

@@ -129,27 +129,27 @@ class Intake:
     @property
     def free_tokens(self) -> int:
         """Of the engine's capacity, what is promised to nobody."""
-        _, tokens = self._ledger.promised(max(RANKS.values()))
+        _, tokens = self._ledger.promised()[-1]
         return 0 if tokens is None else max(0, self._capacity.free_tokens - tokens)
 
-    def free(self, rank: int = 0) -> Room:
-        """What a generation of ``rank`` may still be claimed for, which gives way to lower ones.
+    def free(self) -> list[Room]:
+        """Per rank, what a generation may still be claimed for, which gives way to lower ranks.
 
         No tokens while a claimed spec is unread that does not give way to it.
         """
-        capacity = self._capacity
-        slots, tokens = self._ledger.promised(rank)
-        free_tokens = 0 if tokens is None else capacity.free_tokens - tokens
-        if rank == 0:
-            return Room(capacity.free_slots - slots, free_tokens)
-        num_interactive, _ = self._ledger.promised(0)
-        free_slots = capacity.free_slots - (slots - num_interactive)
-        num_kept = -(-capacity.spare_slots // 2)
-        free_slots = min(free_slots, capacity.free_slots + capacity.spare_slots - num_kept - slots)
-        if slots:
-            free_tokens -= capacity.free_tokens // _SHARE_KEPT
-        before = self.free(rank - 1)
-        return Room(min(before.slots, free_slots), min(before.tokens, free_tokens))
+        capacity, promised = self._capacity, self._ledger.promised()
+        num_interactive, _ = promised[0]
+        free: list[Room] = []
+        for rank, (slots, tokens) in enumerate(promised):
+            # Half of the spare slots are kept for those to whom the others give way.
+            free_slots = min(
+                capacity.free_slots - max(num_interactive, slots - num_interactive),
+                capacity.free_slots + capacity.spare_slots // 2 - slots,
+            )
+            num_kept = capacity.free_tokens // _SHARE_KEPT if rank and slots else 0
+            free_tokens = 0 if tokens is None else capacity.free_tokens - num_kept - tokens
+            free.append(Room(free_slots, free_tokens))
+        return free
 
     def rooms(self) -> dict[Lane, Room]:
         """What may be claimed of lanes that have any room.
@@ -158,7 +158,7 @@ class Intake:
         """
         if not self._is_open or self._engine.is_stalled:
             return {}
-        free = {rank: self.free(rank) for rank in set(RANKS.values())}
+        free = self.free()
         rooms: dict[Lane, Room] = {lane: free[RANKS[lane]] for lane in LANES}
         reserve = self._reserve
         if reserve is not None and rooms[reserve.lane].tokens < reserve.tokens:
@@ -178,6 +178,8 @@ class Intake:
         held = [it for it in self._ledger.running() if it.is_in_engine]
         num_slots = len(held) - capacity.free_slots - capacity.spare_slots
         num_tokens = sum(it.cost or 0 for it in held) - capacity.free_tokens
+        if num_slots <= 0 and num_tokens <= 0:
+            return []
         chosen: list[Attempt] = []
         for attempt in sorted(held, key=lambda it: (-it.rank, it.num_to_recompute)):
             if (num_slots <= 0 and num_tokens <= 0) or attempt.rank == 0:

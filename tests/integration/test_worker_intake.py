@@ -59,7 +59,7 @@ async def test_a_claim_takes_no_more_slots_than_are_free(parts: Parts) -> None:
     assert not parts.intake.has_room()
     for attempt in attempts[:2]:
         parts.step(attempt, 1, finish="length")
-    assert parts.intake.free() == (2, 1000 - 2 * 12)
+    assert parts.intake.free()[0] == (2, 1000 - 2 * 12)
     await parts.publisher.publish()
     assert len(await parts.claim()) == 4
 
@@ -68,7 +68,7 @@ async def test_a_claim_takes_no_more_tokens_than_are_free(parts: Parts) -> None:
     """The budget counts prompt and allowed new tokens of all that was claimed before."""
     await admit(parts.broker, prompt_tokens=100, max_new_tokens=500)
     await parts.claim()
-    assert parts.intake.free() == (3, 400)
+    assert parts.intake.free()[0] == (3, 400)
     await admit(parts.broker, prompt_tokens=100, max_new_tokens=301)
     await admit(parts.broker, prompt_tokens=100, max_new_tokens=300)
     attempts = await parts.claim()
@@ -169,11 +169,11 @@ async def test_a_large_prompt_is_read_after_the_claim(parts: Parts) -> None:
     await large.beat()
     await admit(parts.broker, prompt_tokens=20_000, max_new_tokens=10)
     await large.claim()
-    assert large.intake.free() == (3, 0)
+    assert large.intake.free()[0] == (3, 0)
     await submitted(large)
     [request] = large.engine.submitted
     assert request.prompt == list(range(20_000))
-    assert large.intake.free() == (3, 100_000 - 20_010)
+    assert large.intake.free()[0] == (3, 100_000 - 20_010)
     await large.close()
 
 
@@ -337,7 +337,7 @@ async def waiting(broker: Broker, blocking_broker: Broker) -> AsyncIterator[Wait
 async def test_nobody_waits_for_the_grammar_of_another(waiting: Waiting) -> None:
     """Its room is promised, so claims go on beside it; it runs when its matcher is there."""
     parts = waiting.parts
-    assert parts.intake.free() == (3, 1000 - 12)
+    assert parts.intake.free()[0] == (3, 1000 - 12)
     other = await admit(parts.broker)
     await parts.claim()
     assert [request.id for request in parts.engine.submitted] == [engine_id(parts, other)]
@@ -360,7 +360,7 @@ async def test_a_bad_grammar_fails_alone_with_its_reason(waiting: Waiting) -> No
     expected = Finish("failed", "GRAMMAR_REJECTED", "grammar is not valid: a reason")
     assert end.record.finish == expected
     assert [attempt.id for attempt in parts.ledger.running()] == [other]
-    assert parts.intake.free() == (3, 1000 - 12)
+    assert parts.intake.free()[0] == (3, 1000 - 12)
 
 
 async def test_who_leaves_while_a_grammar_compiles_never_reaches_the_engine(
