@@ -1,6 +1,7 @@
 """Fixtures for all tests: a real server, emptied for each test, and brokers on it."""
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,19 +14,15 @@ POOL = "test"
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """Valkey, as the embedded default runs it."""
-    server = RedisServer("valkey", tmp_path_factory.mktemp("valkey"))
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer("valkey", tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def debian_redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """Redis 7.0, the oldest server we promise to work on."""
-    server = RedisServer("redis", tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer("redis", tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 def _emptied(server: RedisServer) -> Iterator[RedisServer]:
@@ -46,6 +43,13 @@ def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """As ``redis_server``, once on Valkey and once on Redis 7.0."""
     name = "valkey_server" if request.param == "valkey" else "debian_redis_server"
     yield from _emptied(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may kill."""
+    with RedisServer("valkey", tmp_path / "own-server") as server:
+        yield server
 
 
 @pytest.fixture

@@ -83,8 +83,6 @@ class Site:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    server = RedisServer("valkey", folder / "valkey")
-    server.start()
     ModelStore(folder / "data").add("simulated")
     settings: dict[str, Any] = {
         "data_dir": folder / "data",
@@ -93,15 +91,13 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         "simulated_inter_token_ms": INTER_TOKEN_MS,
         "lease_ms": 3000,  # a paused worker counts as alive until its visitor has asked
     }
-    try:
+    with RedisServer("valkey", folder / "valkey") as server:
         with processes(server.url, folder) as started:
             gateway, worker = started.gateway(**settings), started.worker(**settings)
             await started.background(**settings).ready()
             yield Site(started, settings, await gateway.ready(), await worker.ready())
         leaked = server.keys_without_ttl()
         assert not leaked, f"keys without a time to live: {leaked}"
-    finally:
-        server.kill()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -149,15 +149,6 @@ async def test_sigterm_without_redis_ends_at_once(pool: WorkerPool, proxy: Fault
 
 
 @pytest.fixture
-async def own_server(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    """A server that the test may kill."""
-    server = RedisServer("valkey", tmp_path / "server")
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 async def own_pool(own_server: RedisServer, tmp_path: Path) -> AsyncIterator[WorkerPool]:
     broker = Broker(connect(own_server.url), POOL)
     with processes(own_server.url, tmp_path / "processes") as started:
@@ -213,11 +204,11 @@ async def test_redis_comes_back_without_its_last_second(
 
 async def test_a_server_without_memory_is_told_what_runs(tmp_path: Path) -> None:
     """It comes back empty: the worker has prompt, tokens and all else, and goes on with them."""
-    server = RedisServer("valkey", tmp_path / "forgetful", ("--appendonly", "no"))
-    server.start()
-    broker = Broker(connect(server.url), POOL)
-    with processes(server.url, tmp_path / "processes") as started:
-        pool = WorkerPool(broker, started)
+    with (
+        RedisServer("valkey", tmp_path / "forgetful", ("--appendonly", "no")) as server,
+        processes(server.url, tmp_path / "processes") as started,
+    ):
+        pool = WorkerPool(Broker(connect(server.url), POOL), started)
         worker = await pool.worker(simulated_inter_token_ms=20)
         undisturbed = await pool.tokens_of(await pool.admit(150))
         generation = await pool.admit(150)
@@ -233,8 +224,7 @@ async def test_a_server_without_memory_is_told_what_runs(tmp_path: Path) -> None
         assert tokens_of(entries) == undisturbed
         after = await pool.tokens_of(await pool.admit(30))
         assert after == undisturbed[:30], "what comes later is served as ever"
-    await broker.close()
-    server.kill()
+        await pool.broker.close()
 
 
 async def start_again(pool: WorkerPool, server: RedisServer) -> None:

@@ -312,10 +312,8 @@ def cluster_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSe
     """A server in Cluster mode: it refuses a script that leaves its slot."""
     directory = tmp_path_factory.mktemp("cluster")
     bus = ("--cluster-port", str(free_port()))  # by default its port + 10,000: perhaps too high
-    server = RedisServer("valkey", directory, ("--cluster-enabled", "yes", *bus))
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer("valkey", directory, ("--cluster-enabled", "yes", *bus)) as server:
+        yield server
 
 
 async def test_every_step_stays_in_one_cluster_slot(cluster_server: RedisServer) -> None:

@@ -1,8 +1,7 @@
 """What is promised for later is on the disk of Redis before it is promised."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,18 @@ from common.broker import Broker, broker, connect
 from common.failures import Failure
 from tests.conftest import POOL
 from tests.support.fault_proxy import fault_proxy
-from tests.support.gateway_app import Stand
-from tests.support.models import simulated
+from tests.support.gateway_app import Stand, stand_on
 from tests.support.redis_server import Kind, RedisServer
 from tests.support.scripted_worker import saying
+from tests.support.waiting import wait_until
 
 PROMISED = {"input": "Hello", "background": True}
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer("valkey", tmp_path / "valkey")
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 async def own_stand(own_server: RedisServer, simulated_data_dir: Path) -> AsyncIterator[Stand]:
-    manifest = simulated(simulated_data_dir).manifest
-    async with AsyncExitStack() as stack:
-        pool = Broker(connect(own_server.url), manifest.name)
-        await pool.load()
-        yield Stand(own_server.url, simulated_data_dir, stack, pool, manifest.version)
-        await stack.aclose()
-        await pool.close()
+    async with stand_on(own_server.url, simulated_data_dir) as stand:
+        yield stand
 
 
 async def test_a_promise_outlives_a_server_killed_right_after_it(
@@ -51,9 +37,12 @@ async def test_a_promise_outlives_a_server_killed_right_after_it(
     await worker.beat()
     other = await own_stand.gateway()  # it knows nothing but what Redis holds
     path = f"/v1/responses/{promised.json()['id']}"
+
+    async def is_completed() -> bool:
+        return (await other.client.get(path)).json()["status"] == "completed"
+
     async with worker.acting(saying("Hello")):
-        while (await other.client.get(path)).json()["status"] != "completed":
-            await asyncio.sleep(0.02)
+        await wait_until(is_completed, what="the answer")
 
 
 async def test_the_answer_waits_for_the_disk(stand: Stand) -> None:
@@ -86,35 +75,27 @@ async def test_without_the_disk_of_a_replica_nothing_is_promised(
 async def test_a_replica_with_a_disk_is_waited_for(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    replica = RedisServer(
-        "valkey",
-        tmp_path / "replica",
-        ("--replicaof", f"127.0.0.1 {redis_server.port}", "--repl-diskless-sync-delay", "0"),
-    )
-    replica.start()
+    options = ("--replicaof", f"127.0.0.1 {redis_server.port}", "--repl-diskless-sync-delay", "0")
     pool = Broker(connect(redis_server.url), POOL, durable_replicas=1)
-    try:
-        while "replicas" in await pool.durability_gap():
-            await asyncio.sleep(0.02)
+
+    async def is_replicated() -> bool:
+        return "replicas" not in await pool.durability_gap()
+
+    with RedisServer("valkey", tmp_path / "replica", options) as replica:
+        await wait_until(is_replicated, what="the replica", timeout_s=60)
         assert await pool.durable()
         replica.kill()
         with pytest.raises(Failure, match="replicas: 0 of 1"):
             await pool.durable()
-    finally:
-        replica.kill()
-        await pool.close()
+    await pool.close()
 
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_a_server_that_cannot_tell_is_named_and_used(kind: Kind, tmp_path: Path) -> None:
     """Redis 7.0 has no WAITAOF; a server without an append-only file has nothing to wait for."""
     options = ("--appendonly", "no") if kind == "valkey" else ()
-    server = RedisServer(kind, tmp_path / kind, options)
-    server.start()
-    pool = Broker(connect(server.url), POOL)
-    try:
+    with RedisServer(kind, tmp_path / kind, options) as server:
+        pool = Broker(connect(server.url), POOL)
         assert not await pool.durable()
         assert "needs version 7.2" in await pool.durability_gap()
-    finally:
         await pool.close()
-        server.kill()

@@ -122,13 +122,19 @@ def simulated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_dir
 
 
-@pytest.fixture
-async def stand(redis_url: str, simulated_data_dir: Path) -> AsyncIterator[Stand]:
+@asynccontextmanager
+async def stand_on(redis_url: str, data_dir: Path) -> AsyncGenerator[Stand]:
     """A pool named ``simulated`` with nothing in it yet."""
-    manifest = simulated(simulated_data_dir).manifest
+    manifest = simulated(data_dir).manifest
     async with AsyncExitStack() as stack:
         broker = Broker(connect(redis_url), manifest.name)
         await broker.load()
-        yield Stand(redis_url, simulated_data_dir, stack, broker, manifest.version)
+        yield Stand(redis_url, data_dir, stack, broker, manifest.version)
         await stack.aclose()
         await broker.close()
+
+
+@pytest.fixture
+async def stand(redis_url: str, simulated_data_dir: Path) -> AsyncIterator[Stand]:
+    async with stand_on(redis_url, simulated_data_dir) as stand:
+        yield stand

@@ -10,7 +10,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -44,13 +44,23 @@ def server_binary(kind: Kind) -> str:
 
 @dataclass
 class RedisServer:
-    """A server process with append-only file; ``stop`` and ``start`` again keep its data."""
+    """A server process with append-only file; ``kill`` and ``start`` again keep its data.
+
+    It runs within its ``with``, whatever a test does to it there.
+    """
 
     kind: Kind
     directory: Path
     options: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
     def url(self) -> str:
