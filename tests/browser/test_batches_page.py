@@ -10,6 +10,7 @@ from playwright.async_api import Browser, Page
 
 from tests.browser.conftest import Door, Site, Visitor
 from tests.browser.link import Link
+from tests.support.batches import jsonl, line
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -27,24 +28,14 @@ DROP = """([name, text]) => {
 
 def lines(*bodies: dict[str, Any]) -> str:
     made = (
-        {
-            "custom_id": f"line-{number}",
-            "method": "POST",
-            "url": "/v1/completions",
-            "body": {"model": "simulated", "temperature": 0, **body},
-        }
+        line(f"line-{number}", "/v1/completions", model="simulated", **body)
         for number, body in enumerate(bodies)
     )
-    return "".join(json.dumps(line) + "\n" for line in made)
+    return jsonl(made).decode()
 
 
 def saying(num_tokens: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{number}. hello", "max_tokens": num_tokens} for number in range(count)]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
 
 
 async def at_batches(visitor: Visitor) -> Page:
@@ -73,12 +64,12 @@ async def download(page: Page, name: str, link: str) -> str:
 
 
 async def test_a_file_is_handed_over_and_its_answers_fetched(
-    visitor: Visitor, folder: Path
+    visitor: Visitor, tmp_path: Path
 ) -> None:
     """Under its own name; failed lines come in a file of their own."""
     page = await at_batches(visitor)
     bad = {"prompt": "x", "max_tokens": -1}
-    await hand_over(page, folder, "one.jsonl", lines(*saying(3, 20), bad))
+    await hand_over(page, tmp_path, "one.jsonl", lines(*saying(3, 20), bad))
     await page.wait_for_selector(card("one.jsonl", "Done"))
     figures = await page.inner_text(f"{card('one.jsonl')} .batch-figures")
     assert figures.startswith("21 of 21 lines · 1 failed · ")
@@ -116,22 +107,22 @@ async def test_a_dropped_file_moves_live_and_can_be_cancelled(visitor: Visitor) 
     assert said[-1].startswith("two.jsonl: cancelled, ")
 
 
-async def test_a_refused_file_says_why_line_by_line(visitor: Visitor, folder: Path) -> None:
+async def test_a_refused_file_says_why_line_by_line(visitor: Visitor, tmp_path: Path) -> None:
     page = await at_batches(visitor)
-    await hand_over(page, folder, "three.jsonl", lines(*saying(3, 1)) + "no json\n")
+    await hand_over(page, tmp_path, "three.jsonl", lines(*saying(3, 1)) + "no json\n")
     await page.wait_for_selector(card("three.jsonl", "Refused"))
     assert (await page.inner_text(f"{card('three.jsonl')} .batch-errors")).startswith("Line 2: ")
-    await hand_over(page, folder, "four.txt", "not a request\n")
+    await hand_over(page, tmp_path, "four.txt", "not a request\n")
     await page.wait_for_selector("#problem :text('four.txt is no request')")
     assert await page.locator(card("four.txt")).count() == 0
 
 
 async def test_a_lost_connection_is_said_and_resumed(
-    visitor: Visitor, link: Link, folder: Path
+    visitor: Visitor, link: Link, tmp_path: Path
 ) -> None:
     visitor.expected += ["net::ERR_"]
     page = await at_batches(visitor)
-    await hand_over(page, folder, "five.jsonl", lines(*saying(400, 24)))
+    await hand_over(page, tmp_path, "five.jsonl", lines(*saying(400, 24)))
     await page.wait_for_selector(card("five.jsonl", "Running"))
     link.cut()
     await page.wait_for_selector(f"{card('five.jsonl')} :text('connection lost')")
@@ -142,7 +133,7 @@ async def test_a_lost_connection_is_said_and_resumed(
 
 
 async def test_where_a_key_is_needed_the_page_asks_for_it(
-    site: Site, chromium: Browser, folder: Path
+    site: Site, chromium: Browser, tmp_path: Path
 ) -> None:
     """And fetches files with it, which a plain link could not."""
     gateway = await site.new_gateway(api_key="let-me-in")
@@ -153,7 +144,7 @@ async def test_where_a_key_is_needed_the_page_asks_for_it(
         await page.keyboard.type("let-me-in")
         await page.keyboard.press("Tab")
         await page.wait_for_selector("#problem", state="hidden")
-        await hand_over(page, folder, "six.jsonl", lines(*saying(3, 2)))
+        await hand_over(page, tmp_path, "six.jsonl", lines(*saying(3, 2)))
         await page.wait_for_selector(card("six.jsonl", "Done"))
         fetched = await download(page, "six.jsonl", "Answers")
     async with httpx.AsyncClient(base_url=site.gateway.url) as client:
@@ -162,14 +153,14 @@ async def test_where_a_key_is_needed_the_page_asks_for_it(
     assert fetched == content.text
 
 
-async def test_it_fits_a_phone_and_a_keyboard(door: Door, folder: Path) -> None:
+async def test_it_fits_a_phone_and_a_keyboard(door: Door, tmp_path: Path) -> None:
     """No sideways scrolling, targets for fingers; each control is reached, named and marked."""
     visitor = await door.enter(
         viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True
     )
     page = await at_batches(visitor)
     name = f"{'an-unbroken-name-' * 8}.jsonl"
-    await hand_over(page, folder, name, lines(*saying(3, 2)))
+    await hand_over(page, tmp_path, name, lines(*saying(3, 2)))
     await page.wait_for_selector(card(name, "Done"))
     assert await page.evaluate(
         "document.documentElement.scrollWidth - document.documentElement.clientWidth"

@@ -11,6 +11,7 @@ import pytest
 from openai.types import Batch
 from openai.types.chat import ChatCompletion
 
+from tests.support.batches import jsonl, line
 from tests.support.processes import processes
 
 NUM_LINES = 200
@@ -35,22 +36,11 @@ async def client(
 
 def rows(num_lines: int, **body: Any) -> bytes:
     """Every fifth is refused when it runs."""
-    lines = [
-        {
-            "custom_id": f"r{i}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {
-                "model": "simulated",
-                "messages": [{"role": "user", "content": f"Say {i}."}],
-                "max_tokens": 0 if i % 5 == 4 else 4,
-                "temperature": 0,
-            }
-            | body,
-        }
+    asked: list[dict[str, Any]] = [
+        {"model": "simulated", "max_tokens": 0 if i % 5 == 4 else 4} | body
         for i in range(num_lines)
     ]
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    return jsonl(line(f"r{i}", **each) for i, each in enumerate(asked))
 
 
 async def created(client: openai.AsyncOpenAI, content: bytes) -> Batch:

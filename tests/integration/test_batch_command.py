@@ -13,17 +13,12 @@ import pytest
 
 from common.broker import Broker, connect
 from tests.support.api_keys import PEPPER, make_key
+from tests.support.batches import jsonl, line
+from tests.support.command import Said
 from tests.support.processes import ROOT, Process, Processes
 from tests.support.waiting import wait_until
 
 LIMIT_S = 60.0
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
 
 
 @dataclass
@@ -55,16 +50,11 @@ class Place:
 
     def file(self, name: str, *bodies: dict[str, Any], ids: list[str] | None = None) -> Path:
         path = self.folder / name
-        lines = [
-            {
-                "custom_id": ids[number] if ids else str(number),
-                "method": "POST",
-                "url": "/v1/completions",
-                "body": {"model": "simulated", **body},
-            }
+        made = (
+            line(ids[number] if ids else str(number), "/v1/completions", model="simulated", **body)
             for number, body in enumerate(bodies)
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        )
+        path.write_bytes(jsonl(made))
         return path
 
 

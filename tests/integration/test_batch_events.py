@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from common.batches import BatchRecord, Counts, Usage, new_batch_id
+from common.batches import Counts, Usage
 from common.broker import BatchStore
 from common.parts import Parts, encode_part
 from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.batches import batch_record
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
 
@@ -70,16 +70,7 @@ def line_of(number: int, padding: int = 0) -> bytes:
 
 async def steered(stand: Stand, gateway: RunningGateway, *, tenant: str = "public") -> Steered:
     store = stand.broker.batch_store
-    record = BatchRecord(
-        id=new_batch_id(),
-        tenant=tenant,
-        pool="simulated",
-        endpoint="/v1/completions",
-        input_file_id="file-1",
-        created_at=1000,
-        expires_at=int(time.time()) + 1000,
-    )
-    await store.create(record)
+    record = await store.create(batch_record(tenant=tenant))
     await store.change(record.id, lambda record: record.begun(10, "m", 1001))
     return Steered(record.id, store, Parts(gateway.services.storage, record.id))
 

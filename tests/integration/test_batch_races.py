@@ -14,11 +14,11 @@ from common.batches import BatchRecord, index_name, part_name, parts_prefix, res
 from common.broker import BatchStore, keys
 from common.files import Files
 from common.storage import Storage
-from tests.support.batch_stage import BatchStage, kill, line
+from tests.support.batch_stage import BatchStage, kill
+from tests.support.batches import line
 from tests.support.gateway_app import Stand
 from tests.support.redis_server import RawRedis
 from tests.support.scripted_worker import saying
-from tests.support.waiting import wait_until
 from workers.background.steering import Steering
 
 NUM_LINES = 120
@@ -246,13 +246,8 @@ async def test_redis_may_forget_all_of_a_batch_but_its_record(stage: BatchStage)
     redis: RawRedis = stage.stand.broker._redis
     num_forgotten = 0
     async with stage.steerer():
-        for wanted in (10, 40):
-
-            async def has_come_so_far(wanted: int = wanted) -> bool:
-                record = await stage.store.get(batch_id)
-                return record is not None and record.counts.finished >= wanted
-
-            await wait_until(has_come_so_far, what=f"{wanted} lines")
+        for num_lines in (10, 40):
+            await stage.has_finished(batch_id, num_lines)
             num_forgotten += await redis.eval(_FORGET, 0)
         record = await stage.ended(batch_id)
     assert num_forgotten > 10

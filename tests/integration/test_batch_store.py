@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
 
 import msgspec
 import pytest
@@ -18,6 +18,7 @@ from common.batches import (
     result_file_id,
 )
 from common.broker import BatchStore, BatchWatch, connect
+from tests.support.batches import batch_record
 from tests.support.fault_proxy import fault_proxy
 
 POOL = "model"
@@ -37,16 +38,7 @@ async def blocking_store(redis_url: str) -> AsyncIterator[BatchStore]:
     await redis.aclose()
 
 
-def new_record(**fields: Any) -> BatchRecord:
-    made = BatchRecord(
-        id=new_batch_id(),
-        pool=POOL,
-        endpoint="/v1/completions",
-        input_file_id="file-1",
-        created_at=1000,
-        expires_at=1000 + 24 * 3600,
-    )
-    return msgspec.structs.replace(made, **fields)
+new_record = partial(batch_record, pool=POOL)
 
 
 def test_ids_are_of_openais_form() -> None:

@@ -1,8 +1,6 @@
 """Batches from end to end: taken in by a gateway, steered here, run by a worker process."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,16 +10,12 @@ from common.batches import BatchRecord
 from common.clock import wall_ms
 from common.ids import generation_id
 from tests.support.api_keys import PEPPER, bearer, make_key
-from tests.support.batch_stage import CHAT, BatchStage, line
+from tests.support.batch_stage import BatchStage
+from tests.support.batches import asking_for, line
 from tests.support.gateway_app import Stand
-from tests.support.processes import Processes, processes
+from tests.support.processes import Processes
 from tests.support.scripted_worker import saying
-from tests.support.waiting import wait_until
 
-JSON_SCHEMA = {
-    "type": "json_schema",
-    "json_schema": {"name": "a", "schema": {"type": "object", "properties": {}}},
-}
 LINES: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/chat/completions": {
         "plain": {},
@@ -60,12 +54,6 @@ LINES: dict[str, dict[str, dict[str, Any]]] = {
 }
 _OWN = {"id", "created", "created_at", "completed_at", "headrace", "service_tier", "call_id"}
 """What two answers to one request may differ in: names, times, and the lane that they had."""
-
-
-@pytest.fixture
-def started(redis_url: str, tmp_path: Path) -> Iterator[Processes]:
-    with processes(redis_url, tmp_path) as started:
-        yield started
 
 
 @pytest.fixture
@@ -142,7 +130,7 @@ async def test_several_processes_share_several_batches(stage: BatchStage) -> Non
     most = 0
     async with scripted.acting(saying("hi")), stage.steerer(), stage.steerer():
         for batch_id in batch_ids:
-            while not (record := await stage.reached(batch_id, *_ANY)).is_final:
+            while not (record := await stage.record(batch_id)).is_final:
                 state = await stage.stand.broker.state()
                 held = sum(len(worker.held) for worker in state.workers)
                 most = max(most, state.waiting["batch"] + held)
@@ -153,9 +141,6 @@ async def test_several_processes_share_several_batches(stage: BatchStage) -> Non
         "", [f"{id[6:]}-{n}.0" for id in batch_ids for n in (1, 150)]
     )
     assert [look.state for look in left] == [""] * 6, "what a part holds is forgotten"
-
-
-_ANY = ("validating", "in_progress", "finalizing", "completed")
 
 
 async def test_a_file_that_can_not_be_run_fails_with_reasons_by_line(stage: BatchStage) -> None:
@@ -272,11 +257,7 @@ async def test_a_batch_whose_input_is_deleted_keeps_what_is_finished(stage: Batc
     batch_id = await stage.create([line(f"r{i}") for i in range(50)])
     async with stage.steerer():
         await saying("hello")(await scripted.take())
-
-        async def is_counted() -> bool:
-            return (await stage.reached(batch_id, *_ANY)).counts.completed == 1
-
-        await wait_until(is_counted, what="the first line")
+        await stage.has_finished(batch_id, 1)
     input_file_id = (await stage.shown(batch_id))["input_file_id"]
     await stage.gateway.client.delete(f"/v1/files/{input_file_id}")
     async with stage.steerer():
@@ -313,7 +294,7 @@ async def test_a_batch_that_makes_no_sense_is_refused(
 ) -> None:
     """By the name of the field that is wrong."""
     file_id = await stage.upload(b"{}\n")
-    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"} | change
+    body = asking_for(file_id) | change
     answer = await stage.gateway.client.post("/v1/batches", json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == field
@@ -322,7 +303,7 @@ async def test_a_batch_that_makes_no_sense_is_refused(
 async def test_an_idempotency_key_makes_one_batch(stage: BatchStage) -> None:
     """However often it is sent; with another body it is refused."""
     file_id = await stage.upload(b"{}\n")
-    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    body = asking_for(file_id)
     post, headers = stage.gateway.client.post, {"idempotency-key": "night-1"}
     first = await post("/v1/batches", json=body, headers=headers)
     second = await post("/v1/batches", json=body, headers=headers)
@@ -343,7 +324,7 @@ async def test_batches_are_their_tenants_own(stand: Stand) -> None:
     scopeless = bearer(await make_key(stand.broker, "a"))
     client = stage.gateway.client
     file_id = await stage.upload(b"{}\n", tenant="a")
-    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    body = asking_for(file_id)
     foreign = await client.post("/v1/batches", json=body, headers=keys["b"])
     assert (foreign.status_code, foreign.json()["error"]["param"]) == (400, "input_file_id")
     ids = [
@@ -374,7 +355,7 @@ async def test_lines_may_ask_for_what_the_key_of_their_batch_may(stand: Stand) -
     stage = BatchStage(stand, await stand.gateway(key_pepper=PEPPER))
     key = bearer(await make_key(stand.broker, "a", scopes=("batch",), models=("other",)))
     file_id = await stage.upload(json.dumps(line("a")).encode(), tenant="a")
-    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    body = asking_for(file_id)
     answer = await stage.gateway.client.post("/v1/batches", json=body, headers=key)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_allowed")
 
@@ -410,11 +391,7 @@ async def test_a_background_process_steers_and_steps_down_in_order(
     await worker(stage, started, simulated_inter_token_ms=5)
     batch_id = await stage.create([line(f"r{i}", max_tokens=20) for i in range(400)])
     first = await started.background(data_dir=stage.stand.data_dir).ready()
-
-    async def has_begun() -> bool:
-        return (await stage.reached(batch_id, *_ANY)).counts.finished > 0
-
-    await wait_until(has_begun, what="the first lines")
+    await stage.has_finished(batch_id, 1)
     first.terminate()
     assert await first.ended() == 0
     assert await stage.store.unsteered("simulated") == [batch_id]

@@ -10,7 +10,6 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from common.batches import BatchRecord, new_batch_id
 from common.failures import KINDS, Failure
 from common.keys import Limits
 from common.models.chat_template import ChatTemplate
@@ -18,6 +17,7 @@ from common.storage import local
 from gateway.errors import status_of
 from gateway.middleware import MAX_HEAD_BYTES
 from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.batches import batch_record
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import saying
@@ -201,16 +201,7 @@ def with_storage(error: OSError) -> Scene:
 
 async def batch_ended(stand: Stand) -> Answer:
     gateway = await stand.gateway()
-    batch = BatchRecord(
-        id=new_batch_id(),
-        pool="simulated",
-        endpoint="/v1/completions",
-        input_file_id="file-x",
-        status="failed",
-        created_at=1,
-        expires_at=2,
-    )
-    await stand.broker.batch_store.create(batch)
+    batch = await stand.broker.batch_store.create(batch_record(status="failed"))
     return await gateway.client.post(f"/v1/batches/{batch.id}/cancel")
 
 

@@ -10,12 +10,13 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from common.batches import BatchRecord, folder, new_batch_id
+from common.batches import folder
 from common.broker import Broker, WorkerPresence, connect
 from common.keys import Limits
 from common.storage.local import LocalStorage
 from ops import cli as command
 from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.batches import batch_record
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.generations import admit
 from tests.support.scripted_worker import saying
@@ -161,7 +162,7 @@ async def test_batches_are_stopped_and_go_with_their_folders(
     """Nobody steers them here, so that none says that it has stopped."""
     monkeypatch.setattr("ops.forget.STOP_LIMIT_S", 0.3)
     storage, batches = LocalStorage(stand.data_dir / "files"), stand.broker.batch_store
-    records = {tenant: batch_of(tenant) for tenant in (GONE, OTHER)}
+    records = {tenant: batch_record(tenant=tenant) for tenant in (GONE, OTHER)}
     for record in records.values():
         await batches.create(record)
         await storage.put(f"{folder(record.id)}parts/00000001", b"secret")
@@ -172,18 +173,6 @@ async def test_batches_are_stopped_and_go_with_their_folders(
     assert await storage.list(folder(records[GONE].id)) == []
     assert len(await storage.list(folder(records[OTHER].id))) == 1
     assert await batches.page(GONE, limit=10) == ([], False)
-
-
-def batch_of(tenant: str) -> BatchRecord:
-    return BatchRecord(
-        id=new_batch_id(),
-        tenant=tenant,
-        pool="simulated",
-        endpoint="/v1/completions",
-        input_file_id="file-x",
-        created_at=1,
-        expires_at=2,
-    )
 
 
 async def test_every_pool_is_looked_through(stand: Stand, forget: Forget) -> None:

@@ -16,10 +16,10 @@ from standardwebhooks import Webhook
 from structlog.testing import capture_logs
 
 from common import keys
-from common.batches import BatchRecord
 from common.broker import Broker, WebhookStore, connect, webhook_store
 from common.settings import BackgroundSettings
 from common.webhooks import Delivery, Endpoint, EventType, new_endpoint_id, new_salt
+from tests.support.batches import batch_record
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import Stand
 from tests.support.processes import Processes
@@ -152,8 +152,7 @@ async def test_the_end_of_a_batch_is_told_to_its_tenant(broker: Broker, receiver
     await add(store, receiver.url, tenant="other")
     await add(store, receiver.url, tenant="acme", events=("batch.completed",))
     mine = await add(store, receiver.url, tenant="acme")
-    record = batch_of("acme")
-    await broker.batch_store.create(record)
+    record = await broker.batch_store.create(batch_record(tenant="acme", pool=broker.pool))
     await tell_batches(broker)
     assert not await store.deliveries()
     await broker.batch_store.change(
@@ -164,18 +163,6 @@ async def test_the_end_of_a_batch_is_told_to_its_tenant(broker: Broker, receiver
     [delivery] = await store.deliveries()
     assert delivery.endpoint_id == mine.id
     assert (delivery.event_type, delivery.object_id) == ("batch.failed", record.id)
-
-
-def batch_of(tenant: str) -> BatchRecord:
-    return BatchRecord(
-        id="batch_1",
-        tenant=tenant,
-        pool="test",
-        endpoint="/v1/completions",
-        input_file_id="file-1",
-        created_at=int(time.time()),
-        expires_at=int(time.time()) + 100,
-    )
 
 
 # Sending -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from common.batches import BatchRecord
@@ -14,31 +14,12 @@ from common.ids import new_process_name
 from common.settings import BackgroundSettings
 from common.storage import Storage
 from gateway.lines import load_offer
+from tests.support.batches import CHAT, asking_for, jsonl
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.waiting import wait_until
 from workers.background.batches import Steers
 from workers.background.pool import Ends, Window
 from workers.background.running import Means
-
-CHAT = "/v1/chat/completions"
-
-
-def line(custom_id: str, url: str = CHAT, **body: Any) -> dict[str, Any]:
-    """A line that asks for a few greedy tokens, unless ``body`` says otherwise."""
-    asked: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
-    if url == CHAT:
-        asked |= {"messages": [{"role": "user", "content": f"Say {custom_id}."}]}
-    if url == "/v1/completions":
-        asked |= {"prompt": f"Say {custom_id}."}
-    if url == "/v1/responses":
-        asked = {"max_output_tokens": 8, "temperature": 0, "input": f"Say {custom_id}."}
-    if url == "/generate":
-        asked = {"inputs": f"Say {custom_id}.", "parameters": {"max_new_tokens": 8}}
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": asked | body}
-
-
-def jsonl(lines: Iterable[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 @dataclass
@@ -47,7 +28,6 @@ class BatchStage:
 
     stand: Stand
     gateway: RunningGateway
-    steerers: dict[str, Steers] = field(default_factory=dict[str, Steers])
 
     @property
     def storage(self) -> Storage:
@@ -78,12 +58,8 @@ class BatchStage:
     ) -> str:
         """Create a batch as a client does; returns its id."""
         content = lines if isinstance(lines, bytes) else jsonl(lines)
-        body = {
-            "input_file_id": await self.upload(content),
-            "endpoint": endpoint,
-            "completion_window": "24h",
-        }
-        answer = await self.gateway.client.post("/v1/batches", json=body | fields)
+        body = asking_for(await self.upload(content), endpoint, **fields)
+        answer = await self.gateway.client.post("/v1/batches", json=body)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
@@ -92,15 +68,26 @@ class BatchStage:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    async def record(self, batch_id: str) -> BatchRecord:
+        record = await self.store.get(batch_id)
+        assert record is not None
+        return record
+
+    async def has_finished(self, batch_id: str, num_lines: int) -> None:
+        """Wait until so many of its lines are counted."""
+
+        async def is_so_far() -> bool:
+            return (await self.record(batch_id)).counts.finished >= num_lines
+
+        await wait_until(is_so_far, what=f"{num_lines} lines")
+
     async def reached(self, batch_id: str, *statuses: str, within_s: float = 30) -> BatchRecord:
         """Wait until the batch is in one of these states."""
         found: list[BatchRecord] = []
 
         async def is_there() -> bool:
-            record = await self.store.get(batch_id)
-            assert record is not None
-            found.append(record)
-            return record.status in statuses
+            found.append(await self.record(batch_id))
+            return found[-1].status in statuses
 
         await wait_until(is_there, timeout_s=within_s, what=f"a batch that is {statuses}")
         return found[-1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.batches import MAX_ERRORS, MAX_LINES, Endpoint
-from tests.support.batch_stage import CHAT, jsonl, line
+from tests.support.batches import CHAT, jsonl, line
 from workers.background.line_index import LineIndex, LineReader
 from workers.background.validation import Validation, read_line, validate
 
