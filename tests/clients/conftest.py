@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.support.models import simulated
@@ -73,3 +74,12 @@ async def system(redis_url: str, tmp_path: Path, simulated_data_dir: Path) -> As
         await gateway.ready()
         version = str(worker.events("worker.ready")[0]["model_version"])
         yield System(gateway.url, version, gateway, worker)
+
+
+@pytest.fixture
+async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's own, which asks once."""
+    async with openai.AsyncOpenAI(
+        base_url=f"{system.url}/v1", api_key="unused", max_retries=0
+    ) as client:
+        yield client

@@ -1,7 +1,6 @@
 """The unmodified ``openai`` client works: whole answers, streams with silences, errors, models."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import openai
 import pytest
@@ -10,14 +9,6 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 from tests.clients.conftest import SILENCE_S, System
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture
-async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{system.url}/v1", api_key="unused", max_retries=0
-    ) as client:
-        yield client
 
 
 async def test_a_chat_completion(client: openai.AsyncOpenAI, system: System) -> None:

@@ -1,7 +1,6 @@
 """The unmodified ``openai`` client keeps its files here: sync and async, from bytes or a path."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import openai
@@ -11,14 +10,6 @@ from openai.types import FileObject
 from tests.clients.conftest import System
 
 ROWS = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n' * 1000
-
-
-@pytest.fixture
-async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{system.url}/v1", api_key="unused", max_retries=0
-    ) as client:
-        yield client
 
 
 async def test_the_life_of_a_file(client: openai.AsyncOpenAI, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The unmodified ``openai`` client works with responses: whole, streamed, in the background."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -10,14 +9,6 @@ from pydantic import BaseModel
 
 from tests.clients.conftest import SILENCE_S, System
 from tests.support.waiting import wait_until
-
-
-@pytest.fixture
-async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{system.url}/v1", api_key="unused", max_retries=0
-    ) as client:
-        yield client
 
 
 async def test_a_response_and_what_follows_on_it(client: openai.AsyncOpenAI) -> None:
