@@ -18,6 +18,7 @@ class Event:
 
     id: str
     data: str
+    kind: str = "message"
 
     @property
     def json(self) -> Any:
@@ -35,16 +36,18 @@ class Event:
 
 async def read_events(response: httpx.Response) -> AsyncIterator[Event]:
     """The events of an open response, until it ends."""
-    last_id, data = "", ""
+    last_id, kind, data = "", "message", ""
     async for line in response.aiter_lines():
         if not line:
             if data:
-                yield Event(last_id, data)
-            data = ""
+                yield Event(last_id, data, kind)
+            kind, data = "message", ""
         elif line.startswith("data: "):
             data = line.removeprefix("data: ")
         elif line.startswith("id: "):
             last_id = line.removeprefix("id: ")
+        elif line.startswith("event: "):
+            kind = line.removeprefix("event: ")
 
 
 class StreamDefect(Exception):

@@ -7,23 +7,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import pytest
 
 from common.batches import Counts, Usage
 from common.broker import BatchStore
 from common.parts import Parts, encode_part
+from ops.bench.sse_client import Event, read_events
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.batches import batch_record
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
-
-
-@dataclass
-class Event:
-    id: str
-    type: str
-    data: Any
 
 
 @dataclass
@@ -81,23 +74,7 @@ async def tail(
 ) -> AsyncGenerator[AsyncIterator[Event]]:
     async with gateway.client.stream("GET", path, **request) as response:
         assert response.status_code == 200, await response.aread()
-        yield events_of(response)
-
-
-async def events_of(response: httpx.Response) -> AsyncIterator[Event]:
-    """As the standard says: an id sticks."""
-    event = Event("", "message", None)
-    async for line in response.aiter_lines():
-        name, _, value = line.partition(": ")
-        if name == "id":
-            event.id = value
-        elif name == "event":
-            event.type = value
-        elif name == "data":
-            event.data = json.loads(value)
-        elif not line and event.data is not None:
-            yield event
-            event = Event(event.id, "message", None)
+        yield read_events(response)
 
 
 async def read_all(gateway: RunningGateway, path: str, **request: Any) -> list[Event]:
@@ -106,13 +83,13 @@ async def read_all(gateway: RunningGateway, path: str, **request: Any) -> list[E
 
 
 def lines_in(events: list[Event]) -> list[tuple[str, str]]:
-    return [(event.id, event.data["custom_id"]) for event in events if event.type == "line"]
+    return [(event.id, event.json["custom_id"]) for event in events if event.kind == "line"]
 
 
 async def until(events: AsyncIterator[Event], kind: str) -> Event:
     async with asyncio.timeout(20):
         async for event in events:
-            if event.type == kind:
+            if event.kind == kind:
                 return event
     raise AssertionError(f"the events ended without {kind}")
 
@@ -123,21 +100,21 @@ async def test_counts_and_lines_come_as_they_finish_and_then_the_end(stand: Stan
     batch = await steered(stand, gateway)
     async with tail(gateway, batch.path) as events:
         first = await until(events, "batch")
-        assert first.data["request_counts"] == {"total": 10, "completed": 0, "failed": 0}
+        assert first.json["request_counts"] == {"total": 10, "completed": 0, "failed": 0}
         await batch.finish(3, 1, failed=(2,))
-        assert (await until(events, "batch")).data["request_counts"]["failed"] == 1
+        assert (await until(events, "batch")).json["request_counts"]["failed"] == 1
         assert [(await until(events, "line")).id for _ in range(3)] == ["1", "2", "3"]
         await batch.finish(4)
-        assert (await until(events, "line")).data == json.loads(line_of(4))
+        assert (await until(events, "line")).json == json.loads(line_of(4))
         await batch.end()
         done = await until(events, "done")
         assert [event async for event in events] == []
     shown = await stand.broker.batch_store.get(batch.id)
     assert shown is not None
-    assert (done.id, done.data) == ("4-end", shown.shown())
+    assert (done.id, done.json) == ("4-end", shown.shown())
     again = await read_all(gateway, batch.path)
     assert lines_in(again) == [("1", "3"), ("2", "1"), ("3", "2"), ("4", "4")]
-    assert again[-1].type == "done"
+    assert again[-1].kind == "done"
 
 
 async def test_a_reader_goes_on_behind_any_line_on_any_gateway(stand: Stand) -> None:
@@ -162,7 +139,7 @@ async def test_a_client_may_ask_for_counts_alone(stand: Stand) -> None:
     batch = await steered(stand, gateway)
     await batch.finish(1, 2)
     await batch.end()
-    assert [event.type for event in await read_all(gateway, f"{batch.path}?lines=0")] == ["done"]
+    assert [event.kind for event in await read_all(gateway, f"{batch.path}?lines=0")] == ["done"]
 
 
 async def test_silence_is_filled_with_comments_that_no_sdk_takes_for_events(stand: Stand) -> None:
@@ -199,7 +176,7 @@ async def test_a_token_opens_the_events_of_one_batch_alone(stand: Stand) -> None
     made = await gateway.client.post(batch.path.replace("events", "token"), headers=bearer(key))
     told = made.json()
     assert told["url"].startswith(f"{batch.path}?token=")
-    assert [event.type for event in await read_all(gateway, told["url"])] == ["done"]
+    assert [event.kind for event in await read_all(gateway, told["url"])] == ["done"]
     refused = [
         await gateway.client.get(other.path, params={"token": told["token"]}),
         await gateway.client.get(f"/v1/batches/{batch.id}", params={"token": told["token"]}),
@@ -238,9 +215,9 @@ async def test_lines_that_are_kept_in_files_alone_are_said_to_be(stand: Stand) -
     await gateway.services.storage.delete(f"batches/{batch.id}/parts/00000001")
     gone = await gateway.client.get(batch.path)
     assert (gone.status_code, gone.json()["error"]["code"]) == (410, "stream_expired")
-    assert [event.type for event in await read_all(gateway, f"{batch.path}?lines=0")] == ["done"]
+    assert [event.kind for event in await read_all(gateway, f"{batch.path}?lines=0")] == ["done"]
     seen = await read_all(gateway, f"{batch.path}?starting_after=2")
-    assert [event.type for event in seen] == ["done"]
+    assert [event.kind for event in seen] == ["done"]
 
 
 async def test_a_slow_reader_is_read_for_at_its_own_pace(stand: Stand) -> None:
@@ -278,7 +255,7 @@ async def test_a_gateway_that_stops_lets_its_readers_go_on_elsewhere(stand: Stan
     async with tail(gateway, batch.path) as events:
         assert (await until(events, "line")).id == "1"
         gateway.services.is_draining = True
-        assert [event async for event in events if event.type != "batch"] == []
+        assert [event async for event in events if event.kind != "batch"] == []
     await batch.finish(2)
     await batch.end()
     rest = await read_all(other, batch.path, headers={"last-event-id": "1"})
