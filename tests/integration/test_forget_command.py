@@ -14,9 +14,9 @@ from common.batches import folder
 from common.broker import Broker, WorkerPresence, connect
 from common.keys import Limits
 from common.storage.local import LocalStorage
-from ops import cli as command
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.batches import batch_record
+from tests.support.command import Headrace, headrace_of
 from tests.support.gateway_app import RunningGateway, Stand
 from tests.support.generations import admit
 from tests.support.scripted_worker import saying
@@ -27,24 +27,16 @@ OTHER, GONE = "other", "gone"
 Forget = Callable[..., Any]
 
 
+headrace = headrace_of("forget")
+
+
 @pytest.fixture
-def forget(
-    stand: Stand,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Forget:
+def forget(stand: Stand, headrace: Headrace) -> Forget:
     """Runs `headrace forget …` beside the test's own event loop; exit code and what it printed."""
 
-    def run(*arguments: str) -> tuple[int, str]:
-        options = ("--redis-url", stand.redis_url, "--data-dir", str(stand.data_dir))
-        monkeypatch.setattr(sys, "argv", ["headrace", "forget", *arguments, *options])
-        with pytest.raises(SystemExit) as ending:
-            command.main()
-        captured = capsys.readouterr()
-        return int(str(ending.value.code)), captured.out + captured.err
-
     async def beside(*arguments: str) -> tuple[int, str]:
-        return await asyncio.to_thread(run, *arguments)
+        said = await asyncio.to_thread(headrace, *arguments, data_dir=stand.data_dir)
+        return said.code, said.out + said.err
 
     return beside
 
@@ -71,12 +63,21 @@ async def use_everything(stand: Stand, gateway: RunningGateway, tenant: str) -> 
     }
 
 
-async def everything(redis_url: str) -> dict[bytes, bytes]:
-    """Every key with what it holds."""
+async def used_by(
+    stand: Stand, *tenants: str
+) -> tuple[httpx.AsyncClient, dict[str, dict[str, str]]]:
+    """A gateway, and what each tenant has used of it; nothing that comes later is worked on."""
+    worker = await stand.worker()
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    async with worker.acting(saying("a", "b")):
+        used = {tenant: await use_everything(stand, gateway, tenant) for tenant in tenants}
+    return gateway.client, used
+
+
+async def names_left(redis_url: str) -> list[bytes]:
     redis: Any = Redis.from_url(redis_url)
     try:
-        names = [name async for name in redis.scan_iter()]
-        return {name: await redis.dump(name) or b"" for name in names}
+        return [name async for name in redis.scan_iter()]
     finally:
         await redis.aclose()
 
@@ -93,12 +94,9 @@ async def seen(client: httpx.AsyncClient, ids: dict[str, str]) -> list[int]:
 
 async def test_nothing_of_a_tenant_is_left(stand: Stand, forget: Forget) -> None:
     """Also what waits at that moment; another tenant's things are as before."""
-    worker = await stand.worker()
-    gateway = await stand.gateway(key_pepper=PEPPER)
-    async with worker.acting(saying("a", "b")):
-        other = await use_everything(stand, gateway, OTHER)
-        gone = await use_everything(stand, gateway, GONE)
-    waiting = await gateway.client.post(
+    client, used = await used_by(stand, OTHER, GONE)
+    other, gone = used[OTHER], used[GONE]
+    waiting = await client.post(
         "/v1/responses", json={"input": "later", "background": True}, headers=bearer(gone["key"])
     )
     assert waiting.json()["status"] == "queued"
@@ -107,9 +105,9 @@ async def test_nothing_of_a_tenant_is_left(stand: Stand, forget: Forget) -> None
     assert "3 requests, with their answers" in told
     assert "Its API keys are still taken" in told
     assert sum((await stand.broker.state()).waiting.values()) == 0
-    assert await seen(gateway.client, gone) == [404, 404, 404]
-    assert await seen(gateway.client, other) == [200, 200, 200]
-    left = await everything(stand.redis_url)
+    assert await seen(client, gone) == [404, 404, 404]
+    assert await seen(client, other) == [200, 200, 200]
+    left = await names_left(stand.redis_url)
     ids = [gone["stream"], gone["response"].removeprefix("resp_")]
     beside_records = [name for name in left if not name.endswith((b":ended", b":secret"))]
     for name in beside_records:
@@ -120,40 +118,31 @@ async def test_nothing_of_a_tenant_is_left(stand: Stand, forget: Forget) -> None
 
 
 async def test_with_its_keys_nobody_comes_in_any_more(stand: Stand, forget: Forget) -> None:
-    worker = await stand.worker()
-    gateway = await stand.gateway(key_pepper=PEPPER)
-    async with worker.acting(saying("a")):
-        other = await use_everything(stand, gateway, OTHER)
-        gone = await use_everything(stand, gateway, GONE)
+    client, used = await used_by(stand, OTHER, GONE)
+    other, gone = used[OTHER], used[GONE]
     code, told = await forget(GONE, "--keys", "--yes")
     assert (code, "1 API keys" in told) == (0, True)
-    assert await seen(gateway.client, gone) == [401, 401, 401]
-    assert await seen(gateway.client, other) == [200, 200, 200]
+    assert await seen(client, gone) == [401, 401, 401]
+    assert await seen(client, other) == [200, 200, 200]
     assert [key.tenant for key, _ in await stand.broker.key_store.all()] == [OTHER]
-    left = await everything(stand.redis_url)
+    left = await names_left(stand.redis_url)
     assert not [name for name in left if gone["key"].split("-")[2].encode() in name]
 
 
 async def test_a_look_changes_nothing(stand: Stand, forget: Forget) -> None:
-    worker = await stand.worker()
-    gateway = await stand.gateway(key_pepper=PEPPER)
-    async with worker.acting(saying("a")):
-        gone = await use_everything(stand, gateway, GONE)
+    client, used = await used_by(stand, GONE)
     code, told = await forget(GONE, "--dry-run")
     assert (code, "2 requests" in told) == (0, True)
-    assert await seen(gateway.client, gone) == [200, 200, 200]
+    assert await seen(client, used[GONE]) == [200, 200, 200]
 
 
 async def test_it_asks_first(stand: Stand, forget: Forget, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = await stand.worker()
-    gateway = await stand.gateway(key_pepper=PEPPER)
-    async with worker.acting(saying("a")):
-        gone = await use_everything(stand, gateway, GONE)
+    client, used = await used_by(stand, GONE)
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     code, told = await forget(GONE)
     assert code != 0
     assert "Remove all of it" in told
-    assert await seen(gateway.client, gone) == [200, 200, 200]
+    assert await seen(client, used[GONE]) == [200, 200, 200]
 
 
 async def test_batches_are_stopped_and_go_with_their_folders(
