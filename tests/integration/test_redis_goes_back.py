@@ -68,8 +68,12 @@ async def said(parts: Parts, attempt: Attempt, *tokens: int) -> None:
 
 
 async def come_back(parts: Parts, disk: Disk) -> None:
-    """What a worker does on a new connection: a beat, then all that may be lost."""
     await disk.go_back()
+    await reconnect(parts)
+
+
+async def reconnect(parts: Parts) -> None:
+    """What a worker does on a new connection: a beat, then all that may be lost."""
     await parts.beat()
     parts.publisher.doubt_ended()
     for attempt in parts.ledger.running():
@@ -156,10 +160,7 @@ async def test_what_its_gateway_admitted_again_is_taken_out_of_the_lane(
     await said(parts, attempt, 11)
     await disk.go_back()
     await parts.broker.admit(replace(request, resubmit=True))
-    await parts.beat()
-    attempt.heard_s = 0.0
-    for _ in range(2):
-        await parts.publisher.publish()
+    await reconnect(parts)
     assert tokens_of(await logged(parts.broker, attempt.id)) == [11]
     state = await parts.broker.state()
     assert (sum(state.waiting.values()), sum(state.backlog_tokens.values())) == (0, 0)
@@ -241,7 +242,6 @@ async def test_a_later_claim_is_left_alone(parts: Parts, raw: RawRedis) -> None:
     [attempt] = await parts.claim()
     await said(parts, attempt, 11)
     await disk.go_back()
-    await raw.hset(f"{KEY}clock", "settle", 0)
     other = ScriptedClaims(parts.broker, "w2")
     await other.beat()
     await disk.end_settling()
@@ -329,10 +329,7 @@ async def test_a_full_server_still_lets_its_owner_have_it_back(parts: Parts, raw
     try:
         with pytest.raises(Failure, match="BROKER_FULL"):
             await admit(parts.broker)
-        await parts.beat()
-        attempt.heard_s = 0.0
-        for _ in range(2):
-            await parts.publisher.publish()
+        await reconnect(parts)
         assert tokens_of(await logged(parts.broker, attempt.id)) == [11]
     finally:
         await raw.config_set("maxmemory", "0")
