@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +17,14 @@ from ops.batch_client import BatchClient
 from ops.gateways import Gateways, Refused, Unreachable
 
 Reply = Callable[["Handler"], None]
+Asked = tuple[str, str, dict[str, str], bytes]
+"""Method, path, headers, body."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     replies: list[Reply]
-    asked: list[tuple[str, str, dict[str, str], bytes]]
+    asked: list[Asked]
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -38,13 +40,13 @@ class Handler(BaseHTTPRequestHandler):
 @dataclass
 class Scripted:
     url: str
-    asked: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+    asked: list[Asked]
 
 
 @contextmanager
 def scripted(*replies: Reply) -> Generator[Scripted]:
     """A gateway that gives these replies, one after another."""
-    asked: list[tuple[str, str, dict[str, str], bytes]] = []
+    asked: list[Asked] = []
     kind = type("Kind", (Handler,), {"replies": list(replies), "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

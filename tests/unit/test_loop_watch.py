@@ -8,7 +8,8 @@ import pytest
 
 from common.metrics import GatewayMetrics
 from gateway.loop_watch import LoopWatch, own_share_s
-from ops.bench.malformed import looks_in
+from ops.bench.malformed import Looks, looks_in
+from tests.support.waiting import wait_until
 
 HELD_S = 0.25
 
@@ -32,16 +33,18 @@ def test_only_what_this_process_did_is_its_own(
 
 async def test_a_task_that_keeps_the_loop_is_seen() -> None:
     metrics = GatewayMetrics()
+
+    def looks(name: str) -> Looks:
+        return looks_in(metrics.text().decode(), f"headrace_event_loop_{name}_seconds")
+
     watching = asyncio.create_task(LoopWatch(metrics).run())
     await asyncio.sleep(0)  # it looks at the clock
     until_s = time.thread_time() + HELD_S
     while time.thread_time() < until_s:
         pass
-    while not looks_in(metrics.text().decode(), "headrace_event_loop_held_seconds").count:
-        await asyncio.sleep(0.01)
+    await wait_until(lambda: looks("held").count, what="a look at the loop")
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
     for name in ("lag", "held"):
-        looks = looks_in(metrics.text().decode(), f"headrace_event_loop_{name}_seconds")
-        assert looks.num_stalls >= 1
+        assert looks(name).num_stalls >= 1
