@@ -82,12 +82,10 @@ def with_key(sends: str = "{key}", path: str = COMPLETIONS, **fields: Any) -> Sc
 
 async def body_timeout(stand: Stand) -> Answer:
     gateway = await stand.gateway(arrival_limit_s=0.3)
-    host, port = gateway.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n")
-    writer.write(b"content-type: application/json\r\n\r\n{")
-    head, _, body = (await asyncio.wait_for(reader.read(), 15)).partition(b"\r\n\r\n")
-    writer.close()
+    async with gateway.connected() as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n")
+        writer.write(b"content-type: application/json\r\n\r\n{")
+        head, _, body = (await asyncio.wait_for(reader.read(), 15)).partition(b"\r\n\r\n")
     lines = [line.split(": ", 1) for line in head.decode().split("\r\n")[1:]]
     return Answer(int(head.split()[1]), headers=[(name, it) for name, it in lines], content=body)
 

@@ -25,9 +25,7 @@ async def test_the_answer_to_a_pipelined_request_waits_for_the_end_of_a_stream(
     """Both came in one piece of the network; tokens must not be taken for the second's body."""
     gateway = await stand.gateway()
     worker = await stand.worker()
-    host, port = gateway.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
+    async with gateway.connected() as (reader, writer):
         writer.write(_request("/generate_stream", BODY) + _request("/health"))
         turn = await worker.take()
         for text in ("one", "two", "three"):
@@ -36,8 +34,6 @@ async def test_the_answer_to_a_pipelined_request_waits_for_the_end_of_a_stream(
         await turn.say(finish="length")
         rest = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\nHTTP/1.1 200 OK\r\n"), 10)
         assert b'"generated_text":"onetwothree"' in rest
-    finally:
-        writer.close()
 
 
 async def test_of_a_stream_only_its_ends_wake_a_task(

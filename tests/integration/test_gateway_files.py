@@ -4,7 +4,8 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from gateway import uploads
 from gateway.api import files as api
 from gateway.app import drain
 from tests.support.api_keys import PEPPER, bearer, make_key
-from tests.support.gateway_app import RunningGateway, Stand
+from tests.support.gateway_app import Connection, RunningGateway, Stand
 from tests.support.waiting import wait_until
 
 ROWS = b'{"custom_id": "a"}\n{"custom_id": "b"}\n'
 BATCH = {"purpose": "batch"}
 DAY_S = 24 * 3600
+HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+TAIL = b'\r\n--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
+"""Of a form, around its file."""
 
 
 @pytest.fixture
@@ -56,6 +60,30 @@ async def due(stand: Stand) -> list[str]:
 
 async def is_clean(stand: Stand, tmp_path: Path) -> bool:
     return not await stored(tmp_path) and not await due(stand)
+
+
+@asynccontextmanager
+async def announced(
+    gateway: RunningGateway, length: int, sent: bytes
+) -> AsyncGenerator[Connection]:
+    """A connection on which a form of ``length`` was announced, and ``sent`` of it."""
+    async with gateway.connected() as (reader, writer):
+        writer.write(
+            b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n%b" % (length, sent)
+        )
+        await writer.drain()
+        yield reader, writer
+
+
+@asynccontextmanager
+async def begun(
+    stand: Stand, gateway: RunningGateway, length: int = 10**6, sent: bytes = HEAD
+) -> AsyncGenerator[Connection]:
+    """As ``announced``, on which the gateway has begun to write the file."""
+    async with announced(gateway, length, sent) as connection:
+        await wait_until(lambda: due(stand), what="the upload begins")
+        yield connection
 
 
 # What everybody does -----------------------------------------------------------------------------
@@ -290,9 +318,8 @@ async def test_a_file_above_the_limit_is_refused_early(
     stand: Stand, gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what is announced, and by what comes."""
-    reader, writer = await opened(gateway, HEAD, length=10**9)
-    assert b" 413 " in await reader.readline()
-    writer.close()
+    async with announced(gateway, 10**9, HEAD) as (reader, _):
+        assert b" 413 " in await reader.readline()
     monkeypatch.setattr(api, "MAX_FILE_BYTES", 1_000_000)
     monkeypatch.setattr(api, "MAX_LINES", 3)
     assert (await upload(gateway, b"x" * 1_000_000)).status_code == 200
@@ -335,44 +362,23 @@ async def test_a_gateway_that_is_stopping_takes_no_files(gateway: RunningGateway
 async def test_what_is_being_uploaded_may_end_while_a_gateway_stops(
     stand: Stand, gateway: RunningGateway
 ) -> None:
-    reader, writer = await opened(gateway, HEAD, length=len(HEAD + ROWS + TAIL))
-    await wait_until(lambda: due(stand), what="the upload begins")
-    draining = asyncio.create_task(drain(gateway.services, 60))
-    await wait_until(lambda: gateway.services.is_draining, what="the drain begins")
-    assert not draining.done()
-    writer.write(ROWS + TAIL)
-    assert b" 200 " in await reader.readline()
-    await draining
-    writer.close()
+    async with begun(stand, gateway, len(HEAD + ROWS + TAIL)) as (reader, writer):
+        draining = asyncio.create_task(drain(gateway.services, 60))
+        await wait_until(lambda: gateway.services.is_draining, what="the drain begins")
+        assert not draining.done()
+        writer.write(ROWS + TAIL)
+        assert b" 200 " in await reader.readline()
+        await draining
 
 
 # What goes wrong ---------------------------------------------------------------------------------
 
 
-async def opened(
-    gateway: RunningGateway, begun: bytes, length: int = 10**6
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection on which a form of ``length`` was announced, and ``begun`` of it sent."""
-    address = httpx.URL(gateway.url)
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(
-        b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
-        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n%b" % (length, begun)
-    )
-    await writer.drain()
-    return reader, writer
-
-
-HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-TAIL = b'\r\n--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
-
-
 async def test_a_client_that_dies_half_way_leaves_nothing(
     stand: Stand, gateway: RunningGateway, tmp_path: Path
 ) -> None:
-    _, writer = await opened(gateway, HEAD + b"x" * 500_000)
-    await wait_until(lambda: due(stand), what="the upload begins")
-    writer.close()
+    async with begun(stand, gateway, sent=HEAD + b"x" * 500_000):
+        pass
     await wait_until(lambda: is_clean(stand, tmp_path), what="nothing is left")
 
 
@@ -380,12 +386,9 @@ async def test_a_client_that_stops_is_told_and_leaves_nothing(
     stand: Stand, gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "IDLE_LIMIT_S", 0.2)
-
-    reader, writer = await opened(gateway, HEAD)
-    await wait_until(lambda: due(stand), what="the upload begins")
-    assert b" 408 " in await reader.readline()
-    assert await is_clean(stand, tmp_path)
-    writer.close()
+    async with begun(stand, gateway) as (reader, _):
+        assert b" 408 " in await reader.readline()
+        assert await is_clean(stand, tmp_path)
 
 
 async def test_a_client_that_trickles_is_cut_off(
@@ -393,15 +396,13 @@ async def test_a_client_that_trickles_is_cut_off(
 ) -> None:
     """However regularly something comes."""
     monkeypatch.setattr(uploads, "IDLE_LIMIT_S", 0.5)
-    _, writer = await opened(gateway, HEAD)
-    await wait_until(lambda: due(stand), what="the upload begins")
+    async with begun(stand, gateway) as (_, writer):
 
-    async def has_ended() -> bool:
-        writer.write(b"x")
-        return await is_clean(stand, tmp_path)
+        async def has_ended() -> bool:
+            writer.write(b"x")
+            return await is_clean(stand, tmp_path)
 
-    await wait_until(has_ended, what="the upload ends")
-    writer.close()
+        await wait_until(has_ended, what="the upload ends")
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.support.gateway_app import RunningGateway, Stand
+from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import saying
 
 PATIENCE_S = 15
 HEAD = "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-
-
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-@asynccontextmanager
-async def connected(gateway: RunningGateway) -> AsyncGenerator[Connection]:
-    host, port = gateway.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
 
 
 async def rest_of(reader: asyncio.StreamReader) -> bytes:
@@ -38,7 +23,7 @@ async def rest_of(reader: asyncio.StreamReader) -> bytes:
 )
 async def test_a_body_that_does_not_come_is_refused(stand: Stand, path: str, code: str) -> None:
     gateway = await stand.gateway(arrival_limit_s=0.3)
-    async with connected(gateway) as (reader, writer):
+    async with gateway.connected() as (reader, writer):
         head = HEAD.format(path=path) + "content-length: 100\r\n\r\n"
         writer.write(head.encode() + b'{"inputs": "h')
         told, _, body = (await rest_of(reader)).partition(b"\r\n\r\n")
@@ -51,7 +36,7 @@ async def test_a_body_that_does_not_come_is_refused(stand: Stand, path: str, cod
 @pytest.mark.parametrize("sent", [b"", b"GET / HTT", b"GET /health HTTP/1.1\r\nhost: x\r\nx-a: b"])
 async def test_a_head_that_does_not_come_ends_its_connection(stand: Stand, sent: bytes) -> None:
     gateway = await stand.gateway(arrival_limit_s=0.3)
-    async with connected(gateway) as (reader, writer):
+    async with gateway.connected() as (reader, writer):
         writer.write(sent)
         assert await rest_of(reader) == b""
 
@@ -62,13 +47,13 @@ async def test_one_idle_connection_too_many_ends_the_longest_idle(stand: Stand) 
     gateway = await stand.gateway(max_idle_connections=2)
     body = b'{"inputs": "hi"}'
     head = HEAD.format(path="/generate_stream") + f"content-length: {len(body)}\r\n\r\n"
-    async with connected(gateway) as (streaming, asking):
+    async with gateway.connected() as (streaming, asking):
         asking.write(head.encode() + body)
         await streaming.readuntil(b"\r\n\r\n")
         async with (
-            connected(gateway) as (first, _),
-            connected(gateway) as (second, writer),
-            connected(gateway),
+            gateway.connected() as (first, _),
+            gateway.connected() as (second, writer),
+            gateway.connected(),
         ):
             assert await rest_of(first) == b""
             writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")

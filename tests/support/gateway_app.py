@@ -28,6 +28,8 @@ from tests.support.models import simulated
 from tests.support.scripted_worker import ScriptedWorker
 from tests.support.waiting import wait_until
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 
 @dataclass
 class RunningGateway:
@@ -42,6 +44,16 @@ class RunningGateway:
     @property
     def name(self) -> str:
         return self.services.name
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncGenerator[Connection]:
+        """A bare connection, for what no client would send."""
+        address = httpx.URL(self.url)
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
 
 
 @dataclass
