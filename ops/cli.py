@@ -192,6 +192,19 @@ def doctor_command(*, as_json: bool, loads: bool, accepted: tuple[str, ...], **g
     return doctor(settings, as_json=as_json, loads=loads, accepted=accepted)
 
 
+@cli.command("explain", context_settings={"ignore_unknown_options": True})
+@click.argument("code", required=False)
+def explain_command(code: str | None) -> None:
+    """Say what CODE means: its cause, how to check it, how to mend it, and who has to.
+
+    CODE is that of a failure, an exit code of a process, or the name of an alert. Without it: the
+    table of all of them.
+    """
+    from ops.explain import explain, explain_all
+
+    explain(code) if code else explain_all()
+
+
 @cli.command("forget")
 @click.argument("tenant")
 @click.option("--dry-run", is_flag=True, help="Only say what there is.")
