@@ -42,6 +42,7 @@ _PACKAGES_OF_EXTRAS = {
     "httpx": "dev",
     "standardwebhooks": "worker",
     "matplotlib": "bench",
+    "openai": "dev",
     "safetensors": "worker",
     "torch": "worker",
     "transformers": "worker",
@@ -394,6 +395,7 @@ def batch_group() -> None:
 _BENCHMARKS = {
     "adapters": "ops.bench.adapters:main",
     "batch": "ops.bench.batch:main",
+    "batch-answers": "ops.bench.batch_answers:main",
     "chaos": "ops.bench.chaos:chaos",
     "chaos-batch": "ops.bench.chaos_batch:main",
     "engine": "ops.bench.engine:main",
