@@ -52,6 +52,8 @@ from gateway.stream_tokens import StreamTokens
 
 log = get_logger()
 
+_HELD_BYTES = 128 * 1024 * 1024
+"""Bodies of one gateway that are not answered yet; more where single ones may be larger."""
 JOIN_LIMIT_S = 10.0
 MAX_SHOWN_PATH = 100
 LAST_WORDS_S = 2.0
@@ -162,6 +164,7 @@ def create_app(
             Middleware(
                 PayloadLimit,
                 max_bytes=settings.payload_limit,
+                max_held_bytes=max(_HELD_BYTES, 8 * settings.payload_limit),
                 max_upload_bytes=MAX_FILE_BYTES + _FORM_BYTES,
                 limit_s=settings.arrival_limit_s,
             ),

@@ -21,6 +21,9 @@ log = get_logger()
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
 
+_SMALL_BYTES = 64 * 1024
+"""Of a body; in numbers such bodies are bounded by the connections that a gateway takes."""
+
 _UPLOADS = "/v1/files"
 """There a body is a file, which may be large, and may take its time."""
 
@@ -130,13 +133,23 @@ class PayloadLimit:
     are not there ``limit_s`` after their head. For files, which nobody collects in memory and whose
     pace is watched where they are read, it is ``max_upload_bytes`` and no such time.
 
+    Of all the bodies whose requests are not answered yet, ``max_held_bytes`` may lie in memory;
+    the first ``_SMALL_BYTES`` of each do not count, so large ones never crowd out small ones.
+
     What a client still sends once its answer has begun cannot be refused: then it counts as gone.
     """
 
     def __init__(
-        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int, limit_s: float
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        max_held_bytes: int,
+        max_upload_bytes: int,
+        limit_s: float,
     ) -> None:
         self._app = app
+        self._held = HeldBytes(max_held_bytes)
         self._max_bytes = max_bytes
         self._max_upload_bytes = max_upload_bytes
         self._limit_s = limit_s
@@ -150,6 +163,7 @@ class PayloadLimit:
         body = _Body(receive, Headers(scope=scope), max_bytes)
         if not is_upload:
             body.due_s = scope["headrace.arrived_at"] + self._limit_s
+            body.held = self._held
         has_answered = False
 
         async def limited() -> Message:
@@ -164,10 +178,23 @@ class PayloadLimit:
 
         async def noted(message: Message) -> None:
             nonlocal has_answered
-            has_answered = True
+            if not has_answered:
+                has_answered = True
+                body.let_go()
             await send(message)
 
-        await self._app(scope, limited, noted)
+        try:
+            await self._app(scope, limited, noted)
+        finally:
+            body.let_go()
+
+
+class HeldBytes:
+    """What the bodies of requests that are not answered yet take together, beyond small ones."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
 
 
 class _Body:
@@ -176,6 +203,9 @@ class _Body:
     def __init__(self, receive: Receive, headers: Headers, max_bytes: int) -> None:
         self.is_whole = False
         self.due_s: float | None = None
+        self.held: HeldBytes | None = None
+        """Where it counts, for as long as it is collected in memory."""
+        self._num_held = 0
         self._receive = receive
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -183,7 +213,7 @@ class _Body:
         self._is_announced_too_long = length.isdigit() and int(length) > max_bytes
 
     async def next(self) -> Message:
-        """Raises: Failure BODY_TOO_LARGE, BODY_TIMEOUT."""
+        """Raises: Failure BODY_TOO_LARGE, BODY_TIMEOUT, QUEUE_FULL."""
         if self._is_announced_too_long:
             raise too_large(self._max_bytes)
         left_s = None if self.due_s is None else max(0.0, self.due_s - monotonic_s())
@@ -195,8 +225,23 @@ class _Body:
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise too_large(self._max_bytes)
+        if self.held is not None:
+            self._hold(self.held)
         self.is_whole = not message.get("more_body", False)
         return message
+
+    def _hold(self, held: HeldBytes) -> None:
+        more = max(0, self._num_bytes - _SMALL_BYTES) - self._num_held
+        if more and held.num_bytes + more > held.max_bytes:
+            raise Failure("QUEUE_FULL", "This gateway holds all the large requests that it may.")
+        self._num_held += more
+        held.num_bytes += more
+
+    def let_go(self) -> None:
+        """It counts no more: its request is answered, or over."""
+        if self.held is not None:
+            self.held.num_bytes -= self._num_held
+            self.held, self._num_held = None, 0
 
 
 def too_large(limit_bytes: int) -> Failure:

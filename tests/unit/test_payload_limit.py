@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.clock import monotonic_s
 from common.failures import Failure
@@ -49,9 +49,19 @@ async def reading(
         "headers": [],
         "headrace.arrived_at": monotonic_s() - age_s,
     }
-    limit = PayloadLimit(app, max_bytes=max_bytes, max_upload_bytes=5 * max_bytes, limit_s=LIMIT_S)
+    limit = limited(app, max_bytes=max_bytes)
     await limit(scope, receive, send)
     return told
+
+
+def limited(app: ASGIApp, *, max_bytes: int = 10, max_held_bytes: int = 0) -> PayloadLimit:
+    return PayloadLimit(
+        app,
+        max_bytes=max_bytes,
+        max_held_bytes=max_held_bytes,
+        max_upload_bytes=5 * max_bytes,
+        limit_s=LIMIT_S,
+    )
 
 
 async def test_a_body_in_time_is_passed_on() -> None:
@@ -91,3 +101,45 @@ async def test_an_upload_may_take_its_time() -> None:
         await asyncio.sleep(0)
     assert not asking.done()
     asking.cancel()
+
+
+async def test_large_bodies_are_held_up_to_a_limit_and_small_ones_always() -> None:
+    """What a request took is free again when its answer begins, or when it is over."""
+    go_on = asyncio.Event()
+
+    async def app(_: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    limit = limited(app, max_bytes=1_000_000, max_held_bytes=500_000)
+
+    async def ask(num_bytes: int) -> None:
+        sent = iter((b"a" * num_bytes, b""))
+
+        async def receive() -> Message:
+            piece = next(sent)
+            return {"type": "http.request", "body": piece, "more_body": bool(piece)}
+
+        async def send(_: Message) -> None:
+            """To nobody."""
+
+        scope: dict[str, Any] = {
+            "type": "http",
+            "path": "/generate",
+            "headers": [],
+            "headrace.arrived_at": monotonic_s(),
+        }
+        await limit(scope, receive, send)
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(ask(500_000))
+        small = [group.create_task(ask(60_000)) for _ in range(20)]
+        await asyncio.sleep(0)
+        with pytest.raises(Failure) as caught:
+            await ask(200_000)
+        assert caught.value.code == "QUEUE_FULL"
+        go_on.set()
+        await asyncio.gather(first, *small)
+        await ask(500_000)
