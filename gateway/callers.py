@@ -52,6 +52,7 @@ _SCOPES_OF_PATHS: dict[str, keys.Scope] = {
     "/ops": "admin",
     "/v1/batches": "batch",
     "/v1/files": "batch",
+    "/v1/stats": "metrics",
 }
 """By path, and by what lies below it; all others need ``generate``."""
 

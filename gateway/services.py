@@ -70,6 +70,8 @@ class Services:
     version: str
     """Of the product."""
     upload_places: UploadPlaces = field(default_factory=UploadPlaces)
+    num_followers: int = 0
+    """Who reads the feed of the live page here."""
     is_draining: bool = False
     """SIGTERM came: no new generations; what is open goes on."""
 

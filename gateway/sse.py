@@ -9,9 +9,10 @@ drain owns here.
 """
 
 import asyncio
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import aclosing, contextmanager
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from common.failures import Failure
 from common.logs import get_logger
 from gateway.account import Account
+from gateway.errors import envelope
 from gateway.frames import PING, Frames, Interleaved, queue_event
 from gateway.http_server import DirectBody, direct_body
 from gateway.stream import Batch, Reader, ReaderGone
@@ -172,6 +174,62 @@ class EventStream(Response):
         self._sending_since_s = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": data, "more_body": True})
         self._sending_since_s = None
+
+
+class FrameStream(Response):
+    """Writes what ``frames`` yields, until its end or until the client leaves or takes nothing any
+    more; for what is no answer of a model. ``on_close`` is called once, however it ends.
+    """
+
+    def __init__(
+        self, frames: Callable[[], AsyncGenerator[bytes]], *, on_close: Callable[[], None]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._frames = frames
+        self._on_close = on_close
+        self.init_headers(EVENT_STREAM_HEADERS)
+
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002 - ASGI's signature
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        tasks = [asyncio.create_task(self._write(send)), asyncio.create_task(disconnected(receive))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._on_close()
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async with aclosing(self._frames()) as frames:
+                async for data in frames:
+                    async with asyncio.timeout(SEND_LIMIT_S):
+                        await _send_part(send, data)
+        except TimeoutError:
+            return
+        except Failure as failure:
+            await _send_part(send, _error_event(failure))
+        except Exception as error:
+            log.exception("request.failed", code="INTERNAL")
+            await _send_part(send, _error_event(Failure("INTERNAL", type(error).__name__)))
+        await _send_part(send, b"", more=False)
+
+
+async def _send_part(send: Send, data: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def _error_event(failure: Failure) -> bytes:
+    return b"data: %b\n\n" % orjson.dumps(envelope(failure, "openai"))
 
 
 def wants_queue_events(request: Request, *, or_in_query: bool = False) -> bool:

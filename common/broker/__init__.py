@@ -4,6 +4,7 @@ from common.broker.batch_store import BatchStore, BatchWatch
 from common.broker.broker import MAX_CHOICES, MAX_LOOKS, Broker
 from common.broker.connection import Client, connect
 from common.broker.key_store import KeyStore
+from common.broker.overview_store import OverviewStore
 from common.broker.steps import (
     Admission,
     Admitted,
@@ -54,6 +55,7 @@ __all__ = [
     "LimitReached",
     "Look",
     "Moved",
+    "OverviewStore",
     "Page",
     "PoolState",
     "Presentation",

@@ -17,6 +17,7 @@ from common.broker.batch_store import BatchStore
 from common.broker.connection import Client, mapped_errors
 from common.broker.file_store import FileStore
 from common.broker.key_store import KeyStore
+from common.broker.overview_store import OverviewStore
 from common.broker.steps import (
     Admission,
     Admitted,
@@ -101,6 +102,11 @@ class Broker:
     def batch_store(self) -> BatchStore:
         """The batches on the same server, of all its pools."""
         return BatchStore(self._redis)
+
+    @property
+    def overview_store(self) -> OverviewStore:
+        """What the pool looked like, second by second."""
+        return OverviewStore(self._redis, self._prefix)
 
     @property
     def file_store(self) -> FileStore:

@@ -31,6 +31,9 @@
 --   inbox:<gateway>     stream  packed records                          30 s
 --   bell, bell:<lane>   list    wakes workers; of lanes that give way   1 min
 --   told                string  up to where `ended` became webhooks        2 days
+--   overview:seconds, overview:rows   stream: what the pool looked like     30 min
+--   overview:lease      string  who says so                             5 s
+--   errors:<code>       list    requests that lately failed with it     1 day
 --   mark                string  written to wait for the disk behind it  4 s
 
 local PROTOCOL = 1

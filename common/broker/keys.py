@@ -50,6 +50,26 @@ def using(prefix: str, key_id: str) -> str:
     return f"{prefix}using:{key_id}"
 
 
+def overviews(prefix: str) -> str:
+    """stream: what the pool looked like, second by second."""
+    return f"{prefix}overview:seconds"
+
+
+def overview_rows(prefix: str) -> str:
+    """stream: the numbers of the same seconds, without the rest."""
+    return f"{prefix}overview:rows"
+
+
+def overview_lease(prefix: str) -> str:
+    """string: who makes them."""
+    return f"{prefix}overview:lease"
+
+
+def errors_of(prefix: str, code: str) -> str:
+    """list: requests that lately failed with the code, the newest first."""
+    return f"{prefix}errors:{code}"
+
+
 # Beside the pools, in one slot, and without a time to live: see key_store.py.
 
 API_KEYS = "hr:{access}:keys"

@@ -8,15 +8,11 @@ browser's EventSource stops. ``POST …/token`` makes a token that stands in the
 ``?token=``, instead of a key.
 """
 
-import asyncio
 import re
-from contextlib import aclosing
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from common.clock import monotonic_s
 from common.failures import Failure
@@ -25,10 +21,9 @@ from common.parts import Parts
 from gateway.api.batches import find_batch
 from gateway.batch_tail import END, BatchTail
 from gateway.callers import caller_of
-from gateway.errors import envelope
 from gateway.middleware import arrival_of
 from gateway.services import services_of
-from gateway.sse import EVENT_STREAM_HEADERS, SEND_LIMIT_S, disconnected
+from gateway.sse import EVENT_STREAM_HEADERS, FrameStream
 
 log = get_logger()
 
@@ -56,7 +51,18 @@ async def read_events(request: Request) -> Response:
     )
     if record.is_final and shows_lines:
         await tail.check()
-    return _TailResponse(tail, record.id, arrival_of(request))
+    resumed_from, arrived_at = tail.position, arrival_of(request)
+
+    def note_end() -> None:
+        log.info(
+            "stream.closed",
+            batch_id=record.id,
+            resumed_from=resumed_from,
+            position=tail.position,
+            duration=round(monotonic_s() - arrived_at, 6),
+        )
+
+    return FrameStream(tail.frames, on_close=note_end)
 
 
 async def make_token(request: Request) -> Response:
@@ -93,66 +99,6 @@ def _shows_lines(request: Request) -> bool:
     if text not in ("0", "1"):
         raise Failure("BAD_REQUEST", "lines must be 0 or 1", field="lines")
     return text == "1"
-
-
-class _TailResponse(Response):
-    """Writes a tail until its end, or until the client leaves or takes nothing any more."""
-
-    def __init__(self, tail: BatchTail, batch_id: str, arrived_at: float) -> None:
-        self.status_code = 200
-        self.background = None
-        self._tail = tail
-        self._batch_id = batch_id
-        self._arrived_at = arrived_at
-        self._resumed_from = tail.position
-        self.init_headers(EVENT_STREAM_HEADERS)
-
-    async def __call__(
-        self,
-        scope: Scope,  # noqa: ARG002 - ASGI's signature
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
-        tasks = [asyncio.create_task(self._write(send)), asyncio.create_task(disconnected(receive))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            log.info(
-                "stream.closed",
-                batch_id=self._batch_id,
-                resumed_from=self._resumed_from,
-                position=self._tail.position,
-                duration=round(monotonic_s() - self._arrived_at, 6),
-            )
-
-    async def _write(self, send: Send) -> None:
-        try:
-            async with aclosing(self._tail.frames()) as frames:
-                async for data in frames:
-                    async with asyncio.timeout(SEND_LIMIT_S):
-                        await _send(send, data)
-        except TimeoutError:
-            return
-        except Failure as failure:
-            await _send(send, _error(failure))
-        except Exception as error:
-            log.exception("request.failed", batch_id=self._batch_id)
-            await _send(send, _error(Failure("INTERNAL", type(error).__name__)))
-        await _send(send, b"", more=False)
-
-
-async def _send(send: Send, data: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-def _error(failure: Failure) -> bytes:
-    return b"data: %b\n\n" % orjson.dumps(envelope(failure, "openai"))
 
 
 routes = [

@@ -19,9 +19,10 @@ from starlette.routing import Route
 from common.broker import MAX_CHOICES
 from common.failures import KINDS, Failure
 from common.files import MAX_LIFE_S, MIN_LIFE_S
+from common.overview import Overview
 from common.settings import GatewaySettings
 from gateway import bodies
-from gateway.api import batches, chat, completions, platforms, responses, shapes, tgi
+from gateway.api import batches, chat, completions, operations, platforms, responses, shapes, tgi
 from gateway.api.completions import MAX_LOGPROBS
 from gateway.errors import Wire, status_of, wire_of
 
@@ -339,6 +340,23 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/metrics"): Operation(
         tag="Operation", summary="Figures in Prometheus' text format.", answer="text/plain"
+    ),
+    ("GET", "/v1/stats"): Operation(
+        tag="Operation",
+        summary="queue_time, generation_time, tokens_per_second, error_rate and model_version of "
+        "the whole pool: over the last minute, and over five minutes and an hour.",
+        answer=operations.PoolStats,
+    ),
+    ("GET", "/ops/feed"): Operation(
+        tag="Operation",
+        summary="The whole pool, once a second: first `history`, fifteen minutes of figures by "
+        "name, then `overview` events, from any place.",
+        event=Overview,
+        codes=("BAD_REQUEST", "DRAINING", "QUEUE_FULL"),
+        parameters=(
+            ("Last-Event-ID", "header", "Where to go on: the `id` of the last event."),
+            ("from", "query", "The same, for clients that can send no header."),
+        ),
     ),
     ("GET", "/"): Operation(
         tag="Operation",
