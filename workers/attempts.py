@@ -5,6 +5,7 @@ cut of what lies between, however many engine steps made it. Nothing here does I
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -27,6 +28,22 @@ from workers.engine.port import EngineRequest, StepOutput
 _NUM_RANKS = 1 + max(RANKS.values())
 _MAX_REALIGNMENTS = 3
 """In a row, without an accepted publication between them: after that the logs cannot agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Where the time of an attempt went, in seconds."""
+
+    queue_s: float
+    """From admission to this claim, by Redis' clock."""
+    prefill_s: float | None
+    """From the claim to the first token here; None without one."""
+    generation_s: float
+    """From the claim to the end."""
+    num_tokens: int
+    """Made here."""
+    is_first: bool
+    """Nobody had it before."""
 
 
 class Attempt:
@@ -62,6 +79,7 @@ class Attempt:
         self._realignments = 0
         self._claimed_s = now_s
         self._first_token_s: float | None = None
+        self._last_token_s: float | None = None
         self._finished_s: float | None = None
         self.heard_s = now_s
         """When Redis last confirmed or refused it."""
@@ -144,15 +162,21 @@ class Attempt:
         self.acked = position
         self.is_finish_acked = False
 
-    def extend(self, output: StepOutput, now_s: float) -> None:
-        """Take what one engine step made."""
-        if output.tokens and self._first_token_s is None:
-            self._first_token_s = now_s
+    def extend(self, output: StepOutput, now_s: float) -> float | None:
+        """Take what one engine step made; returns how long after the tokens before it came."""
+        gap_s = None
+        if output.tokens:
+            if self._last_token_s is None:
+                self._first_token_s = now_s
+            else:
+                gap_s = now_s - self._last_token_s
+            self._last_token_s = now_s
         self._append(output)
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish is not None:
             finish = output.finish
             self.end_with(msgspec.structs.replace(finish, cached_tokens=self.cached_tokens), now_s)
+        return gap_s
 
     def _append(self, made: StepOutput | TokenRecord) -> None:
         for token in made.tokens:
@@ -208,6 +232,17 @@ class Attempt:
         """Have the finish sent once more: Redis may have lost it."""
         self.acked = self.end
         self.is_finish_acked = False
+
+    def passed(self) -> Passed:
+        """Of one that has ended."""
+        claimed, first_s = self._claimed, self._first_token_s
+        return Passed(
+            queue_s=max(0, claimed.claimed_ms - claimed.admitted_ms) / 1000,
+            prefill_s=None if first_s is None else first_s - self._claimed_s,
+            generation_s=(self._finished_s or self._claimed_s) - self._claimed_s,
+            num_tokens=self.end - self._began_at,
+            is_first=self._began_at == 0 and self.fence.startswith("1."),
+        )
 
     def summary(self, now_s: float) -> dict[str, object]:
         """The canonical fields of this attempt; times in seconds."""

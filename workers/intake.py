@@ -41,6 +41,7 @@ from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
 from workers.engine.grammar import Matcher
 from workers.engine.port import EngineLoad, EngineRequest
+from workers.figures import Figures
 
 log = get_logger()
 
@@ -103,6 +104,7 @@ class Intake:
         adapters: AdapterSource,
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
+        figures: Figures | None = None,
     ) -> None:
         self._broker = broker
         self._bell = bell
@@ -116,6 +118,7 @@ class Intake:
         self._adapters = adapters
         self._wake = wake
         self._spawn = spawn
+        self._figures = (figures or Figures()).generations
         self._turn = 0
         self._reserve: Reserve | None = None
         self._too_few_tokens: Mapping[Lane, int] = {}
@@ -293,6 +296,7 @@ class Intake:
             self._ledger.forget(local)
             self._engine.cancel(local.engine_id)
         attempt = Attempt(claimed, self._turn, self._model_version, monotonic_s())
+        self._figures.note_claimed(attempt)
         self._ledger.hold(attempt)
         log.info("generation.claimed", next=claimed.next, **attempt.names())
         if claimed.spec is not None and claimed.next == 0:

@@ -15,6 +15,7 @@ from common.logs import get_logger
 from common.messages import Lane
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import StepOutput
+from workers.figures import Figures
 
 log = get_logger()
 
@@ -55,6 +56,7 @@ class Publisher:
         lease_ms: int,
         model_version: str,
         wake: Callable[[], None],
+        figures: Figures | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
         self._broker = broker
@@ -64,6 +66,7 @@ class Publisher:
         self._lease_ms = lease_ms
         self._model_version = model_version
         self._wake = wake
+        self._figures = (figures or Figures()).generations
         self._clock = clock
         self._behind_since_s: float | None = None
         self.is_paused = False
@@ -74,7 +77,11 @@ class Publisher:
         for output in outputs:
             attempt = self._ledger.in_engine(output.id)
             if attempt is not None:
-                attempt.extend(output, now_s)
+                gap_s = attempt.extend(output, now_s)
+                if gap_s is not None:
+                    self._figures.note_gap(gap_s, len(output.tokens))
+                elif output.tokens:
+                    self._figures.note_first_token(attempt)
         if self._behind_since_s is None:
             self._behind_since_s = now_s
         self.throttle()
@@ -152,6 +159,7 @@ class Publisher:
             attempt.acknowledge(publication.record)
             if attempt.is_finish_acked and self._ledger.is_running(attempt):
                 self._ledger.end(attempt, self._clock())
+                self._figures.note_finished(attempt)
                 self._tell("generation.finished", attempt)
 
         if forgotten:
@@ -188,10 +196,13 @@ class Publisher:
                 log.info("generation.realigned", position=refusal.next, **attempt.names())
                 self._wake()
             case "realign":
+                self._figures.num_diverged += 1
                 await self.release([attempt], event="generation.diverged", position=refusal.next)
             case "gone":
+                self._figures.note_cancelled()
                 self._drop(attempt, "generation.cancelled")
             case _:  # "lost": it has another owner, or waits for one
+                self._figures.num_suppressed += 1
                 self._drop(attempt, "generation.lost", cause=refusal.kind)
 
     def _drop(self, attempt: Attempt, event: str, **fields: object) -> None:

@@ -30,6 +30,7 @@ from workers.attempts import Ledger
 from workers.engine.factory import build_engine
 from workers.engine.loop import EngineLoop, StepReport, set_result
 from workers.engine.port import DeviceLostError, Engine
+from workers.figures import Figures
 from workers.grammars import Grammars, build_grammars
 from workers.heartbeat import EngineStalledError, Heartbeat
 from workers.intake import Intake
@@ -60,8 +61,12 @@ class Worker:
         engine: Engine,
         grammars: Grammars,
         lost: asyncio.Future[Exception],
+        *,
+        load_s: float = 0.0,
     ) -> None:
-        """``lost`` is done once the engine can compute no more, be it idle or in a step."""
+        """``lost`` is done once the engine can compute no more, be it idle or in a step; ``load_s``
+        is how long its model took to load.
+        """
         self.name = name
         self._lost = lost
         self._settings = settings
@@ -75,6 +80,13 @@ class Worker:
         self._drain_until_s: float | None = None
         self._tasks = asyncio.TaskGroup()
         self._ledger = Ledger()
+        self.figures = Figures(
+            model_version=engine.model_version,
+            max_batch_size=settings.max_batch_size,
+            max_tokens=engine.max_cost,
+            cache=engine.cache_size,
+            load_s=load_s,
+        )
         self._loop = EngineLoop(engine, self._on_step, step_timeout_s=settings.step_timeout_s)
         self._publisher = Publisher(
             self._ordered,
@@ -84,6 +96,7 @@ class Worker:
             lease_ms=settings.lease_ms,
             model_version=engine.model_version,
             wake=self._wake.set,
+            figures=self.figures,
         )
         self._grammars = grammars
         self._intake = Intake(
@@ -104,6 +117,7 @@ class Worker:
             ),
             wake=self._wake.set,
             spawn=self._spawn,
+            figures=self.figures,
         )
         self._heartbeat = Heartbeat(
             self._beats,
@@ -167,6 +181,7 @@ class Worker:
 
     def _on_step(self, report: StepReport) -> None:
         self._heartbeat.num_steps = report.step
+        self.figures.note_step(report)
         self._publisher.take(report.outputs)
 
     async def _outlast(self, failure: Failure) -> None:
@@ -255,11 +270,13 @@ async def _run(name: str, settings: WorkerSettings) -> int:
     try:
         await _check_redis(settings)
         lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        began_s = monotonic_s()
         engine = await _build_engine(settings, lost)
+        load_s = monotonic_s() - began_s
         grammars = await asyncio.to_thread(build_grammars, settings, vocab_size=engine.vocab_size)
         logs.adopt("transformers")
         gc.freeze()  # what was loaded stays: collections need not walk through it
-        worker = Worker(name, settings, engine, grammars, lost)
+        worker = Worker(name, settings, engine, grammars, lost, load_s=load_s)
         stop.drain = worker.drain
         try:
             await worker.run()

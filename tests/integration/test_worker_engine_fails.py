@@ -17,7 +17,14 @@ from tests.support.worker_parts import VERSION
 from tests.support.worker_pool import POOL
 from workers import exit_codes, worker
 from workers.engine.factory import build_engine
-from workers.engine.port import DeviceLostError, EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import (
+    CacheSize,
+    DeviceLostError,
+    EngineLoad,
+    EngineRequest,
+    StepOutput,
+    StepWork,
+)
 
 
 class BrokenEngine:
@@ -27,6 +34,8 @@ class BrokenEngine:
     max_cost = 1000
     vocab_size = 512
     adapters = None
+    last_step = StepWork()
+    cache_size = CacheSize(1000, 16)
 
     def __init__(self, error: Exception) -> None:
         self.error = error

@@ -276,3 +276,40 @@ async def test_the_canonical_line_says_what_a_generation_took(parts: Parts) -> N
     assert line["model_version"] == VERSION
     assert 0 <= line["queue_time"] <= line["ttft"] < 10
     assert line["tokens_per_second"] > 0
+
+
+async def test_the_time_of_a_generation_is_counted_by_its_parts(
+    broker: Broker, blocking_broker: Broker
+) -> None:
+    """A token's gap is that to the token before; the parts make up the whole."""
+    now_s = monotonic_s()
+    parts = Parts(broker, blocking_broker, clock=lambda: now_s)
+    await parts.beat()
+    attempt = await claimed_one(parts)
+    for token, later_s in ((1, 0.3), (2, 0.02), (3, 0.04)):
+        now_s += later_s
+        parts.step(attempt, token, finish="length" if token == 3 else "")
+    await parts.publisher.publish()
+    figures = parts.figures.generations
+    assert figures.inter_token_s.count == 2
+    assert figures.inter_token_s.sum == pytest.approx(0.06)
+    assert figures.per_token_s.sum == pytest.approx(0.03)
+    assert figures.prefill_s.sum == pytest.approx(0.3, abs=0.2)
+    assert figures.decode_s.sum == pytest.approx(0.06)
+    assert figures.inference_s.sum == pytest.approx(figures.prefill_s.sum + figures.decode_s.sum)
+    assert figures.whole_s.sum == pytest.approx(figures.queue_s.sum + figures.inference_s.sum)
+    assert figures.finished == {"length": 1}
+    assert figures.first_token_s.count == figures.queue_s.count == 1
+    await parts.close()
+
+
+async def test_what_another_attempt_made_is_counted_as_recovered(parts: Parts) -> None:
+    """Its first token was not ours, so its time to it is not, either."""
+    attempt = await claimed_one(parts)
+    parts.step(attempt, 21, 22)
+    await parts.publisher.publish()
+    await parts.publisher.release([attempt], event="generation.released")
+    await parts.claim()
+    figures = parts.figures.generations
+    assert (figures.num_resumed, figures.recovered_tokens) == (1, 2)
+    assert figures.queue_s.count == 1

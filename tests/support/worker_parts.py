@@ -15,6 +15,7 @@ from workers.adapters import HeldAdapters
 from workers.attempts import Attempt, Ledger
 from workers.engine.grammar import Matcher
 from workers.engine.port import Adapters, EngineLoad, EngineRequest, StepOutput
+from workers.figures import Figures
 from workers.intake import GrammarSource, Intake
 from workers.publisher import Publisher
 
@@ -80,6 +81,7 @@ class Parts:
         self.name = name
         self.engine = RecordingEngine()
         self.ledger = Ledger()
+        self.figures = Figures()
         self.wake = asyncio.Event()
         self.max_cost = tokens
         self.publisher = Publisher(
@@ -90,6 +92,7 @@ class Parts:
             lease_ms=5000,
             model_version=VERSION,
             wake=self.wake.set,
+            figures=self.figures,
             **({"clock": clock} if clock else {}),
         )
         self._tasks: list[asyncio.Task[None]] = []
@@ -108,6 +111,7 @@ class Parts:
             ),
             wake=self.wake.set,
             spawn=self.spawn,
+            figures=self.figures,
         )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

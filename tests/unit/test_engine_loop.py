@@ -9,7 +9,7 @@ import pytest
 from tests.support.engines import request
 from tests.support.waiting import wait_until
 from workers.engine.loop import EngineLoop, StepReport
-from workers.engine.port import EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import CacheSize, EngineLoad, EngineRequest, StepOutput, StepWork
 
 
 class StepwiseEngine:
@@ -19,6 +19,8 @@ class StepwiseEngine:
     max_cost = 100
     vocab_size = 512
     adapters = None
+    last_step = StepWork()
+    cache_size = CacheSize(1000, 16)
 
     def __init__(self) -> None:
         self.running: dict[str, int] = {}

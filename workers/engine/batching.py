@@ -7,6 +7,7 @@ is a fault of the engine.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol
 
 import msgspec
@@ -18,9 +19,18 @@ from common.logs import get_logger
 from common.messages import Finish, FinishReason, TopTokens, escape_piece
 from workers.engine.grammar import GrammarError
 from workers.engine.places import Places, SlotPlaces
-from workers.engine.port import Adapters, DeviceMemoryError, EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import (
+    Adapters,
+    CacheSize,
+    DeviceMemoryError,
+    EngineLoad,
+    EngineRequest,
+    StepOutput,
+    StepWork,
+)
 from workers.engine.scheduler import Chunk, Limits, Scheduler
 from workers.engine.sequence import Sequence, TextRules
+from workers.engine.step_watch import StepWatch
 
 log = get_logger()
 
@@ -143,8 +153,11 @@ class BatchingEngine:
         self._limits = limits
         self.vocab_size = vocab_size
         self._clock = clock
-        self._capacity_tokens = places.capacity_tokens
+        self._places = places
+        self.cache_size = CacheSize(places.capacity_tokens, places.block_tokens)
         self._scheduler = Scheduler(limits, places, foresees=launcher is not None)
+        self._watch = StepWatch(self._scheduler)
+        self.last_step = StepWork()
         self._launcher = launcher
         self._under_way: _UnderWay | None = None
         """Launched ahead: what it brings is taken in the next step."""
@@ -185,12 +198,19 @@ class BatchingEngine:
         self._ended = [output for output in self._ended if output.id != id]
 
     def step(self) -> list[StepOutput]:
+        self._watch.begin()
+        outputs = self._advance()
+        self.last_step = self._watch.end(self._places.used_tokens)
+        return outputs
+
+    def _advance(self) -> list[StepOutput]:
         outputs, self._ended = self._ended, []
         step, self._under_way = self._under_way, None
         if step is None or all(sequence.finish for sequence in step.sampled):
             chunks = self._scheduler.plan()
             if not chunks:
                 return outputs
+            self._watch.planned()
             step = self._launched(self._launcher.launch, chunks) if self._launcher else None
             if step is None:
                 return outputs + self._run(chunks)
@@ -201,7 +221,7 @@ class BatchingEngine:
         return EngineLoad(
             running=running,
             waiting=waiting,
-            free_tokens=max(0, self._capacity_tokens - self._scheduler.promised_tokens),
+            free_tokens=max(0, self.cache_size.capacity_tokens - self._scheduler.promised_tokens),
             free_slots=max(0, self._limits.max_sequences - running - waiting),
             spare_slots=self._limits.spare_sequences,
         )
@@ -212,6 +232,7 @@ class BatchingEngine:
         computed = _Computed()
         self._compute(chunks, computed)
         self._scheduler.complete(chunks, self._clock() - began_s)
+        self._watch.computed(len(chunks), was_refused=computed.was_split)
         if computed.was_split:
             self._note_lack_of_memory(computed.refused)
         outputs = [self._take(*pair) for pair in computed.outcomes]
@@ -242,6 +263,7 @@ class BatchingEngine:
         now_s = self._clock()
         self._scheduler.complete(step.chunks, now_s - max(step.launched_s, self._completed_s))
         self._completed_s = now_s
+        self._watch.computed(len(step.chunks))
         return [
             self._take(sequence, outcome)
             for sequence, outcome in zip(step.sampled, outcomes, strict=True)
@@ -341,8 +363,10 @@ class BatchingEngine:
         return _ending(sequence.id, position, _failed(code, cause))
 
     def _forget(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        began_s = perf_counter()
         del self._sequences[sequence.id]
         self._scheduler.remove(sequence, is_sound=is_sound)
+        self._watch.left(began_s)
 
 
 def _halves(chunks: list[Chunk]) -> list[list[Chunk]]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from common.clock import monotonic_s
-from workers.engine.port import Engine, EngineLoad, EngineRequest, StepOutput
+from workers.engine.port import Engine, EngineLoad, EngineRequest, StepOutput, StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class StepReport:
     load: EngineLoad
     step: int
     duration_s: float
+    work: StepWork
 
 
 class EngineLoop:
@@ -108,7 +109,8 @@ class EngineLoop:
         load = self._engine.load()
         self._num_steps += 1
         self._step_began_s = None
-        report = StepReport(outputs, load, self._num_steps, monotonic_s() - began_s)
+        duration_s = monotonic_s() - began_s
+        report = StepReport(outputs, load, self._num_steps, duration_s, self._engine.last_step)
         self._tell(self._on_step, report)
         return load.running + load.waiting > 0
 

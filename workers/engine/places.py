@@ -36,6 +36,13 @@ class Places(Protocol):
 
     capacity_tokens: int
     """Most tokens of running sequences."""
+    block_tokens: int
+    """Grain in which computed prefixes are found."""
+
+    @property
+    def used_tokens(self) -> int:
+        """Of the capacity, what running sequences have."""
+        ...
 
     def begin_step(self) -> None:
         """The last step is over: what it copied from may be overwritten, what it lent is back."""
@@ -83,7 +90,7 @@ class SlotPlaces:
         self, num_slots: int, capacity_tokens: int, *, block_tokens: int = BLOCK_TOKENS
     ) -> None:
         self.capacity_tokens = capacity_tokens
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self._chains: list[list[bytes]] = [[] for _ in range(num_slots)]
         """Per slot the digests of its proven blocks."""
         self._free = set(range(num_slots))
@@ -98,6 +105,10 @@ class SlotPlaces:
         self._lent_tokens = 0
         self._starting: dict[str, Sequence] = {}
 
+    @property
+    def used_tokens(self) -> int:
+        return self._used_tokens
+
     def begin_step(self) -> None:
         self._sources.clear()
         self._lent_tokens = 0
@@ -106,21 +117,21 @@ class SlotPlaces:
         free = self._free - self._sources
         if not free or self._used_tokens + sequence.num_tokens > self.capacity_tokens:
             return False
-        wanted = _wanted(sequence, self._block_tokens)
+        wanted = _wanted(sequence, self.block_tokens)
         matches = [_num_shared(chain, wanted) for chain in self._chains]
         best = max(matches)
-        if _is_coming(sequence, wanted, best, self._starting, self._block_tokens):
+        if _is_coming(sequence, wanted, best, self._starting, self.block_tokens):
             return False
         slot = min(free, key=lambda slot: self._rank(slot, matches[slot], best))
         copied_from = None
         # Whole prompts are found, too, but for their last token.
-        num_found = min(best * self._block_tokens, sequence.num_tokens - 1)
+        num_found = min(best * self.block_tokens, sequence.num_tokens - 1)
         if matches[slot] < best:
             source = matches.index(best)
             copied_from = (source, num_found)
             self._sources.add(source)
             del self._chains[slot][:]
-        del self._chains[slot][num_found // self._block_tokens :]
+        del self._chains[slot][num_found // self.block_tokens :]
         self._free.remove(slot)
         self._places[sequence.id] = Place(slot, copied_from=copied_from)
         self._held[sequence.id] = sequence.num_tokens
@@ -149,9 +160,9 @@ class SlotPlaces:
     def prove(self, sequence: Sequence) -> None:
         self._starting.pop(sequence.id, None)
         chain = self._chains[self._places[sequence.id].slot]
-        num_blocks = sequence.num_computed // self._block_tokens
+        num_blocks = sequence.num_computed // self.block_tokens
         if len(chain) < num_blocks:
-            chain += digests(sequence, self._block_tokens)[len(chain) : num_blocks]
+            chain += digests(sequence, self.block_tokens)[len(chain) : num_blocks]
 
     def release(self, sequence: Sequence, *, is_sound: bool) -> None:
         self._starting.pop(sequence.id, None)
@@ -186,7 +197,7 @@ class PagePlaces:
 
     def __init__(self, num_pages: int, *, page_tokens: int, max_sequences: int) -> None:
         self.capacity_tokens = num_pages * page_tokens
-        self._page_tokens = page_tokens
+        self.block_tokens = page_tokens
         self._empty = list(reversed(range(num_pages)))
         self._num_users = [0] * num_pages
         self._page_of: dict[bytes, int] = {}
@@ -201,6 +212,11 @@ class PagePlaces:
         self._starting: dict[str, Sequence] = {}
         self._lent: list[Sequence] = []
 
+    @property
+    def used_tokens(self) -> int:
+        num_free = len(self._empty) + len(self._unused)
+        return (len(self._num_users) - num_free) * self.block_tokens
+
     def begin_step(self) -> None:
         for sequence in self._lent:
             if sequence.id in self._places:
@@ -210,13 +226,13 @@ class PagePlaces:
     def admit(self, sequence: Sequence) -> bool:
         if not self._free_slots:
             return False
-        wanted = _wanted(sequence, self._page_tokens)
-        found = self._find(wanted[: (sequence.num_tokens - 1) // self._page_tokens])
+        wanted = _wanted(sequence, self.block_tokens)
+        found = self._find(wanted[: (sequence.num_tokens - 1) // self.block_tokens])
         num_new = self._num_pages_for(sequence) - len(found)
         num_idle = sum(page in self._unused for page in found)
         if num_new > len(self._empty) + len(self._unused) - num_idle:
             return False
-        if _is_coming(sequence, wanted, len(found), self._starting, self._page_tokens):
+        if _is_coming(sequence, wanted, len(found), self._starting, self.block_tokens):
             return False
         for page in found:
             self._num_users[page] += 1
@@ -225,7 +241,7 @@ class PagePlaces:
         self._places[sequence.id] = Place(heapq.heappop(self._free_slots), pages)
         self._num_proven[sequence.id] = len(found)
         self._starting[sequence.id] = sequence
-        sequence.num_computed = len(found) * self._page_tokens
+        sequence.num_computed = len(found) * self.block_tokens
         return True
 
     def hold(self, sequence: Sequence) -> bool:
@@ -240,11 +256,11 @@ class PagePlaces:
 
     def prove(self, sequence: Sequence) -> None:
         self._starting.pop(sequence.id, None)
-        first, end = self._num_proven[sequence.id], sequence.num_computed // self._page_tokens
+        first, end = self._num_proven[sequence.id], sequence.num_computed // self.block_tokens
         if first == end:
             return
         self._num_proven[sequence.id] = end
-        pages, names = self._places[sequence.id].pages, digests(sequence, self._page_tokens)
+        pages, names = self._places[sequence.id].pages, digests(sequence, self.block_tokens)
         for page, digest in zip(pages[first:end], names[first:end], strict=True):
             if digest not in self._page_of:  # somebody else may have computed the same meanwhile
                 self._page_of[digest] = page
@@ -269,7 +285,7 @@ class PagePlaces:
     def _reach(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give it pages for so many tokens; False when there are none."""
         place = self._places[sequence.id]
-        num_new = -(-num_tokens // self._page_tokens) - len(place.pages)
+        num_new = -(-num_tokens // self.block_tokens) - len(place.pages)
         if num_new > len(self._empty) + len(self._unused):
             return False
         if num_new > 0:
@@ -287,7 +303,7 @@ class PagePlaces:
             self._places[sequence.id] = Place(place.slot, place.pages[:num_needed])
 
     def _num_pages_for(self, sequence: Sequence) -> int:
-        return -(-sequence.num_tokens // self._page_tokens)
+        return -(-sequence.num_tokens // self.block_tokens)
 
     def _find(self, wanted: list[bytes]) -> list[int]:
         """The proven pages of the longest prefix of ``wanted``."""

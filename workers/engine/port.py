@@ -2,7 +2,7 @@
 
 An engine is driven by one thread (:mod:`workers.engine.loop`), does no I/O and knows nothing of
 Redis. ``torch`` and ``simulated`` implement it; an engine of somebody else's would stand behind the
-same four calls.
+same calls.
 """
 
 from dataclasses import dataclass, field
@@ -83,6 +83,47 @@ class EngineLoad:
     """Beside these, for those that pause while others of a lower rank are served."""
 
 
+class StepWork(msgspec.Struct, frozen=True, gc=False):
+    """What the last step was, for who measures; all zeros where nothing was computed.
+
+    ``plan_s`` chose who computes what, ``forward_s`` computed and chose tokens, ``text_s`` made
+    them into text and looked for ends; ``leave_s`` is the part of that which took out who ended.
+    """
+
+    num_rows: int = 0
+    """Sequences that computed anything."""
+    num_tokens: int = 0
+    """Tokens in the forward pass: of prompts, of answers, and guessed ones."""
+    num_prefill_tokens: int = 0
+    """Of these, those of prompts or of what an earlier attempt had made."""
+    num_joined: int = 0
+    """Sequences that came into the running ones with it."""
+    num_preempted: int = 0
+    """Those that lost their place to it, for want of cache."""
+    queried_tokens: int = 0
+    """Tokens of prompts that joined: what a computed prefix was looked for."""
+    found_tokens: int = 0
+    """Of these, those that were there already."""
+    used_tokens: int = 0
+    """Places of the cache that belong to somebody behind it, whole blocks."""
+    was_refused: bool = False
+    """The device had no memory for it as it was planned."""
+    plan_s: float = 0.0
+    forward_s: float = 0.0
+    text_s: float = 0.0
+    leave_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Room for keys and values."""
+
+    capacity_tokens: int
+    """Most tokens of running sequences."""
+    block_tokens: int
+    """Grain in which prefixes are found, and in pages also given out."""
+
+
 class Adapters(Protocol):
     """LoRA adapters of an engine, by version; it holds what it was given until it is dropped."""
 
@@ -134,3 +175,11 @@ class Engine(Protocol):
         ...
 
     def load(self) -> EngineLoad: ...
+
+    @property
+    def last_step(self) -> StepWork:
+        """Of the last call of :meth:`step`."""
+        ...
+
+    @property
+    def cache_size(self) -> CacheSize: ...

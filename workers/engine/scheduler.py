@@ -126,6 +126,15 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         """By id, in the order of arrival: the last one is the youngest."""
         self._num_served = 0
+        self.num_preempted = 0
+        """Sequences that lost their place again, so far; as all that follows."""
+        self.num_joined = 0
+        self.queried_tokens = 0
+        """Tokens for which a computed prefix was looked for."""
+        self.found_tokens = 0
+        self.last_tokens = 0
+        """In the step that was completed last."""
+        self.last_prefill_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -200,6 +209,8 @@ class Scheduler:
         for chunk in chunks:
             (interactive if chunk.sequence.rank == 0 else others).add(chunk)
             chunk.sequence.num_computed = chunk.known_end
+        self.last_tokens = interactive.num_tokens + others.num_tokens
+        self.last_prefill_tokens = interactive.num_prefill + others.num_prefill
         alone_s = self._pace.decode_s
         has_prompt = interactive.num_prefill > 0
         self._weighed = None
@@ -412,6 +423,7 @@ class Scheduler:
         return max(reversed(self._running.values()), key=_rank)
 
     def _put_back(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
         del self._running[sequence.id]
         self._vacate(sequence, is_sound=True)
         insort_left(self._waiting, sequence, key=_rank)
@@ -422,8 +434,11 @@ class Scheduler:
             return False
         self._waiting.remove(sequence)
         self._running[sequence.id] = sequence
+        self.num_joined += 1
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            self.queried_tokens += sequence.num_prompt
+            self.found_tokens += sequence.num_cached
         return True
 
     def _vacate(self, sequence: Sequence, *, is_sound: bool) -> None:
