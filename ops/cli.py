@@ -38,6 +38,7 @@ _EXIT_REFUSED = 1
 _EXIT_INTERRUPTED = 130
 _PACKAGES_OF_EXTRAS = {
     "arq": "worker",
+    "duckdb": "incident",
     "gguf": "worker",
     "httpx": "dev",
     "standardwebhooks": "worker",
@@ -389,6 +390,19 @@ def batch_group() -> None:
 
     Works with any gateway that can be reached, here or elsewhere. While one is away others are
     asked, and the same one again; the batch does not need anybody to watch it.
+    """
+
+
+_INCIDENT: dict[str, str] = {}
+
+
+@cli.group("incident", cls=LazyGroup, places=_INCIDENT)
+def incident_group() -> None:
+    """What happened, from the logs alone: of one request, of a failure, of an hour.
+
+    Reads JSON lines wherever they are: files, folders, patterns, gzip, standard input. Each finding
+    names how sure it is and what to run next. Exits with 0 if there is none, 1 if there are, 2 if
+    there is none but the logs are incomplete.
     """
 
 
