@@ -201,7 +201,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The generation ran for --run-limit-s. What it had made until then is in the answer.",
         "Ask for fewer tokens, or raise --run-limit-s. If steps became slow, find which worker.",
         (_SHOW, _WHY),
-        "first-token-slow",
+        "first-token-burn",
     ),
     "POISON_REQUEST": Explanation(
         "Three workers in a row died while they ran this request, so it is quarantined with its"
@@ -229,20 +229,20 @@ EXPLANATIONS: dict[str, Explanation] = {
         "If one worker is named again and again, stop it and test its machine; if all are,"
         " use --dtype float32 or fetch the model anew.",
         (_WHY, _MODELS),
-        "availability",
+        "availability-burn",
     ),
     "CUDA_OOM": Explanation(
         "The device has no memory for this generation, even alone: others use it, too, or the"
         " cache is promised more than there is.",
         "Lower --cuda-memory-share or --max-batch-total-tokens; see what else runs on the device.",
         (_WHY, "nvidia-smi"),
-        "availability",
+        "availability-burn",
     ),
     "ENGINE_ERROR": Explanation(
         "The engine raised on this generation and on no other; its exception is in the log.",
         "Look at the exception; if it began with a version, go back to the one before.",
         (_SHOW, _TOP, _CHANGES),
-        "availability",
+        "availability-burn",
     ),
     "INCOMPLETE_GENERATION": Explanation(
         "A stream ended without a finish reason: the connection to the gateway broke.",
@@ -305,7 +305,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Something that nobody foresaw. Its traceback is in the log, without local values.",
         "Send it again once. Keep the bundle for the developers: each one of these is a defect.",
         (_SHOW, "headrace incident bundle"),
-        "availability",
+        "availability-burn",
     ),
 }
 

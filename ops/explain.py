@@ -24,7 +24,7 @@ from ops.tables import print_table
 from workers import exit_codes
 
 RUNBOOKS = Path(__file__).parent / "runbooks"
-_OTHER_PAGES = frozenset({"README", "operating-rule"})
+_OTHER_PAGES = frozenset({"operating-rule"})
 
 _WHO = {
     Actor.CALLER: "the caller",
