@@ -415,6 +415,7 @@ _BENCHMARKS = {
     "engine": "ops.bench.engine:main",
     "features": "ops.bench.features:main",
     "gateway": "ops.bench.gateway:main",
+    "incidents": "ops.bench.incidents.command:main",
     "latency": "ops.bench.latency:latency",
     "malformed": "ops.bench.malformed:main",
     "peers": "ops.bench.peers:peers",

@@ -8,7 +8,7 @@ loses what he still needs: gateways drain, workers hand over, the server ends la
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -50,15 +50,15 @@ _BURY_TIMEOUT_S = 3.0
 """Within the lease, or there is no point in it."""
 
 
-def up(settings: UpSettings) -> None:
-    """Run until Ctrl-C or SIGTERM.
+def up(settings: UpSettings, processes_of: Callable[..., Processes] = Processes) -> None:
+    """Run until Ctrl-C or SIGTERM. ``processes_of`` makes what is started, from the same fields.
 
     Raises: click.ClickException or Failure for what could not be started; all that was is stopped.
     """
     data_dir = settings.data_dir.resolve()
     with runfile.lock(data_dir):
         socket = None if settings.redis_url else socket_path(data_dir)
-        processes = Processes(
+        processes = processes_of(
             settings=settings,
             redis_url=settings.redis_url or f"unix://{socket}",
             data_dir=data_dir,

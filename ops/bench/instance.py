@@ -1,11 +1,12 @@
 """A Headrace of its own for a benchmark: `headrace up` in a folder that ends with it."""
 
+import json
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,22 +29,39 @@ def own_instance(
 
     Raises: click.ClickException when it does not start.
     """
-    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         data_dir = Path(folder)
         if models is not None:
             (data_dir / "models").symlink_to(models.resolve())
-        command = [sys.executable, "-P", "-m", "ops.cli", "up"]
-        command += ["--data-dir", folder, "--port", "0", *options]
-        with running(command, env or {}, data_dir / "output") as process:
-            deadline_s = time.monotonic() + _START_TIMEOUT_S
-            while not _is_ready(data_dir):
-                if process.poll() is not None or time.monotonic() > deadline_s:
-                    output = (data_dir / "output").read_text(errors="replace")
-                    raise click.ClickException(
-                        f"the instance to measure did not start: {output[-500:]}"
-                    )
-                time.sleep(_LOOK_S)
-            yield data_dir, _addresses(data_dir)
+        with instance_in(data_dir, *options, env=env) as urls:
+            yield data_dir, urls
+
+
+@contextmanager
+def instance_in(
+    data_dir: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("ops.cli", "up"),
+) -> Generator[list[str]]:
+    """As :func:`own_instance`, in a directory that stays, with what it held; gives the addresses.
+
+    ``program`` is the module to run, and its first arguments.
+
+    Raises: click.ClickException when it does not start.
+    """
+    command = [sys.executable, "-P", "-m", *program]
+    command += ["--data-dir", str(data_dir), "--port", "0", *options]
+    with _ended_by_sigterm(), running(command, env or {}, data_dir / "output") as process:
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while not _is_ready(data_dir, process.pid):
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                output = (data_dir / "output").read_text(errors="replace")
+                raise click.ClickException(
+                    f"the instance to measure did not start: {output[-500:]}"
+                )
+            time.sleep(_LOOK_S)
+        yield addresses(data_dir)
 
 
 @contextmanager
@@ -62,12 +80,20 @@ def _ended_by_sigterm() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _is_ready(data_dir: Path) -> bool:
+def _is_ready(data_dir: Path, pid: int) -> bool:
+    """Whether the supervisor ``pid`` has said so, and not one that was here before."""
     log = data_dir / "log" / "supervisor.jsonl"
-    return log.exists() and b'"supervisor.ready"' in log.read_bytes()
+    if not log.exists():
+        return False
+    said = (line for line in log.read_bytes().splitlines() if b'"supervisor.ready"' in line)
+    return any(json.loads(line)["pid"] == pid for line in said)
 
 
-def _addresses(data_dir: Path) -> list[str]:
+def addresses(data_dir: Path) -> list[str]:
+    """Where the gateways of the instance on ``data_dir`` are.
+
+    Raises: click.ClickException when there is none.
+    """
     state = runfile.read_state(data_dir)
     found = [p.address for p in state.processes if p.role == "gateway"] if state else []
     if not found:

@@ -1,0 +1,134 @@
+"""`headrace bench incidents`: break a running system in many ways; see whether its logs tell."""
+
+import fnmatch
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+import msgspec
+
+from ops.bench import machine
+from ops.bench.incidents import truth
+from ops.bench.incidents.catalog import Incident, all_incidents, healthy_runs
+from ops.bench.incidents.produce import produce
+from ops.bench.incidents.score import Report, Score, markdown, score, summarise
+
+_GOAL = 0.9
+
+Tell = Callable[[str], None]
+
+
+@click.command("incidents")
+@click.option(
+    "--only", "patterns", multiple=True, metavar="NAME", help="Runs by name, with * and ?."
+)
+@click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep logs and truths there, a folder for each run; else they end with the command.",
+)
+@click.option("--again", is_flag=True, help="Only analyse what is in --logs, without new runs.")
+@click.option("--produce-only", is_flag=True, help="Leave the logs, and analyse nothing.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs at once.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
+@click.option("--markdown", "page_path", type=click.Path(path_type=Path), help="Write the table.")
+@click.option("--list", "lists", is_flag=True, help="Say what runs there are.")
+def main(
+    patterns: tuple[str, ...],
+    logs: Path | None,
+    again: bool,
+    produce_only: bool,
+    jobs: int,
+    json_path: Path | None,
+    page_path: Path | None,
+    lists: bool,
+) -> None:
+    """Break a running system in known ways, and score what `headrace incident` makes of its logs.
+
+    Each run is an instance of its own with clients and one fault, or none; its truth is kept apart
+    from its logs. Exits with 1 when fewer than 90 % of the causes are named first, or a healthy run
+    has somebody to blame.
+    """
+    chosen = _chosen(patterns)
+    if lists:
+        click.echo("\n".join(f"{one.name:<28} {one.kind}" for one in chosen))
+        return
+    if (again or produce_only) and logs is None:
+        raise click.UsageError("--again and --produce-only need --logs")
+    with nullcontext(logs) if logs else tempfile.TemporaryDirectory(prefix="headrace-bench-") as at:
+        folder = Path(str(at))
+        if not again:
+            _produce_all(chosen, folder, jobs, _say)
+        if produce_only:
+            return
+        scores = [_scored(folder / one.name, _say) for one in chosen if _is_there(folder, one)]
+    report = summarise(scores, machine.describe(), _revision())
+    page = markdown(report)
+    click.echo(page)
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    if page_path is not None:
+        page_path.write_text(page, encoding="utf-8")
+    sys.exit(0 if has_passed(report) else 1)
+
+
+def has_passed(report: Report) -> bool:
+    return report.falsely_blamed == 0 and (not report.incidents or report.first >= _GOAL)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _chosen(patterns: Sequence[str]) -> list[Incident]:
+    """Raises: click.BadParameter for a name that no run has."""
+    runs = [*all_incidents(), *healthy_runs()]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(one.name, pattern) for one in runs):
+            raise click.BadParameter(
+                f"no run is called {pattern!r}; see --list", param_hint="--only"
+            )
+    wanted = patterns or ("*",)
+    return [one for one in runs if any(fnmatch.fnmatch(one.name, name) for name in wanted)]
+
+
+def _produce_all(chosen: Sequence[Incident], folder: Path, jobs: int, tell: Tell) -> None:
+    """Each into a folder of its name. One that fails is told, and has no truth."""
+
+    def one(incident: Incident) -> None:
+        try:
+            told = produce(incident, folder / incident.name)
+        except (click.ClickException, OSError) as error:
+            tell(f"{incident.name}: could not be produced: {error}")
+        else:
+            tell(f"{incident.name}: {told.requests} requests, load {told.load_average}")
+
+    with ThreadPoolExecutor(jobs) as executor:
+        list(executor.map(one, chosen))
+
+
+def _is_there(folder: Path, incident: Incident) -> bool:
+    return (folder / incident.name / truth.FILE).exists()
+
+
+def _scored(folder: Path, tell: Tell) -> Score:
+    scored = score(folder)
+    words = scored.problem or scored.named or "nobody"
+    mark = "right" if scored.is_right else "WRONG"
+    tell(f"{mark}  {scored.name}: {scored.true_cause} (rank {scored.rank}); named: {words}")
+    return scored
+
+
+def _revision() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever is installed
+        capture_output=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.decode().strip() or "unknown"
