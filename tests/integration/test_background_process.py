@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 from tests.support.worker_pool import POOL, WorkerPool
 from workers import exit_codes
 from workers.background.jobs import context, expire_files, measure_pool, scheduled
-from workers.background.process import QUEUE, create_worker
+from workers.background.process import QUEUE, create_queue, create_worker
 
 
 async def test_it_starts_reaps_and_ends_on_sigterm(pool: WorkerPool, started: Processes) -> None:
@@ -51,6 +51,13 @@ async def test_it_outlives_a_lost_connection(redis_url: str, started: Processes)
         )
         background.terminate()
         assert await background.ended() == exit_codes.OK
+
+
+async def test_the_list_of_jobs_does_not_outlive_all_processes(redis_url: str) -> None:
+    queue = create_queue(BackgroundSettings(redis_url=redis_url))
+    await queue.enqueue_job("measure_pool")
+    assert await queue.ttl(QUEUE) > 0
+    await queue.aclose(close_connection_pool=True)
 
 
 async def test_an_unreachable_redis_is_one_clear_line(started: Processes) -> None:

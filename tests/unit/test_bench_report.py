@@ -167,7 +167,10 @@ async def test_a_server_is_stopped_with_all_it_started(tmp_path: Path) -> None:
         await wait_until(
             lambda: (tmp_path / "log").read_text() == "started\n", timeout_s=20, what="a child"
         )
-        assert set(use_of(process.pid).rss_bytes) == {"bash", "sleep"}
         pid = process.pid
+        # A child goes by its parent's name until it has become another program.
+        await wait_until(
+            lambda: set(use_of(pid).rss_bytes) == {"bash", "sleep"}, timeout_s=20, what="two names"
+        )
     assert process.returncode is not None
     assert not use_of(pid).rss_bytes

@@ -29,8 +29,6 @@ MAX_STEERED = 64
 SWEEP_S = 1.0
 _JOB_S = 3
 """A job that was not taken by then is of no use, as another one follows."""
-_QUEUE_LIFE_S = 24 * 3600
-"""Of arq's list of jobs, which it would keep for ever when all processes have died."""
 _BROKEN_LEASE_MS = 30_000
 """After an error that nobody thought of, another try has time."""
 _STOP_S = 8.0
@@ -69,7 +67,6 @@ class Steers:
                         await queue.enqueue_job(
                             JOB, batch_id, _job_id=f"{batch_id}:{turn}", _expires=2 * _JOB_S
                         )
-                        await queue.expire(queue.default_queue_name, _QUEUE_LIFE_S)
             await asyncio.sleep(SWEEP_S * random.uniform(0.75, 1.25))
 
     async def stop(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import msgspec
 import uvloop
 from arq.connections import ArqRedis
+from arq.jobs import Job
 from arq.worker import Worker
 
 from common import logs
@@ -40,6 +41,7 @@ log = get_logger()
 QUEUE = "hr:background"
 """Name of arq's queue; the default would be shared with whoever else uses arq on this Redis."""
 
+_QUEUE_LIFE_S = 24 * 3600
 _HEALTH_INTERVAL_S = 15
 _FINISH_S = 10
 """How long running jobs may take after SIGTERM before they are put back."""
@@ -172,10 +174,20 @@ async def _work(worker: Worker) -> bool:
     return asked_to_stop.is_set()
 
 
+class JobQueue(ArqRedis):
+    """Where jobs are put, by hand and by the clock."""
+
+    async def enqueue_job(self, *args: Any, **kwargs: Any) -> Job | None:
+        """As arq's, which would keep its list of jobs for ever when all processes have died."""
+        job = await super().enqueue_job(*args, **kwargs)
+        await self.expire(self.default_queue_name, _QUEUE_LIFE_S)
+        return job
+
+
 def create_queue(settings: BackgroundSettings) -> ArqRedis:
-    """Where jobs are put."""
+    """The queue of this process; a URL of its own, or that of everything else."""
     redis_url = settings.background_redis_url or settings.redis_url
-    return ArqRedis(
+    return JobQueue(
         cast(Any, connect(redis_url)).connection_pool,
         job_serializer=_encode,
         job_deserializer=_decode,
