@@ -56,6 +56,7 @@ MEANINGS: dict[str, str] = {
     "engine.memory_refused": "The device had no memory for a step; it was run in parts.",
     "engine.stalled": "No step ended within its limit; the process exits.",
     "fault.injected": "A test or an operator caused a fault on purpose.",
+    "feed.closed": "A reader of the live figures left.",
     "foreign.logged": "A line of another library.",
     "file.created": "A tenant uploaded a file.",
     "file.deleted": "A tenant deleted a file.",

@@ -43,6 +43,8 @@ _OPEN_PATHS = frozenset(
         "/docs",
         "/openapi.json",
         "/api-doc/openapi.json",
+        "/ops",
+        "/ops/",
     }
 )
 """What says whether this gateway is well, and what there is; TGI asks for no key there either."""

@@ -363,6 +363,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="For a browser the way to the page, for everybody else as `/health`.",
         more=(200, 307),
     ),
+    ("GET", "/ops/"): Operation(
+        tag="Operation", summary="The live page of the pool.", answer="text/html"
+    ),
     ("GET", "/docs"): Operation(tag="Operation", summary="This page.", answer="text/html"),
     ("GET", "/openapi.json"): Operation(
         tag="Operation", summary="This description, for programs.", answer=dict[str, Any]

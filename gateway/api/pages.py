@@ -1,4 +1,6 @@
-"""``/ui/``: the page. ``GET /``: the page for a browser, TGI's health for everybody else."""
+"""``/ui/``: the pages. ``/ops/``: the one of operations. ``GET /``: the page for a browser, TGI's
+health for everybody else.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ async def root(request: Request) -> Response:
     return Response(headers={"vary": "accept"})
 
 
+async def operations(request: Request) -> Response:
+    """A file as those under ``/ui/``, which it links to; it shows nothing without ``/ops/feed``."""
+    return await _PAGES.get_response("ops.html", request.scope)
+
+
 class Page(StaticFiles):
     """Files that a browser asks for again each time: after an upgrade none may mix old with new.
 
@@ -35,7 +42,10 @@ class Page(StaticFiles):
         return response
 
 
+_PAGES = Page(directory=STATIC, html=True, check_dir=False)
+
 routes = [
     Route("/", root, methods=["GET"]),
-    Mount("/ui", Page(directory=STATIC, html=True, check_dir=False)),
+    Route("/ops/", operations, methods=["GET"]),
+    Mount("/ui", _PAGES),
 ]

@@ -100,6 +100,25 @@
  * @property {number} [giveUpAfterMs]  As for a stream.
  */
 
+/**
+ * Where a reader of the live figures stands.
+ *
+ * @typedef {{cursor: string}} FeedProgress
+ */
+
+/**
+ * @typedef {object} FeedOptions
+ * @property {string|string[]} [baseUrl]  As for a stream.
+ * @property {Record<string, string>} [headers]  As for a stream.
+ * @property {(overview: any, progress: FeedProgress) => void} onOverview  The pool in one second.
+ * @property {(columns: any, progress: FeedProgress) => void} [onHistory]  The minutes before, by name
+ *   of the figure; once at the beginning, and again when too much was missed.
+ * @property {(state: State, progress: FeedProgress) => void} [onState]
+ * @property {AbortSignal} [signal]
+ * @property {number} [silenceMs]  As for a stream.
+ * @property {number} [giveUpAfterMs]  As for a stream.
+ */
+
 const SILENCE_MS = 45_000;
 const GIVE_UP_AFTER_MS = 600_000;
 const FIRST_PAUSE_MS = 250;
@@ -218,6 +237,21 @@ export async function followBatch({ id, cursor = "", ...options }) {
 }
 
 /**
+ * Follows the live figures of the pool, one overview a second, through any number of lost
+ * connections, until `signal` ends it.
+ *
+ * @param {FeedOptions & {cursor?: string}} options  `cursor`: go on behind it.
+ * @returns {Promise<FeedProgress>}
+ * @throws {HeadraceError}
+ */
+export async function followFeed({ cursor = "", ...options }) {
+  /** @type {FeedProgress} */
+  const progress = { cursor };
+  const gateways = new Gateways(options.baseUrl);
+  return untilEnd(progress, options, gateways, () => readFeed(gateways, progress, options));
+}
+
+/**
  * Ends a generation for good; its readers get what was made until then. A stream that has ended or
  * is unknown is left as it is.
  *
@@ -330,6 +364,31 @@ async function readBatch(gateways, progress, options) {
       if (event.type === "line") options.onLine?.(data, progress);
       else options.onBatch?.((progress.batch = data), progress);
       if (event.type === "done") return true;
+    }
+    return false;
+  } finally {
+    close();
+  }
+}
+
+/**
+ * Applies one connection's overviews; false, as they have no end.
+ *
+ * @param {Gateways} gateways
+ * @param {FeedProgress} progress
+ * @param {FeedOptions} options
+ */
+async function readFeed(gateways, progress, options) {
+  const headers = progress.cursor ? { "last-event-id": progress.cursor } : undefined;
+  const { chunks, close } = await connect(options, `${gateways.current}/ops/feed`, { headers });
+  try {
+    options.onState?.("streaming", progress);
+    for await (const event of parseEvents(chunks)) {
+      const data = parseFrame(event.data);
+      if (data.error) throw failureOfStream(event, data.error, progress);
+      progress.cursor = event.id || progress.cursor;
+      if (event.type === "history") options.onHistory?.(data, progress);
+      else options.onOverview(data, progress);
     }
     return false;
   } finally {

@@ -128,7 +128,7 @@ export function describeStats(stats) {
   return figures;
 }
 
-function number(value) {
+export function number(value) {
   return value.toLocaleString("en");
 }
 
@@ -138,7 +138,7 @@ function duration(seconds) {
   return minutes < 90 ? `about ${minutes} min` : `about ${Math.round(minutes / 60)} h`;
 }
 
-function seconds(value) {
+export function seconds(value) {
   if (value === null || value === undefined) return "–";
   if (value < 0.9995) return `${Math.round(value * 1000)} ms`;
   return `${value.toFixed(value < 10 ? 2 : 0)} s`;

@@ -291,7 +291,7 @@ async def test_every_control_can_be_reached_and_seen_by_tab(visitor: Visitor) ->
     await visitor.page.click("#settings summary")
     await visitor.page.focus(".skip-link")
     reached: list[str] = []
-    for _ in range(8):
+    for _ in range(9):
         await visitor.page.keyboard.press("Tab")
         reached.append(await focused(visitor))
         assert await visitor.page.evaluate("""() => {
@@ -300,6 +300,7 @@ async def test_every_control_can_be_reached_and_seen_by_tab(visitor: Visitor) ->
             return getComputedStyle(marked).outlineStyle !== "none";
         }"""), f"{reached[-1]} shows no focus"
     assert reached == [
+        "quiet-button",
         "quiet-button",
         "new-chat",
         "prompt",

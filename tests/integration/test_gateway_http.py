@@ -352,11 +352,14 @@ async def test_the_root_is_a_page_for_browsers_and_health_for_all_others(stand: 
     assert (plain.status_code, plain.content) == (200, b"")
     browser = await gateway.client.get("/", headers={"accept": "text/html,*/*"})
     assert (browser.status_code, browser.headers["location"]) == (307, "/ui/")
-    page = await gateway.client.get("/ui/")
-    assert page.headers["content-type"].startswith("text/html")
-    policy = page.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
+    for path in ("/ui/", "/ops/"):
+        page = await gateway.client.get(path)
+        assert page.headers["content-type"].startswith("text/html")
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+    bare = await gateway.client.get("/ops")
+    assert (bare.status_code, httpx.URL(bare.headers["location"]).path) == (307, "/ops/")
 
 
 async def test_models(stand: Stand) -> None:

@@ -49,7 +49,7 @@ async def test_as_soon_as_there_is_a_key_one_is_needed(
     key = await make_key(stand.broker, "a")
     await wait_until(lambda: _is(gateway, "/v1/models", 401), what="the gateway asks for keys")
     assert await status(gateway, "/v1/models", key) == 200
-    for path in ("/health", "/ready", "/ui/", "/"):
+    for path in ("/health", "/ready", "/ui/", "/ops/", "/"):
         assert await status(gateway, path) != 401, path
 
 

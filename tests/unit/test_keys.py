@@ -82,6 +82,7 @@ def test_a_given_pepper_comes_first_and_has_a_length(tmp_path: Path) -> None:
         ("GET", "/uix", "generate"),
         ("GET", "/metrics", "metrics"),
         ("GET", "/metrics/", "metrics"),
+        ("GET", "/ops/", None),
         ("GET", "/ops/keys", "admin"),
         ("POST", "/v1/files", "batch"),
         ("GET", "/v1/batches/batch_1", "batch"),
