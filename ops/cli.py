@@ -393,7 +393,9 @@ def batch_group() -> None:
     """
 
 
-_INCIDENT: dict[str, str] = {}
+_INCIDENT = {
+    "verify": "ops.incident.verify:main",
+}
 
 
 @cli.group("incident", cls=LazyGroup, places=_INCIDENT)

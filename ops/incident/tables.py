@@ -5,7 +5,7 @@
   whole line as JSON text.
 - ``requests``: one row per generation request. ``ended`` is NULL where no final event is found;
   ``is_bad`` says that it failed, and not by what its caller did.
-- ``attempts``: one row per claim of a generation by a worker.
+- ``attempts``: one row per claim of a generation by a worker, made of ``job_lines``.
 - ``changes``: what was done to the system or happened to it, that may explain what came after.
 """
 
@@ -55,7 +55,6 @@ ENDS_OF_ATTEMPTS = (
     "generation.cancelled",
     "generation.diverged",
     "generation.lost",
-    "generation.rejected",
     "generation.released",
     "generation.yielded",
     "job.closed",
@@ -149,7 +148,7 @@ def add_lines(db: DuckDBPyConnection, path: Path) -> list[int]:
                 )
             )
         )
-        """,  # noqa: S608 - made of names above
+        """,
         [str(path)],
     )
     rows = db.execute("SELECT DISTINCT line FROM reject_errors ORDER BY line").fetchall()
@@ -175,8 +174,9 @@ def make(db: DuckDBPyConnection, since: float | None = None, until: float | None
         CREATE OR REPLACE VIEW events AS
         SELECT rowid AS seq, * EXCLUDE (is_blank) FROM lines
         WHERE event IS NOT NULL AND t >= '{low}'::DOUBLE AND t < '{high}'::DOUBLE
-        """  # noqa: S608 - numbers
+        """
     )
+    _make_job_lines(db)
     _make_attempts(db)
     _make_requests(db)
     _make_changes(db)
@@ -204,42 +204,61 @@ def _set_clock(db: DuckDBPyConnection) -> None:
     )
 
 
+def _make_job_lines(db: DuckDBPyConnection) -> None:
+    """What workers, and who buries them, say of generations: one row per line."""
+    events = _quoted(("worker.claimed", "batch.joined", "worker.first_token", *ENDS_OF_ATTEMPTS))
+    db.execute(
+        f"""
+        CREATE OR REPLACE TABLE job_lines AS
+        WITH told AS (
+            SELECT seq, t, event, job_id, request_id, attempt, service, instance, code, host,
+                model_version, git_sha,
+                coalesce(worker, CASE WHEN service = 'worker' THEN instance END) AS worker,
+                json_transform(fields, '{{"next": "INTEGER", "position": "INTEGER",
+                    "end": "INTEGER", "batch_size": "INTEGER"}}') AS s
+            FROM events WHERE job_id IS NOT NULL AND event IN ({events})
+        )
+        SELECT seq, t, event, job_id,
+            coalesce(any_value(request_id) OVER (PARTITION BY job_id),
+                     regexp_replace(job_id, '\\.\\d+$', '')) AS request_id,
+            -- Who buries a worker does not know which claim it was: its last one before.
+            coalesce(
+                attempt,
+                last_value(attempt IGNORE NULLS) OVER (
+                    PARTITION BY job_id, worker ORDER BY t, seq
+                    ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW),
+                last_value(attempt IGNORE NULLS) OVER (
+                    PARTITION BY job_id ORDER BY t, seq
+                    ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW),
+                0) AS attempt,
+            worker, service, instance, code, host, model_version, git_sha,
+            s.next AS next, s.position AS position, s."end" AS "end", s.batch_size AS batch_size
+        FROM told
+        """
+    )
+
+
 def _make_attempts(db: DuckDBPyConnection) -> None:
-    ends = _quoted(ENDS_OF_ATTEMPTS)
+    is_end = f"event IN ({_quoted(ENDS_OF_ATTEMPTS)})"
     db.execute(
         f"""
         CREATE OR REPLACE TABLE attempts AS
-        WITH told AS (
-            SELECT seq, t, event, job_id, request_id, worker, instance, service, code,
-                   model_version, host, git_sha, fields,
-                   -- Who buries a worker may not know which claim it was: the last one before.
-                   coalesce(attempt, last_value(attempt IGNORE NULLS) OVER (
-                       PARTITION BY job_id ORDER BY t, seq
-                       ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW), 0) AS attempt
-            FROM events
-            WHERE job_id IS NOT NULL
-              AND event IN ('worker.claimed', 'batch.joined', 'worker.first_token', {ends})
-        )
-        SELECT job_id, attempt, regexp_replace(job_id, '\\.\\d+$', '') AS request_id,
-            coalesce(
-                any_value(coalesce(worker, instance)) FILTER (service = 'worker'),
-                any_value(worker)) AS worker,
+        SELECT job_id, attempt, any_value(request_id) AS request_id,
+            coalesce(any_value(worker) FILTER (service = 'worker'), any_value(worker)) AS worker,
             min(t) FILTER (event = 'worker.claimed') AS claimed,
             min(t) FILTER (event = 'batch.joined') AS joined,
             min(t) FILTER (event = 'worker.first_token') AS first_token,
-            min(t) FILTER (event IN ({ends})) AS ended,
-            arg_min(event, (t, seq)) FILTER (event IN ({ends})) AS end_event,
-            arg_min(code, (t, seq)) FILTER (event IN ({ends}) AND code IS NOT NULL) AS code,
-            any_value(TRY_CAST(fields->>'batch_size' AS INTEGER))
-                FILTER (event = 'batch.joined') AS batch_size,
-            any_value(TRY_CAST(fields->>'next' AS INTEGER))
-                FILTER (event = 'worker.claimed') AS next,
-            max(TRY_CAST(fields->>'end' AS INTEGER)) FILTER (event IN ({ends})) AS "end",
+            min(t) FILTER ({is_end}) AS ended,
+            arg_min(event, (t, seq)) FILTER ({is_end}) AS end_event,
+            arg_min(code, (t, seq)) FILTER ({is_end} AND code IS NOT NULL) AS code,
+            any_value(batch_size) FILTER (event = 'batch.joined') AS batch_size,
+            any_value(next) FILTER (event = 'worker.claimed') AS next,
+            coalesce(max(position) FILTER (event = 'job.requeued'), max("end")) AS "end",
             any_value(model_version) FILTER (service = 'worker') AS model_version,
             any_value(host) FILTER (service = 'worker') AS host,
             any_value(git_sha) FILTER (service = 'worker') AS git_sha
-        FROM told GROUP BY job_id, attempt
-        """  # noqa: S608 - names above
+        FROM job_lines GROUP BY job_id, attempt
+        """
     )
 
 
@@ -278,7 +297,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
         FROM events
         WHERE request_id IS NOT NULL
           AND event IN ('gateway.accepted', 'gateway.rejected', 'request.finished')
-        """  # noqa: S608 - names above
+        """
     )
     db.execute(
         f"""
@@ -352,7 +371,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
                       < (SELECT max(t) FROM events) - {_LOST_AFTER_S}
                  ELSE last_code NOT IN ({_quoted(sorted(_OURS))}) END AS is_bad
         FROM ends
-        """  # noqa: S608 - names and numbers above
+        """
     )
     db.execute("DROP TABLE said")
 
@@ -380,7 +399,7 @@ def _make_changes(db: DuckDBPyConnection) -> None:
             ) AS what,
             service, coalesce(worker, instance) AS instance, fields AS details
         FROM events WHERE {patterns} ORDER BY t, seq
-        """  # noqa: S608 - patterns above
+        """
     )
 
 
@@ -406,7 +425,7 @@ def find_missing(db: DuckDBPyConnection) -> list[str]:
         SELECT service, instance, heard_at - lag(heard_at) OVER (
             PARTITION BY service, instance ORDER BY heard_at)
             AS silence FROM heard QUALIFY silence > {_MAX_SILENCE_S} ORDER BY ALL
-        """  # noqa: S608 - a number
+        """
     ).fetchall()
     missing += [f"{service} {name} said nothing for {s:.0f} s" for service, name, s in silent]
     return missing + _missing_services(db)

@@ -438,7 +438,7 @@ class _Writer:
                 self._gateways[0],
                 "job.requeued",
                 {name: context[name] for name in ("request_id", "job_id", "lane")}
-                | {"cause": "lease", "worker": worker.name, "position": attempt.next},
+                | {"cause": "lease", "worker": worker.name},
             )
             return
         end = tokens if code == "ok" else attempt.next
