@@ -5,6 +5,7 @@ is 256 random bits in base 62 and is shown once; what is stored is its HMAC-SHA2
 which never lies in Redis: who reads Redis alone can neither use nor test a key.
 """
 
+import hashlib
 import hmac
 import os
 import re
@@ -100,6 +101,13 @@ def key_id_of(text: str) -> str | None:
 def is_tenant(name: str) -> bool:
     """Short, so that it stays small beside each generation; no colon, as it is part of names."""
     return _TENANT.fullmatch(name) is not None
+
+
+def tenant_hash(pepper: bytes | None, tenant: str) -> str:
+    """What stands for a tenant's name in logs: 12 hex digits, the same wherever the pepper is."""
+    if pepper is None:
+        return hashlib.sha256(tenant.encode()).hexdigest()[:12]
+    return hmac.digest(pepper, b"tenant " + tenant.encode(), "sha256").hex()[:12]
 
 
 # The pepper --------------------------------------------------------------------------------------

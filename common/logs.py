@@ -1,4 +1,4 @@
-"""Logs: JSON lines with a closed list of event names, written without ever blocking the caller.
+"""Logs: JSON lines of the events in ``events.schema.json``, never blocking whoever logs.
 
 A line goes through one chain of processors, is serialised once by orjson and handed to a
 :class:`LineSink`, whose own thread writes it. A full disk or a blocked pipe therefore costs lines,
@@ -14,128 +14,31 @@ import faulthandler
 import hashlib
 import logging
 import os
-import queue
+import socket
 import sys
 import threading
-from collections.abc import MutableMapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import orjson
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+from common import build
+from common.clock import monotonic_s
 
 SCHEMA = 1
 """Version of the line's shape; grows only when a field changes its meaning."""
-
-MEANINGS: dict[str, str] = {
-    "admission.resubmitted": "A gateway queued again, under the same id, what Redis had forgotten.",
-    "background.failed": "The background worker could not start or go on.",
-    "background.ready": "The background worker takes jobs.",
-    "background.started": "A background worker process began.",
-    "background.stopped": "The background worker ended on purpose.",
-    "batch.cancelled": "Somebody asked to cancel a batch.",
-    "batch.cleared": "What batches that ended a day ago left beside their files was removed.",
-    "batch.created": "A batch was asked for.",
-    "batch.failed": "Steering a batch raised; another try follows.",
-    "batch.moved": "A batch went from one state to the next.",
-    "batch.overtaken": "Another process steers a batch; this one stepped down.",
-    "batch.part_written": "Results of lines of a batch are in storage.",
-    "batch.steered": "A process took up a batch, from the state that it was in.",
-    "claim.recovered": "A beat handed back what a claim had taken whose answer was lost.",
-    "config.changed": "A setting was changed while running.",
-    "durability.missing": "What is promised for later may be lost with Redis; the reason says why.",
-    "engine.failed": "The engine raised: the device is unusable and the process exits.",
-    "engine.paused": "The engine stopped stepping because results can not be published.",
-    "engine.resumed": "The engine goes on after a pause.",
-    "engine.selected": "Which engine, device and fast paths this worker runs, and why.",
-    "engine.memory_refused": "The device had no memory for a step; it was run in parts.",
-    "engine.stalled": "No step ended within its limit; the process exits.",
-    "fault.injected": "A test or an operator caused a fault on purpose.",
-    "feed.closed": "A reader of the live figures left.",
-    "foreign.logged": "A line of another library.",
-    "file.created": "A tenant uploaded a file.",
-    "file.deleted": "A tenant deleted a file.",
-    "file.expired": "Files, and what never became one, were removed at their end; how many.",
-    "follower.failed": "A process that computes with a worker failed; the worker ends with it.",
-    "follower.lost": "A process that computes with this worker has ended, so this one does, too.",
-    "follower.started": "A worker started a process to compute with, on a device of its own.",
-    "gateway.draining": "SIGTERM: new requests are refused, open streams go on.",
-    "gateway.ready": "The gateway accepts connections.",
-    "gateway.started": "A gateway process began.",
-    "gateway.stopped": "The gateway ended on purpose.",
-    "adapter.dropped": "A worker gave up a LoRA adapter that nobody needed, for another one.",
-    "adapter.loaded": "A worker holds a LoRA adapter, on its first use there.",
-    "adapter.refused": "A LoRA adapter could not be loaded; who asked for it was told.",
-    "generation.cancelled": "A generation was ended by its reader or for want of one.",
-    "generation.claimed": "A worker took a generation; epoch > 1 means that it continues one.",
-    "generation.detached": "Nobody reads a generation any more; its grace time runs.",
-    "generation.diverged": "The log holds other tokens than this worker; it gave the claim back.",
-    "generation.finished": "Canonical line of a worker: a generation ended here, with its timings.",
-    "generation.lost": "The fence refused a publish: another owner, or handed back meanwhile.",
-    "generation.moved": "Reap handed back, detached or closed a generation.",
-    "generation.quarantined": "Workers died on a generation; it is kept aside and not run again.",
-    "generation.realigned": "A publish was sent again from the position that Redis names.",
-    "generation.rejected": "A claimed generation can not be run: its spec, its log or its grammar.",
-    "generation.released": "A worker gave a generation back for another one to continue.",
-    "generation.restored": "A worker put back what Redis, gone back in time, had forgotten.",
-    "generation.yielded": "A generation was given back, to make room for others that go before it.",
-    "grammar.trial_failed": "No process could be started to try a grammar.",
-    "inbox.recreated": "A gateway's inbox had expired; everything was attached again.",
-    "job.failed": "A background job raised.",
-    "job.finished": "A background job ended.",
-    "job.started": "A background job began.",
-    "line.failed": "A line of a batch raised; its result is INTERNAL.",
-    "library.loaded": "The Redis functions of this protocol were loaded into the server.",
-    "log.dropped": "Lines were lost because the sink was full or failed.",
-    "model.added": "A model was put into the store.",
-    "model.load_failed": "A model could not be loaded.",
-    "model.load_started": "Loading of a model began.",
-    "model.loaded": "A model is in memory.",
-    "model.verified": "Every file of a model matches its manifest.",
-    "pool.measured": "A look at the pool each minute: workers, waiting, backlog, drain rate.",
-    "process.exited": "A supervised process ended.",
-    "process.restarted": "The supervisor started a process again.",
-    "process.started": "The supervisor started a process.",
-    "redis.connected": "First contact with Redis.",
-    "redis.disconnected": "Redis can not be reached.",
-    "redis.reconnected": "Redis answers again.",
-    "relay.failed": "A task of a gateway's relay raised; it goes on after a second.",
-    "request.failed": "A request raised inside the gateway; the caller got INTERNAL.",
-    "request.finished": "Canonical line of a gateway: one HTTP request, with its timings.",
-    "request.rejected": "A request was refused before any work was done.",
-    "response.deleted": "A stored response was deleted by its owner, with its log.",
-    "server.started": "The embedded Redis server runs.",
-    "server.stopped": "The embedded Redis server ended.",
-    "steering.unavailable": "A background process has no model, so it steers no batches.",
-    "storage.failed": "The storage of files refused something, or did not answer.",
-    "stream.attached": "A gateway subscribed to a generation.",
-    "stream.closed": "A reader's connection ended.",
-    "stream.diverged": "The log no longer continues what a reader saw.",
-    "stream.expired": "A stream was asked for that is no longer kept.",
-    "stream.healed": "A lost inbox record was replaced by reading the log.",
-    "stream.lagged": "A slow reader was moved from live records to the log.",
-    "stream.resumed": "A reader came back and continued from its cursor.",
-    "supervisor.ready": "All processes of this start are ready.",
-    "supervisor.started": "The supervisor began.",
-    "supervisor.stopped": "The supervisor ended and all its processes with it.",
-    "webhook.dead": "An event was given up; `headrace webhooks resend` sends it anew.",
-    "webhook.delivered": "An endpoint took an event.",
-    "webhook.disabled": "An endpoint said that it is gone; nothing is sent to it any more.",
-    "webhook.failed": "An endpoint did not take an event; it is sent again later.",
-    "webhook.unsigned": "Events cannot be signed: this process lacks the pepper of their secrets.",
-    "worker.draining": "SIGTERM: no more claims, running generations finish or are handed over.",
-    "worker.failed": "The worker could not start or go on.",
-    "worker.ready": "The engine is loaded and the worker claims.",
-    "worker.started": "A worker process began.",
-    "worker.stopped": "The worker ended on purpose.",
-}
-EVENTS: frozenset[str] = frozenset(MEANINGS)
-"""The closed list of event names, each ``noun.verb_past``."""
+SCHEMA_FILE = Path(__file__).with_name("events.schema.json")
+"""The only list of events, with what each means and its fields."""
+Level = Literal["debug", "info", "warning", "error"]
 
 WITHHELD: frozenset[str] = frozenset(
     {"api_key", "authorization", "content", "inputs", "messages", "prompt", "text"}
@@ -146,75 +49,134 @@ _MAX_FOREIGN_CHARS = 2_000
 _QUEUE_LINES = 10_000
 """Lines that wait for a slow sink: about 5 MB, some seconds of a busy gateway."""
 _MAX_BATCH_LINES = 256
+_GATHER_S = 0.005
+"""So long the sink's thread lets lines gather: to be woken for each would cost who logs more than
+the line itself, and a process that is killed loses no more than this."""
+_LOOK_S = 1.0
+"""How often it is looked whether the file was moved away."""
+
+_chain: list[Processor] = []
 
 
 class LineSink:
     """Writes lines to a binary file from its own thread; when that falls behind, lines are dropped.
 
     ``dropped`` counts what was lost since the start. The count is also written into the log, as a
-    ``log.dropped`` line, as soon as the file takes lines again.
+    ``log.dropped`` line, as soon as the file takes lines again. With a ``path``, what was moved
+    away, as logrotate does, is followed by a new file of that name.
     """
 
-    def __init__(self, file: BinaryIO, *, capacity: int = _QUEUE_LINES) -> None:
+    def __init__(
+        self, file: BinaryIO, *, path: Path | None = None, capacity: int = _QUEUE_LINES
+    ) -> None:
         self._fd = file.fileno()
-        self._queue: queue.Queue[bytes | threading.Event | None] = queue.Queue(capacity)
+        self._path = path
+        self._capacity = capacity
+        self._waiting: deque[bytes | threading.Event] = deque()
+        self._is_woken = False
+        self._woken = threading.Event()
+        self._hurry = threading.Event()
+        self._is_closing = False
+        self._counting = threading.Lock()
         self.dropped = 0
         self._reported = 0
+        self._is_torn = False
+        self._looked_s = monotonic_s()
         self._thread = threading.Thread(target=self._run, name="log-sink", daemon=True)
         self._thread.start()
 
     def write(self, line: bytes) -> None:
         """Queue ``line`` (without its newline) or count it as dropped; never waits."""
-        try:
-            self._queue.put_nowait(line)
-        except queue.Full:
-            self.dropped += 1
+        if len(self._waiting) >= self._capacity:
+            self._drop(1)
+            return
+        self._waiting.append(line)
+        if not self._is_woken:
+            self._is_woken = True
+            self._woken.set()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was queued before has been written; False when the time ran out."""
         written = threading.Event()
-        try:
-            self._queue.put(written, timeout=timeout_s)
-        except queue.Full:
-            return False
+        self._waiting.append(written)
+        self._wake_now()
         return written.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued and end the thread; the file stays open."""
-        try:
-            self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
-            return
+        self._is_closing = True
+        self._wake_now()
         self._thread.join(timeout_s)
 
+    def _wake_now(self) -> None:
+        self._hurry.set()
+        self._is_woken = True
+        self._woken.set()
+
+    def _drop(self, num_lines: int) -> None:
+        with self._counting:
+            self.dropped += num_lines
+
     def _run(self) -> None:
-        item: bytes | threading.Event | None = b""
-        while item is not None:
-            item = self._queue.get()
+        while not self._is_closing or self._waiting:
+            self._woken.wait()
+            self._hurry.wait(_GATHER_S)
+            self._hurry.clear()
+            self._woken.clear()
+            self._is_woken = self._is_closing  # from here on a new line wakes this thread again
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
             lines: list[bytes] = []
-            while isinstance(item, bytes):
-                lines.append(item)
-                if len(lines) == _MAX_BATCH_LINES or self._queue.empty():
-                    break
-                item = self._queue.get_nowait()
+            written: threading.Event | None = None
+            while self._waiting and len(lines) < _MAX_BATCH_LINES and written is None:
+                item = self._waiting.popleft()
+                if isinstance(item, bytes):
+                    lines.append(item)
+                else:
+                    written = item
             self._write_all(lines)
-            if isinstance(item, threading.Event):
-                item.set()
+            if written is not None:
+                written.set()
 
     def _write_all(self, lines: list[bytes]) -> None:
         if not lines:
             return
-        if self.dropped > self._reported:
-            lines = [*lines, _dropped_line(self.dropped - self._reported)]
+        self._follow()
         reported = self.dropped
-        data = b"\n".join(lines) + b"\n"
+        if reported > self._reported:
+            lines = [*lines, _dropped_line(reported - self._reported)]
+        start = b"\n" if self._is_torn else b""
+        data = start + b"\n".join(lines) + b"\n"
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
+                self._is_torn = True
         except OSError:
-            self.dropped += len(lines)
+            self._drop(len(lines))
         else:
             self._reported = reported
+            self._is_torn = False
+
+    def _follow(self) -> None:
+        """Write into the file of our name again, should it have been moved or removed."""
+        if self._path is None or monotonic_s() - self._looked_s < _LOOK_S:
+            return
+        self._looked_s = monotonic_s()
+        with suppress(OSError):
+            ours = os.fstat(self._fd)
+            try:
+                named = self._path.stat()
+            except FileNotFoundError:
+                named = None
+            if named is None or (named.st_ino, named.st_dev) != (ours.st_ino, ours.st_dev):
+                with self._path.open("ab", buffering=0) as fresh:
+                    os.dup2(fresh.fileno(), self._fd)
+
+
+Check = Callable[[Mapping[str, object]], None]
+"""Is shown each line before it is written; what it raises reaches whoever logged it."""
 
 
 class _Outputs:
@@ -224,7 +186,10 @@ class _Outputs:
         self.lines: LineSink | None = None
         self.terminal: LineSink | None = None
         self.stamp: dict[str, object] = {}
-        self.strict = False
+        self.check: Check | None = None
+        self.redis_offset_ms: float | None = None
+        self.num_dropped = 0
+        """By sinks of earlier set-ups."""
         self.files: list[BinaryIO] = []
         """Files of ours, to be closed; standard output is not."""
 
@@ -243,48 +208,93 @@ class _SinkLogger:
 
 
 def configure(
-    role: str, process: str, *, log_dir: Path | None, pretty: bool = False, strict: bool = False
+    role: str,
+    process: str,
+    *,
+    log_dir: Path | None,
+    pretty: bool = False,
+    level: Level = "info",
+    check: Check | None = None,
 ) -> None:
     """Send every log of this process to ``<log_dir>/<role>.jsonl``, or to standard output.
 
-    ``role`` is ``gateway``, ``worker``, ``background`` or ``supervisor``; ``process`` names this
-    incarnation. ``pretty`` prints a readable line on standard error as well. ``strict`` raises on
-    an event name that is not in :data:`EVENTS`; otherwise such a line is marked ``unlisted``.
+    ``role`` is a service of the schema (``gateway``, ``worker``, …); ``process`` names this
+    incarnation. ``pretty`` prints a readable line on standard error as well. An event that is not
+    in the schema is marked ``unlisted``; ``check``, for tests, is shown each line.
 
     Raises: OSError when ``log_dir`` can not be written.
     """
     shut_down()
-    _outputs.lines = LineSink(_open_lines(role, log_dir))
-    _outputs.terminal = LineSink(sys.stderr.buffer) if pretty else None
-    _outputs.strict = strict
+    _outputs.redis_offset_ms = None
     _outputs.stamp = {
         "schema": SCHEMA,
         "service": role,
         "instance": process,
         "pid": os.getpid(),
-        "version": _package_version(),
+        "host": socket.gethostname(),
+        "version": build.version(),
+        "git_sha": build.git_sha(),
     }
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            _withhold,
-            _name_exception,
-            _stamp,
-            *([_print_readable(colors=sys.stderr.isatty())] if pretty else []),
-            _to_json,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=lambda *_: _SinkLogger(),
-        cache_logger_on_first_use=True,
-    )
+    file, path = _open_lines(role, log_dir)
+    _outputs.lines = LineSink(file, path=path)
+    _outputs.terminal = LineSink(sys.stderr.buffer) if pretty else None
+    set_up_chain(level=level, pretty=pretty, check=check)
     _fold_in_foreign_logs()
     _write_crashes(role, log_dir)
     atexit.register(shut_down)
 
 
+def set_up_chain(
+    *, level: Level = "info", pretty: bool = False, check: Check | None = None
+) -> None:
+    """Have every event of our own pass through the chain; where lines go is left as it is."""
+    _outputs.check = check
+    meanings()
+    # One list for ever: loggers that are cached keep it.
+    _chain[:] = [
+        structlog.contextvars.merge_contextvars,
+        _withhold,
+        _name_exception,
+        _stamp,
+        *([_print_readable(colors=sys.stderr.isatty())] if pretty else []),
+        _to_json,
+    ]
+    structlog.configure(
+        processors=_chain,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: _SinkLogger(),
+        cache_logger_on_first_use=True,
+    )
+
+
+@cache
+def meanings() -> dict[str, str]:
+    """The closed list of events, each ``noun.verb_past``, with what it means: from the schema."""
+    schema = orjson.loads(SCHEMA_FILE.read_bytes())
+    return {one["properties"]["event"]["const"]: one["description"] for one in schema["oneOf"]}
+
+
 def get_logger() -> FilteringBoundLogger:
     """A logger; cheap to call at import, bound to the set-up at its first use."""
     return structlog.get_logger()
+
+
+def note(**context: object) -> None:
+    """Have these fields in every line from now on, unless an event says otherwise: what holds for
+    the whole process, as the model that it serves.
+    """
+    _outputs.stamp |= context
+
+
+def note_redis_clock(offset_s: float) -> None:
+    """Have ``ts_redis_ms`` in every line from now on: this host's clock plus ``offset_s``."""
+    _outputs.redis_offset_ms = offset_s * 1000
+
+
+def dropped() -> int:
+    """Lines that were lost since this process began."""
+    sinks = (_outputs.lines, _outputs.terminal)
+    return _outputs.num_dropped + sum(sink.dropped for sink in sinks if sink is not None)
 
 
 def flush(timeout_s: float = 1.0) -> None:
@@ -299,6 +309,7 @@ def shut_down(timeout_s: float = 1.0) -> None:
     for sink in (_outputs.lines, _outputs.terminal):
         if sink is not None:
             sink.close(timeout_s)
+    _outputs.num_dropped = dropped()
     _outputs.lines = _outputs.terminal = None
     if _outputs.files:
         faulthandler.disable()
@@ -314,25 +325,19 @@ def adopt(*libraries: str) -> None:
         logger.propagate = True
 
 
-def _open_lines(role: str, log_dir: Path | None) -> BinaryIO:
+def _open_lines(role: str, log_dir: Path | None) -> tuple[BinaryIO, Path | None]:
     if log_dir is None:
-        return sys.stdout.buffer
+        return sys.stdout.buffer, None
     log_dir.mkdir(parents=True, exist_ok=True)
     # O_APPEND: several processes of one role share the file, and each write lands whole at its end.
-    return _open(log_dir / f"{role}.jsonl")
+    path = log_dir / f"{role}.jsonl"
+    return _open(path), path
 
 
 def _open(path: Path) -> BinaryIO:
     file = path.open("ab", buffering=0)
     _outputs.files.append(file)
     return file
-
-
-def _package_version() -> str:
-    try:
-        return version("headrace")
-    except PackageNotFoundError:
-        return "source"
 
 
 def _write_crashes(role: str, log_dir: Path | None) -> None:
@@ -373,14 +378,17 @@ def _name_exception(_: WrappedLogger, method: str, event: EventDict) -> EventDic
 
 
 def _stamp(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Put time, level, name and process first; refuse (or mark) a name that is not in the list."""
+    """Put time, level, name and process first; mark a name that is not in the schema."""
     name = event.pop("event")
-    if name not in EVENTS:
-        if _outputs.strict:
-            raise ValueError(f"{name!r} is not in common.logs.EVENTS")
+    if name not in meanings():
         event["unlisted"] = True
     level = "error" if method == "exception" else method
-    return {"ts": _now(), "level": level, "event": name, **_outputs.stamp, **event}
+    line = {"ts": _now(), "level": level, "event": name, **_outputs.stamp, **event}
+    if _outputs.redis_offset_ms is not None:
+        line["ts_redis_ms"] = int(time.time() * 1000 + _outputs.redis_offset_ms)
+    if _outputs.check is not None:
+        _outputs.check(line)
+    return line
 
 
 def _print_readable(*, colors: bool) -> structlog.typing.Processor:
@@ -406,7 +414,9 @@ def _print_readable(*, colors: bool) -> structlog.typing.Processor:
     return print_readable
 
 
-_TERSE = frozenset({"ts", "schema", "pid", "version", "exception"})
+_TERSE = frozenset(
+    {"ts", "ts_redis_ms", "schema", "pid", "host", "version", "git_sha", "exception"}
+)
 """Fields that a person at a terminal does not need in each line."""
 
 

@@ -112,13 +112,16 @@ class GenerationSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker needs to run a request; stored once and dropped when its choices ended.
 
     ``prompt`` holds the token ids as little-endian u32, so that a long prompt costs no parsing.
-    ``request_id`` and ``trace`` go into the worker's log lines.
+    ``request_id``, ``trace``, ``tenant_hash`` and ``key_id`` go into the worker's log lines.
     """
 
     prompt: bytes
     sampling: Sampling
     request_id: str
     trace: str = ""
+    """W3C ``traceparent`` of whoever queued it; empty, or anything else: none."""
+    tenant_hash: str = ""
+    key_id: str = ""
     tenant: str = "public"
     """Whose prompt it is: only the same tenant's generations may use what it computes."""
     adapter: str = ""

@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
-from common.broker import Broker
+from common.broker import Broker, Moved
 from common.failures import Failure
 from common.logs import get_logger
 
@@ -37,11 +37,17 @@ async def _reap_once(broker: Broker) -> bool:
     except Failure:
         return False  # whoever publishes or serves on the same Redis reports that it is away
     for moved in moves:
-        log.info(
-            "generation.moved",
-            generation_id=moved.id,
-            move=moved.move,
-            cause=moved.cause,
-            code=moved.code,
-        )
+        _tell(moved)
     return bool(moves)
+
+
+def _tell(moved: Moved) -> None:
+    job_id = moved.id
+    if moved.move == "requeued":
+        log.info("job.requeued", job_id=job_id, cause="lease", worker=moved.cause)
+    elif moved.code == "POISON_REQUEST":
+        log.warning("job.dead", job_id=job_id, code=moved.code, worker=moved.cause)
+    elif moved.move == "detached":
+        log.info("generation.detached", job_id=job_id, cause=moved.cause)
+    else:
+        log.info("job.closed", job_id=job_id, cause=moved.cause, code=moved.code)

@@ -84,7 +84,8 @@ async def serve(settings: GatewaySettings, *, pretty: bool = False) -> None:
     model = load_model(settings)
     listener = listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
-    log.info("gateway.started", model_version=model.version, url=url)
+    logs.note(model=model.name, model_version=model.version)
+    log.info("gateway.started", url=url)
     _share_interpreter()
     brokers = Brokers(
         commands=Broker(

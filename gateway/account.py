@@ -1,5 +1,8 @@
 """What became of a request: gathered on its way, told once at its end, as log line and metrics."""
 
+from collections import deque
+from collections.abc import Collection
+from math import ceil
 from typing import Any
 
 from common.clock import monotonic_s
@@ -12,10 +15,16 @@ from gateway.stream import Batch, Reader
 log = get_logger()
 
 
+_MAX_SAMPLES = 512
+"""Of each kind and answer, the newest: enough for a 99th percentile, and quickly sorted."""
+
+
 class Account:
     """One request for a generation, from its arrival to the last byte of its answer.
 
-    ``fields`` are what the log line shall say beside the timings; never the prompt.
+    ``fields`` are what the log line shall say beside the timings; never the prompt. Its line is
+    ``request.finished``, or for a reader that came later, whose api is ``resume``,
+    ``stream.closed``.
     """
 
     def __init__(self, metrics: GatewayMetrics, api: str, arrived_at: float, **fields: Any) -> None:
@@ -33,6 +42,9 @@ class Account:
         self._left_at: float | None = None
         self._is_promised = False
         self._is_closed = False
+        self._num_bytes = 0
+        self._lags_s: deque[float] = deque(maxlen=_MAX_SAMPLES)
+        self._gaps_s: deque[float] = deque(maxlen=_MAX_SAMPLES)
 
     @property
     def age_s(self) -> float:
@@ -43,9 +55,12 @@ class Account:
         if batch.gap_s is not None:
             self._num_tokens += len(batch.tokens)
             self._inter_token_s.observe(batch.gap_s / len(batch.tokens))
+            self._gaps_s.append(batch.gap_s)
         elif batch.tokens:
             self._num_tokens += batch.start + len(batch.tokens)
             self._note_first(batch)
+        if batch.lag_s is not None:
+            self._lags_s.append(batch.lag_s)
         if batch.finish is not None and not self._has_failed:
             self._finish, self.timing = batch.finish, batch.timing
 
@@ -59,6 +74,10 @@ class Account:
     @property
     def _has_failed(self) -> bool:
         return self._finish is not None and self._finish.reason == FinishReason.FAILED
+
+    def note_bytes(self, num_bytes: int) -> None:
+        """Of the answer's body."""
+        self._num_bytes += num_bytes
 
     def note_stream(self, stream: Reader) -> None:
         """How the relay fared, where it was not smooth."""
@@ -84,22 +103,25 @@ class Account:
         outcome = self._outcome()
         self._metrics.requests.labels(self.api, outcome).inc()
         self._metrics.request_s.labels(self.api).observe(self.age_s)
-        told: dict[str, Any] = {"finish_reason": self._finish.reason if self._finish else None}
-        if self.timing is not None:
-            told |= self._tell_timing(self.timing)
         first = self._first_token_at
-        log.info(
-            "request.finished",
-            api=self.api,
-            status=status,
-            code=outcome,
-            **told,
-            ttft=None if first is None else round(first - self.arrived_at, 6),
-            tokens=self._num_tokens,
-            duration=round(self.age_s, 6),
-            disconnected_after=None if self._left_at is None else round(self._left_at, 6),
+        told: dict[str, Any] = {
+            "status": status,
+            "code": outcome,
+            "finish_reason": self._finish.reason if self._finish else None,
+            "ttft": None if first is None else round(first - self.arrived_at, 6),
+            "tokens": self._num_tokens,
+            "duration": round(self.age_s, 6),
+            "disconnected_after": None if self._left_at is None else round(self._left_at, 6),
+            "bytes": self._num_bytes,
+            "relay_lag_p99": _p99(self._lags_s),
+            "inter_token_p99": _p99(self._gaps_s),
             **self.fields,
-        )
+        }
+        timing = {} if self.timing is None else self._tell_timing(self.timing)
+        if self.api == "resume":
+            log.info("stream.closed", reason=outcome, **told)
+        else:
+            log.info("request.finished", api=self.api, **timing, **told)
 
     def _tell_timing(self, timing: Timing) -> dict[str, Any]:
         self._metrics.queue_s.labels(timing.lane).observe(timing.queue_time_s)
@@ -126,3 +148,8 @@ class Account:
         if self._has_failed:
             return self._finish.code or "INTERNAL"
         return "cancelled" if self._finish.reason == FinishReason.CANCELLED else "ok"
+
+
+def _p99(samples_s: Collection[float]) -> float | None:
+    """The smallest one that at most 1 % are above; None where there are none."""
+    return round(sorted(samples_s)[ceil(0.99 * len(samples_s)) - 1], 6) if samples_s else None

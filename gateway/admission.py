@@ -139,11 +139,16 @@ class Admissions:
         request_id: str,
         order: Order,
         manner: Manner,
-        trace: str,
+        *,
+        part_of: str = "",
+        trace: str = "",
         first_choice: int = 0,
         idempotency: Idempotency | None = None,
     ) -> Ticket:
         """Queue ``order`` of ``caller`` under ``request_id`` and follow it.
+
+        ``part_of`` names the HTTP request in log lines, where it stands for several; ``trace`` is
+        the ``traceparent`` of who queues it.
 
         ``first_choice`` counts the choices of orders that are answered together with this one.
         What came before under the key of ``idempotency`` is followed from its beginning instead.
@@ -153,7 +158,7 @@ class Admissions:
         """
         settings = self._settings
         admission = replace(
-            admission_of(settings, caller, request_id, order, trace),
+            admission_of(settings, caller, request_id, order, part_of=part_of, trace=trace),
             gateway=self._relay.name,
             attached=manner.grace_s is not None,
             grace_ms=int((manner.grace_s or 0) * 1000),
@@ -253,7 +258,13 @@ class Admissions:
 
 
 def admission_of(
-    settings: OrderSettings, caller: Caller, request_id: str, order: Order, trace: str = ""
+    settings: OrderSettings,
+    caller: Caller,
+    request_id: str,
+    order: Order,
+    *,
+    part_of: str = "",
+    trace: str = "",
 ) -> Admission:
     """What a request for ``order`` always is; whoever makes it says how it waits and who reads."""
     return Admission(
@@ -261,8 +272,10 @@ def admission_of(
         spec=GenerationSpec(
             prompt=pack_tokens(order.prompt),
             sampling=order.sampling,
-            request_id=request_id,
+            request_id=part_of or request_id,
             trace=trace,
+            tenant_hash=caller.tenant_hash,
+            key_id=caller.key_id,
             tenant=caller.tenant,
             adapter=order.adapter,
         ),

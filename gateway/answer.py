@@ -1,39 +1,48 @@
 """From a valid order to its answer: the path of every prompt through the gateway."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from common.broker import Presentation
 from common.failures import Failure
-from common.ids import new_request_id
+from common.logs import get_logger
 from common.messages import Lane
 from common.models.tokenizer import Tokenizer
 from gateway.account import Account
-from gateway.admission import Manner, Ticket, manner_of, retention_s
+from gateway.admission import Manner, Ticket, manner_of, pack_tokens, retention_s
 from gateway.callers import caller_of, permitted
 from gateway.choices import Choices
 from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, rate_limit_headers, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.idempotency import Idempotency, idempotency_of, key_in
-from gateway.middleware import arrival_of, trace_of
-from gateway.order import Order
+from gateway.middleware import arrival_of, client_request_id, own_trace, request_id_of
+from gateway.order import TOOLS, Order
 from gateway.responses import ResponseFrames, keep_document, nothing, response_object
 from gateway.services import Offer, Services, services_of
 from gateway.sse import EventStream, abandoned_on_disconnect, wants_queue_events
 from gateway.stream import ReaderGone, Stream
+
+log = get_logger()
 
 CLIENT_LEFT = 499
 """Status in logs only: nobody is left to read it."""
 COMPUTE_TYPE = "headrace"
 WORTH_ASKING_BYTES = 8 * 1024
 """Some 2,000 tokens, which take some milliseconds to be found; Redis answers in a tenth of one."""
+
+_PRODUCT = re.compile(r"[\w.+-]+(/[\w.+-]+)?", re.ASCII)
+"""The first product token of a user agent (RFC 9110, 10.1.5): comments may hold anything."""
+_MAX_PRODUCT = 40
+_MAX_RETRY_DIGITS = 4
 
 
 async def answer(request: Request, *orders: Order) -> Response:
@@ -48,13 +57,14 @@ async def answer(request: Request, *orders: Order) -> Response:
         raise Failure("DRAINING")
     caller = caller_of(request)
     orders = tuple(permitted(caller, order, services.model.name) for order in orders)
+    asked = _tell_accepted(services, request, orders)
     _check_room(services, sum(order.num_choices for order in orders))
     order = orders[0]
     tells_place = wants_queue_events(request)
     idempotency = await idempotency_of(request)
     manner = _manner(services, request, order, resumable=order.stream or idempotency is not None)
     admitted = await _admit_all(services, request, orders, manner, idempotency)
-    account = _open_account(services, request, manner, admitted)
+    account = _open_account(services, request, manner, admitted, asked)
     subject = admitted[0].subject
     headers = {
         "x-headrace-stream-id": ", ".join(one.subject.request_id for one in admitted),
@@ -129,16 +139,20 @@ async def _admit_all(
     admitted: list[_Admitted] = []
     num_choices = 0
     try:
-        for order in orders:
+        first_id, trace = request_id_of(request), own_trace(request).parent
+        for number, order in enumerate(orders):
+            request_id = f"{first_id}-{number}" if number else first_id
             ticket = await services.admissions.admit(
                 caller_of(request),
-                new_request_id(),
+                request_id,
                 order,
                 manner,
-                trace_of(request),
-                num_choices,
-                idempotency,
+                part_of=first_id,
+                trace=trace,
+                first_choice=num_choices,
+                idempotency=idempotency,
             )
+            _tell_enqueued(order, ticket)
             version = ticket.admitted.model_version or services.model.version
             subject = subject_of(
                 services, order, ticket.admitted.request_id, ticket.presentation, version
@@ -155,6 +169,51 @@ async def _admit_all(
             services.admissions.withdraw(one.ticket)
         raise
     return admitted
+
+
+def _tell_accepted(services: Services, request: Request, orders: Sequence[Order]) -> dict[str, Any]:
+    """One line for a request that is good; returns its fields, which its last line repeats."""
+    order, headers = orders[0], request.headers
+    sampling = order.sampling
+    asked: dict[str, Any] = {
+        "stream": order.stream,
+        "prompt_tokens": sum(len(order.prompt) for order in orders),
+        "max_tokens": sampling.max_new_tokens,
+        "prompt_sha256": services.callers.prompt_hash(
+            b"".join(pack_tokens(order.prompt) for order in orders)
+        ),
+        "n": order.num_best or order.num_choices,
+        "best_of": order.num_choices if order.num_best else 1,
+        "grammar": sampling.grammar.kind if sampling.grammar else None,
+        "sampling": "sample" if sampling.do_sample else "greedy",
+        "temperature": sampling.temperature if sampling.do_sample else None,
+        "adapter": order.adapter,
+        "tools": bool(order.flags & TOOLS),
+    }
+    if product := _PRODUCT.match(headers.get("user-agent", "")):
+        asked["user_agent"] = product[0][:_MAX_PRODUCT]
+    if (retries := headers.get("x-stainless-retry-count", "")).isdecimal():
+        asked["retries"] = int(retries[:_MAX_RETRY_DIGITS])
+    if named := client_request_id(headers):
+        asked["client_request_id"] = named
+    structlog.contextvars.bind_contextvars(lane=order.lane)
+    log.info("gateway.accepted", api=order.api, **asked)
+    request.scope["headrace.asked"] = asked
+    return asked
+
+
+def _tell_enqueued(order: Order, ticket: Ticket) -> None:
+    if ticket.is_replayed:
+        return
+    admitted = ticket.admitted
+    log.info(
+        "queue.enqueued",
+        stream_id=admitted.request_id,
+        lane=order.lane,
+        depth_before=admitted.position,
+        est_wait_s=admitted.wait_ms / 1000,
+        choices=order.num_choices,
+    )
 
 
 def _frames(services: Services, subject: Subject) -> Frames | Interleaved:
@@ -227,7 +286,9 @@ async def _whole(
         replies = _replies(admitted, wholes)
         headers |= _compute_headers([one.order for one in admitted])
         headers |= _timing_headers(admitted, wholes, account)
-        return JSONResponse(whole_body(replies, services.model.tokenizer), headers=headers)
+        whole = JSONResponse(whole_body(replies, services.model.tokenizer), headers=headers)
+        account.note_bytes(len(whole.body))
+        return whole
     except Failure as failure:
         account.note_failure(failure)
         wire = wire_of(request.url.path)
@@ -277,7 +338,11 @@ def subject_of(
 
 
 def _open_account(
-    services: Services, request: Request, manner: Manner, admitted: Sequence[_Admitted]
+    services: Services,
+    request: Request,
+    manner: Manner,
+    admitted: Sequence[_Admitted],
+    asked: dict[str, Any],
 ) -> Account:
     first = admitted[0]
     num_choices = sum(one.order.num_choices for one in admitted)
@@ -288,13 +353,9 @@ def _open_account(
         first.order.api,
         arrival_of(request),
         stream_id=first.subject.request_id,
-        stream=first.order.stream,
-        lane=first.order.lane,
         disconnect=manner.text,
         position=first.ticket.admitted.position,
-        prompt_tokens=sum(len(one.order.prompt) for one in admitted),
-        max_new_tokens=first.order.sampling.max_new_tokens,
-        do_sample=first.order.sampling.do_sample,
+        **asked,
         **several,
         **replayed,
     )

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common import build
 from common.batches import MAX_FILE_BYTES
 from common.broker import BatchWatch, Broker
 from common.clock import monotonic_s
@@ -45,7 +46,14 @@ from gateway.api import (
 from gateway.callers import Callers, Identification
 from gateway.errors import failure_response, status_of, wire_of
 from gateway.loop_watch import LoopWatch
-from gateway.middleware import HeadLimit, PayloadLimit, PlatformRoutes, RequestContext, arrival_of
+from gateway.middleware import (
+    HeadLimit,
+    PayloadLimit,
+    PlatformRoutes,
+    RequestContext,
+    arrival_of,
+    client_request_id,
+)
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
 from gateway.services import ServedModel, Services, services_of
@@ -62,6 +70,7 @@ LAST_WORDS_S = 2.0
 
 _SHARED_HEADERS = [
     "x-request-id",
+    "traceresponse",
     "x-headrace-stream-id",
     "x-model-version",
     "x-stream-retention-seconds",
@@ -80,6 +89,7 @@ _TAKEN_HEADERS = [
     "content-type",
     "last-event-id",
     "x-request-id",
+    "traceparent",
     "x-headrace-disconnect",
     "x-stream-events",
     "idempotency-key",
@@ -154,7 +164,7 @@ def create_app(
             *models.routes,
             *health.routes,
             *operations.routes,
-            *openapi.routes_for(settings, _version()),
+            *openapi.routes_for(settings, build.version()),
             *pages.routes,
         ],
         middleware=[
@@ -187,7 +197,7 @@ def create_app(
         batch_watch=BatchWatch(brokers.changes.batch_store),
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
-        version=_version(),
+        version=build.version(),
     )
     return app
 
@@ -267,15 +277,17 @@ def _note_rejection(request: Request, failure: Failure, status: int) -> None:
         services.metrics.requests.labels(api, failure.code).inc()
     else:
         return
+    known = {"client_request_id": told} if (told := client_request_id(request.headers)) else {}
+    asked: dict[str, Any] = request.scope.get("headrace.asked", known)
     log.info(
-        "request.rejected",
+        "gateway.rejected",
+        **asked,
         api=api,
         status=status,
         code=failure.code,
         field=failure.field,
         retry_after_ms=failure.retry_after_ms,
         duration=round(monotonic_s() - arrival_of(request), 6),
-        model_version=services.model.version,
     )
 
 
@@ -298,10 +310,3 @@ def _cors(settings: GatewaySettings) -> list[Middleware]:
             expose_headers=_SHARED_HEADERS,
         )
     ]
-
-
-def _version() -> str:
-    try:
-        return version("headrace")
-    except PackageNotFoundError:
-        return "source"

@@ -57,6 +57,8 @@ class BatchTail:
         self._shows_lines = shows_lines
         self._keep_alive_s = keep_alive_s
         self._is_stopping = is_stopping
+        self.has_ended = False
+        """Whether all of it was shown."""
         self._part: Part | None = None
         """The last one whose lines were all shown."""
 
@@ -93,6 +95,7 @@ class BatchTail:
                 if record.is_final:
                     id = f"{record.counts.finished}{END}"
                     yield lead + _event("done", record, id)
+                    self.has_ended = True
                     return
 
     async def check(self) -> None:

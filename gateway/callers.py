@@ -6,6 +6,7 @@ everything. What belongs to one tenant does not exist for another.
 """
 
 import hmac
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,8 @@ class Caller:
     best_lane: Lane = LANES[0]
     """No request of this caller waits in a lane before this one."""
     limits: Limits = NO_LIMITS
+    tenant_hash: str = ""
+    """What stands for the tenant in logs."""
 
     def may_use(self, model: str) -> bool:
         """``model`` is the name of a model or of an adapter."""
@@ -118,9 +121,15 @@ class Callers:
         self._store = store
         self._static = settings.api_key.get_secret_value().encode()
         self._pepper = self._read_pepper()
+        self._own_secret = secrets.token_bytes(32)
         self._known: dict[str, tuple[float, ApiKey | None]] = {}
+        self._hashes: dict[tuple[bytes | None, str], str] = {}
         self._noted: dict[str, float] = {}
         self._any_known: tuple[float, bool] | None = None
+
+    def prompt_hash(self, prompt: bytes) -> str:
+        """What stands for a prompt in logs: without the pepper nobody can try out what it was."""
+        return hmac.digest(self._pepper or self._own_secret, prompt, "sha256").hex()[:16]
 
     async def check(self) -> None:
         """Refuse to serve where anybody could call, or where no key could be checked.
@@ -149,18 +158,18 @@ class Callers:
     async def _identified(self, headers: Headers) -> Caller:
         sent = headers.get("authorization", "")
         if not sent and await self._takes_anonymous():
-            return PUBLIC
+            return self._public
         scheme, _, text = sent.partition(" ")
         text = text.strip()
         if scheme.lower() != "bearer" or not text:
             raise Failure("AUTH_MISSING")
         if self._static and hmac.compare_digest(self._static, text.encode()):
-            return PUBLIC
+            return self._public
         key_id = keys.key_id_of(text)
         if key_id is not None:
             return await self._bearer(key_id, text)
         if await self._takes_anonymous():
-            return PUBLIC  # SDKs send some key or other, also where none is asked for
+            return self._public  # SDKs send some key or other, also where none is asked for
         raise Failure("AUTH_INVALID")
 
     async def _bearer(self, key_id: str, text: str) -> Caller:
@@ -171,7 +180,7 @@ class Callers:
         if key.is_expired(now_s):
             raise Failure("AUTH_EXPIRED")
         await self._note_use(key_id, now_s)
-        return _caller(key)
+        return self._caller(key)
 
     async def of_key(self, key_id: str) -> Caller:
         """Whose key it is, for who proved in another way to have been let in with it.
@@ -179,13 +188,13 @@ class Callers:
         Raises: Failure AUTH_INVALID, AUTH_EXPIRED, when it holds no longer.
         """
         if not key_id:
-            return PUBLIC
+            return self._public
         key = await self._look_up(key_id)
         if key is None:
             raise Failure("AUTH_INVALID")
         if key.is_expired(wall_ms() / 1000):
             raise Failure("AUTH_EXPIRED")
-        return _caller(key)
+        return self._caller(key)
 
     async def _takes_anonymous(self) -> bool:
         if self._settings.allow_anonymous:
@@ -214,6 +223,30 @@ class Callers:
             await self._store.note_use(key_id, int(now_s))
         except Failure:
             return  # Redis is away or full: the request itself will tell
+
+    @property
+    def _public(self) -> Caller:
+        return replace(PUBLIC, tenant_hash=self._hash_of(PUBLIC.tenant))
+
+    def _caller(self, key: ApiKey) -> Caller:
+        return Caller(
+            tenant=key.tenant,
+            key_id=key.id,
+            scopes=frozenset(key.scopes),
+            models=frozenset(key.models),
+            best_lane=key.best_lane,
+            limits=key.limits,
+            tenant_hash=self._hash_of(key.tenant),
+        )
+
+    def _hash_of(self, tenant: str) -> str:
+        known = self._hashes.get((self._pepper, tenant))
+        if known is None:
+            if len(self._hashes) >= MAX_KNOWN:
+                self._hashes.clear()
+            known = keys.tenant_hash(self._pepper, tenant)
+            self._hashes[self._pepper, tenant] = known
+        return known
 
     def _pepper_for_checks(self) -> bytes:
         """It may have been drawn with the first key, after this gateway began."""
@@ -277,17 +310,6 @@ def checked(caller: Caller, needed: keys.Scope) -> Caller:
     return caller
 
 
-def _caller(key: ApiKey) -> Caller:
-    return Caller(
-        tenant=key.tenant,
-        key_id=key.id,
-        scopes=frozenset(key.scopes),
-        models=frozenset(key.models),
-        best_lane=key.best_lane,
-        limits=key.limits,
-    )
-
-
 def scope_of(method: str, path: str) -> keys.Scope | None:
     """What a request needs a key for; None: it needs none."""
     if path in _OPEN_PATHS or path == _PAGE or path.startswith(f"{_PAGE}/"):
@@ -301,4 +323,5 @@ def scope_of(method: str, path: str) -> keys.Scope | None:
 
 
 def _log_fields(caller: Caller) -> dict[str, str]:
-    return {"tenant": caller.tenant, "key_id": caller.key_id} if caller.key_id else {}
+    key = {"key_id": caller.key_id} if caller.key_id else {}
+    return {"tenant_hash": caller.tenant_hash, **key}

@@ -8,6 +8,7 @@ makes the same requests, whoever makes them.
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ from common.batches import NO_USAGE, BatchRecord, Endpoint, Usage, request_id
 from common.broker import Admission, Broker
 from common.failures import Failure
 from common.ids import generation_id
+from common.keys import read_pepper, tenant_hash
 from common.messages import LANES, Finish, FinishReason
-from common.settings import OrderSettings
+from common.settings import KeySettings, OrderSettings
+from common.tracing import new_trace
 from gateway.admission import admission_of, presentation_of
 from gateway.answer import subject_of, whole_body
 from gateway.api import chat, completions, responses, tgi
@@ -43,6 +46,8 @@ class LineOffer:
 
     model: ServedModel
     settings: OrderSettings
+    pepper: bytes | None = None
+    """What names of tenants are hashed with for the log."""
 
     @property
     def max_input_tokens(self) -> int:
@@ -51,7 +56,11 @@ class LineOffer:
 
 def load_offer(settings: OrderSettings) -> LineOffer:
     """Raises: Failure MODEL_NOT_FOUND, MODEL_LOAD_FAILED."""
-    return LineOffer(load_model(settings), settings)
+    pepper = None
+    if isinstance(settings, KeySettings):
+        with suppress(Failure):  # whoever checks keys with it says so
+            pepper = read_pepper(settings.key_pepper.get_secret_value(), settings.data_dir)
+    return LineOffer(load_model(settings), settings, pepper)
 
 
 Wholes = list[list[Completion]]
@@ -73,7 +82,13 @@ class Asked:
     def admission(self, offer: LineOffer, *, queue_limit_ms: int, retention_ms: int) -> Admission:
         """As it is queued: for nobody in particular, and no matter who reads."""
         return replace(
-            admission_of(offer.settings, self.caller, self.request_id, self.order),
+            admission_of(
+                offer.settings,
+                self.caller,
+                self.request_id,
+                self.order,
+                trace=new_trace().parent,
+            ),
             attached=False,
             grace_ms=0,
             queue_limit_ms=queue_limit_ms,
@@ -97,7 +112,12 @@ async def requests_of(
 
     Raises: Failure, what an interactive request with this body would be refused with.
     """
-    caller = Caller(tenant=batch.tenant, models=frozenset(batch.models), best_lane=LANES[-1])
+    caller = Caller(
+        tenant=batch.tenant,
+        models=frozenset(batch.models),
+        best_lane=LANES[-1],
+        tenant_hash=tenant_hash(offer.pepper, batch.tenant),
+    )
     seed, orders = await _orders_of(offer, broker, batch, body)
     asked: list[Asked] = []
     for prompt, order in enumerate(orders):

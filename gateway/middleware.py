@@ -14,6 +14,7 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_request_id
 from common.logs import get_logger
+from common.tracing import Trace, trace_of
 from gateway.errors import failure_response, wire_of
 
 log = get_logger()
@@ -40,7 +41,8 @@ class RequestContext:
     """Outermost: names the request, stamps the answer, turns what nobody caught into INTERNAL.
 
     The answer's ``x-request-id`` is the client's own (``x-request-id``, else ``X-Amzn-Trace-Id``,
-    as huggingface_hub sends it), else a new one.
+    as huggingface_hub sends it), else ours. Its ``traceresponse`` names the trace, which is the
+    caller's if there was a valid ``traceparent``.
     """
 
     def __init__(self, app: ASGIApp, *, model_version: str) -> None:
@@ -52,17 +54,21 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         scope["headrace.arrived_at"] = monotonic_s()
-        scope["headrace.request_id"] = request_id = _request_id(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        scope["headrace.request_id"] = own_id = new_request_id()
+        told_id = client_request_id(headers) or own_id
+        trace, parent = trace_of(headers.getlist("traceparent"), headers.get("x-amzn-trace-id", ""))
+        scope["headrace.trace"], scope["headrace.parent"] = trace, parent
         has_started = False
 
         async def stamped(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                self._stamp(MutableHeaders(scope=message), request_id)
+                self._stamp(MutableHeaders(scope=message), told_id, trace)
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with structlog.contextvars.bound_contextvars(request_id=own_id, **trace.names()):
             try:
                 await self._app(scope, receive, stamped)
             except Exception as error:
@@ -72,8 +78,9 @@ class RequestContext:
                 failure = Failure("INTERNAL", f"{type(error).__name__} in the gateway")
                 await failure_response(failure, wire_of(scope["path"]))(scope, receive, stamped)
 
-    def _stamp(self, headers: MutableHeaders, request_id: str) -> None:
+    def _stamp(self, headers: MutableHeaders, request_id: str, trace: Trace) -> None:
         headers["x-request-id"] = request_id
+        headers["traceresponse"] = trace.parent
         headers.setdefault("x-model-version", self._model_version)
         headers.setdefault("cache-control", "no-cache")
         headers["x-content-type-options"] = "nosniff"
@@ -257,14 +264,20 @@ def arrival_of(request: Request) -> float:
     return request.scope["headrace.arrived_at"]
 
 
-def trace_of(request: Request) -> str:
-    """The correlation id that goes with the generation into the worker's log lines."""
+def request_id_of(request: Request) -> str:
+    """What we call it: no two have the same, whatever their clients call them."""
     return request.scope["headrace.request_id"]
 
 
-def _request_id(headers: Headers) -> str:
+def own_trace(request: Request) -> Trace:
+    """Where in which trace its answer stands."""
+    return request.scope["headrace.trace"]
+
+
+def client_request_id(headers: Headers) -> str:
+    """What the client calls the request; empty: nothing that could be told back."""
     for name in ("x-request-id", "x-amzn-trace-id"):
         value = headers.get(name, "")
         if _SANE_ID.fullmatch(value):
             return value
-    return new_request_id()
+    return ""

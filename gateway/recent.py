@@ -98,5 +98,5 @@ class RecentAdmissions:
         if kept is None:
             return False
         await self._broker.admit(replace(kept.admission, gateway=gateway, resubmit=True))
-        log.warning("admission.resubmitted", generation_id=generation_id(request_id))
+        log.warning("admission.resubmitted", job_id=generation_id(request_id))
         return True

@@ -14,13 +14,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from common.broker import MAX_CHOICES, MAX_LOOKS, Attachment, Broker, Look, Page
-from common.clock import monotonic_s, wall_ms
+from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import generation_id, request_of
 from common.logs import get_logger
 from common.messages import LogEntry
 from common.metrics import GatewayMetrics
 from common.reaping import keep_reaping
+from common.redis_clock import RedisClock
 from gateway.cursor import Cursor
 from gateway.recent import RecentAdmissions
 from gateway.stream import RUNNING, Place, Stream
@@ -65,6 +66,7 @@ class Relay:
         recent: RecentAdmissions,
         metrics: GatewayMetrics,
         keep_alive_s: float,
+        clock: RedisClock | None = None,
     ) -> None:
         self.name = name
         self._commands = commands
@@ -73,6 +75,7 @@ class Relay:
         self._recent = recent
         self._metrics = metrics
         self._keep_alive_s = keep_alive_s
+        self._clock = clock or RedisClock()
         self._readers: dict[str, list[Stream]] = {}
         self._order = asyncio.Lock()
         self._leaving: dict[str, None] = {}
@@ -173,6 +176,7 @@ class Relay:
             tasks.create_task(_keep("watch", self._watch))
             tasks.create_task(_keep("errands", self._run_errands))
             tasks.create_task(_keep("reap", lambda: keep_reaping(self._commands)))
+            tasks.create_task(_keep("clock", lambda: self._clock.keep_sampling(self._commands)))
 
     async def flush(self, limit_s: float = 1.0) -> None:
         """Wait until Redis knows of every reader that left, at most ``limit_s``."""
@@ -202,14 +206,21 @@ class Relay:
             if items:
                 written_ms = int(after.partition("-")[0])
                 is_live = written_ms >= self._joined_ms
-                if is_live:
-                    self._metrics.relay_lag_s.observe(max(0, wall_ms() - written_ms) / 1000)
-                await self._deliver(items, is_live=is_live)
+                lag_s = self._lag_s(written_ms) if is_live else None
+                if lag_s is not None:
+                    self._metrics.relay_lag_s.observe(lag_s)
+                await self._deliver(items, is_live=is_live, lag_s=lag_s)
 
-    async def _deliver(self, items: list[tuple[str, LogEntry]], *, is_live: bool) -> None:
+    def _lag_s(self, written_ms: int) -> float | None:
+        now_s = self._clock.now_s()
+        return None if now_s is None else max(0.0, now_s - written_ms / 1000)
+
+    async def _deliver(
+        self, items: list[tuple[str, LogEntry]], *, is_live: bool, lag_s: float | None
+    ) -> None:
         """Hand records to their readers, to each all that came together.
 
-        ``is_live``: written since this gateway joined.
+        ``is_live``: written since this gateway joined. ``lag_s``: how old the newest one is.
         """
         told: dict[Stream, None] = {}
         for number, (id, entry) in enumerate(items, 1):
@@ -224,6 +235,7 @@ class Relay:
                 self._recent.note_first_token(request_of(id))
             for stream in readers:
                 stream.offer(entry)
+                stream.lag_s = lag_s
                 told[stream] = None
         for number, stream in enumerate(told, 1):
             stream.deliver()
@@ -255,7 +267,9 @@ class Relay:
             log.warning("inbox.recreated", streams=self.num_streams)
         self._note_heard()
         self._must_join = False
-        self._joined_ms = wall_ms()
+        if self._clock.offset_s is None:
+            await self._clock.sample(self._commands)
+        self._joined_ms = int(1000 * (self._clock.now_s() or 0))
         now = monotonic_s()
         for at, cancelled, tenant in list(self._cancelled):
             if now - at < CANCEL_MEMORY_S:

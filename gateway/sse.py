@@ -122,7 +122,7 @@ class EventStream(Response):
         except ReaderGone:
             raise
         except Exception as error:
-            log.exception("request.failed", generation_id=self._stream.id)
+            log.exception("request.failed", job_id=self._stream.id)
             await self._say(Failure("INTERNAL", type(error).__name__), send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -150,9 +150,10 @@ class EventStream(Response):
         try:
             data = self._render(batch)
         except Exception as error:
-            log.exception("request.failed", generation_id=self._stream.id)
+            log.exception("request.failed", job_id=self._stream.id)
             raise Failure("INTERNAL", type(error).__name__) from error
         if data and self._direct is not None:
+            self._account.note_bytes(len(data))
             self._direct.write(data)
 
     def _render(self, batch: Batch) -> bytes:
@@ -172,6 +173,7 @@ class EventStream(Response):
 
     async def _send(self, send: Send, data: bytes) -> None:
         self._sending_since_s = asyncio.get_running_loop().time()
+        self._account.note_bytes(len(data))
         await send({"type": "http.response.body", "body": data, "more_body": True})
         self._sending_since_s = None
 

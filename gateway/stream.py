@@ -73,6 +73,8 @@ class Batch(msgspec.Struct, gc=False):
     """Which of the answers to one request this belongs to."""
     place: Place | None = None
     """Instead of tokens, for a client that asked to be told."""
+    lag_s: float | None = None
+    """Since Redis had the newest of it, by its clock; None where nobody could tell."""
     gap_s: float | None = None
     """Since the tokens before these were taken; None for the first ones."""
 
@@ -134,6 +136,7 @@ class Stream:
         "heals",
         "heard_at",
         "id",
+        "lag_s",
         "lags",
         "position",
         "served_at",
@@ -166,6 +169,8 @@ class Stream:
         """How often the buffer overflowed."""
         self.heals = 0
         """How often a hole was filled from the log."""
+        self.lag_s: float | None = None
+        """Age of what was offered last, when it came."""
         self.tells_place = False
         """Whether :meth:`next` also tells the place in the queue."""
         self._place: Place | None = None
@@ -384,7 +389,7 @@ class Stream:
 
     def _take(self) -> Batch:
         """Move the buffer into a batch and the cursor behind it, checking the chain on the way."""
-        batch = Batch(self.position, choice=self.choice)
+        batch = Batch(self.position, choice=self.choice, lag_s=self.lag_s)
         for entry in self._ahead:
             if not self._extend(batch, entry):
                 self.fail(Failure("STREAM_DIVERGED"))

@@ -152,18 +152,19 @@ class Slot:
         self._process, self.pid, self.instance = process, process.pid, ""
         self.state, self._was_ready = State.STARTING, False
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        log.info(event, process=self.spec.name, role=self.spec.role, child_pid=process.pid)
+        log.info(event, name=self.spec.name, role=self.spec.role, child_pid=process.pid)
         self._on_change(self, "")
 
     def _note_end(self, code: int, outcome: str) -> None:
         write = log.info if self._stop_asked.is_set() else log.warning
         write(
             "process.exited",
-            process=self.spec.name,
+            name=self.spec.name,
             role=self.spec.role,
             child_pid=self.pid,
             exit_code=code,
-            outcome=outcome,
+            signal=signal_name(code),
+            cause="asked" if self._stop_asked.is_set() else outcome,
         )
         self._process, self.pid, self.exit_code = None, 0, code
 
@@ -180,7 +181,7 @@ class Slot:
             text = line.decode(errors="replace").strip()
             if text:
                 self._last_words.append(text)
-                log.info("foreign.logged", process=self.spec.name, message=text)
+                log.info("foreign.logged", name=self.spec.name, message=text)
 
     async def _stop_when_asked(self, process: asyncio.subprocess.Process) -> None:
         await self._stop_asked.wait()
@@ -282,13 +283,21 @@ async def _spawn(spec: ProcessSpec) -> asyncio.subprocess.Process:
 
 
 def _outcome(code: int, role: str) -> str:
-    if code >= 0:
-        reason = exit_codes.REASONS.get(code) if role == "worker" else None
-        return f"ended with exit code {code}" + (f" ({reason})" if reason else "")
+    killer = signal_name(code)
+    if killer:
+        return f"was killed by {killer}"
+    reason = exit_codes.REASONS.get(code) if role == "worker" else None
+    return f"ended with exit code {code}" + (f" ({reason})" if reason else "")
+
+
+def signal_name(exit_code: int) -> str | None:
+    """Which signal an exit code below 0 stands for; None: the process ended by itself."""
+    if exit_code >= 0:
+        return None
     try:
-        return f"was killed by {signal.Signals(-code).name}"
+        return signal.Signals(-exit_code).name
     except ValueError:
-        return f"was killed by signal {-code}"
+        return f"signal {-exit_code}"
 
 
 _PR_SET_PDEATHSIG = 1

@@ -17,12 +17,13 @@ _MAX_LINES_PER_LOOK = 20
 """Under load a terminal is slower than the system: beyond this, lines are counted, not shown."""
 _MAX_VALUE_CHARS = 160
 _HIDDEN = frozenset(
-    {"ts", "level", "event", "schema", "service", "instance", "pid", "version", "exception"}
+    {"ts", "ts_redis_ms", "level", "event", "schema", "service", "instance", "pid", "host"}
+    | {"version", "git_sha", "exception", "tenant_hash", "trace_id", "span_id"}
 )
 _SHOWN_EVENTS = frozenset(
     {
         "engine.selected",
-        "generation.quarantined",
+        "job.dead",
         "model.loaded",
         "request.finished",
         "redis.disconnected",

@@ -5,10 +5,27 @@ from pathlib import Path
 
 import pytest
 
+from common import logs
 from common.broker import Broker, connect
+from tests.support import event_schema
 from tests.support.redis_server import RedisServer
 
 POOL = "test"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _log_chain() -> None:
+    """What is logged in this process goes through the chain of the product."""
+    logs.set_up_chain(check=event_schema.note)
+
+
+@pytest.fixture(autouse=True)
+def _events_are_in_the_schema() -> Iterator[None]:
+    """Each event of a test, in this process or in one that it started, is as the schema says."""
+    event_schema.noted()
+    yield
+    faults = event_schema.noted()
+    assert not faults, "not as common/events.schema.json says:\n" + "\n".join(faults)
 
 
 @pytest.fixture(scope="session")

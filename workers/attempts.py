@@ -4,6 +4,8 @@ An attempt knows what Redis has (``acked``) and what exists (``end``), so the ne
 cut of what lies between, however many engine steps made it. Nothing here does I/O.
 """
 
+import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from common.messages import (
     chain_start,
     chain_text,
 )
+from common.tracing import parse_parent
 from workers.engine.port import EngineRequest, StepOutput
 
 _NUM_RANKS = 1 + max(RANKS.values())
@@ -77,6 +80,10 @@ class Attempt:
         start = chain_start(self.id, model_version)
         self._chains = [int(claimed.chain, 16) if claimed.next else start]
         self._realignments = 0
+        self._context: dict[str, str] = {}
+        self._num_steps = 0
+        self._batch_sizes = 0
+        self._max_batch_size = 0
         self._claimed_s = now_s
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
@@ -162,8 +169,21 @@ class Attempt:
         self.acked = position
         self.is_finish_acked = False
 
-    def extend(self, output: StepOutput, now_s: float) -> float | None:
-        """Take what one engine step made; returns how long after the tokens before it came."""
+    def begin(self, spec: GenerationSpec) -> None:
+        """Know what it is: from here on lines about it name its trace and its tenant."""
+        self.spec = spec
+        parent = parse_parent(spec.trace)
+        told = {"request_id": spec.request_id, "tenant_hash": spec.tenant_hash}
+        told |= {"key_id": spec.key_id} | (parent.child().names() if parent else {})
+        self._context = {name: value for name, value in told.items() if value}
+
+    def extend(self, output: StepOutput, now_s: float, *, batch_size: int = 1) -> float | None:
+        """Take what one engine step made of it, and of ``batch_size`` generations in all; returns
+        how long after the tokens before it came.
+        """
+        self._num_steps += 1
+        self._batch_sizes += batch_size
+        self._max_batch_size = max(self._max_batch_size, batch_size)
         gap_s = None
         if output.tokens:
             if self._last_token_s is None:
@@ -253,8 +273,15 @@ class Attempt:
         first_s = self._first_token_s
         # Behind an earlier attempt, when the first token came is not ours to say.
         is_first = self._began_at == 0 and self.fence.startswith("1.")
+        num_steps = self._num_steps
+        whole = {"output_sha256": self._output_hash()} if self.base == 0 else {}
         return {
             **self.names(),
+            **whole,
+            "prefill_time": round(first_s - self._claimed_s, 6) if first_s else None,
+            "batch_size_mean": round(self._batch_sizes / num_steps, 3) if num_steps else None,
+            "batch_size_max": self._max_batch_size,
+            "end": self.end,
             "queue_time": round(queue_s, 6),
             "generation_time": round(generation_s, 6),
             "ttft": round(queue_s + first_s - self._claimed_s, 6) if first_s and is_first else None,
@@ -267,15 +294,44 @@ class Attempt:
             "code": self.finish.code if self.finish and self.finish.code else None,
         }
 
+    def _output_hash(self) -> str:
+        tokens = struct.pack(f"<{len(self._tokens)}I", *self._tokens)
+        return hashlib.sha256(tokens).hexdigest()[:16]
+
     def names(self) -> dict[str, object]:
         """Who it is, for any line about it."""
         return {
             "request_id": request_of(self.id),
-            "generation_id": self.id,
+            "job_id": self.id,
             "lane": self._claimed.lane,
-            "attempt": int(self.fence.partition(".")[0]),
+            "attempt": self.epoch,
             "deaths": self._claimed.deaths,
+            **self._context,
         }
+
+    @property
+    def epoch(self) -> int:
+        """Which claim of its generation this is, from 1."""
+        return int(self.fence.partition(".")[0])
+
+    def claim_lag_s(self, redis_now_s: float | None) -> float:
+        """From admission to this claim; ``redis_now_s`` is the time on Redis' clock, as far as it
+        is known: the claim itself only tells the time of the first one.
+        """
+        claimed = self._claimed
+        if self.epoch > 1 and redis_now_s is not None:
+            return max(0.0, redis_now_s - claimed.admitted_ms / 1000)
+        return max(0, claimed.claimed_ms - claimed.admitted_ms) / 1000
+
+    def first_token(self) -> dict[str, object]:
+        """What is told when its first token is made."""
+        summary_s = (self._first_token_s or 0.0) - self._claimed_s
+        return {**self.names(), "prefill_time": round(summary_s, 6)}
+
+    @property
+    def has_token(self) -> bool:
+        """Whether this attempt made any."""
+        return self._first_token_s is not None
 
 
 class Ledger:

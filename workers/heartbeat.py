@@ -107,7 +107,8 @@ class Heartbeat:
         )
         self._beaten_s = began_s
         for generation_id in recovered:
-            log.warning("claim.recovered", generation_id=generation_id, seen=seen)
+            log.warning("claim.recovered", job_id=generation_id, seen=seen)
+            log.info("job.requeued", job_id=generation_id, cause="beat", worker=self._name)
 
     def _stalled(self) -> EngineStalledError:
         age_s = round(self._engine.last_step_age_s, 3)

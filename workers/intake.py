@@ -37,6 +37,7 @@ from common.messages import (
     chain_start,
     chain_text,
 )
+from common.redis_clock import RedisClock
 from common.settings import PrefixCache
 from workers.attempts import Attempt, Ledger
 from workers.engine.grammar import Matcher
@@ -105,6 +106,8 @@ class Intake:
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
         figures: Figures | None = None,
+        clock: RedisClock | None = None,
+        gpu_uuid: str | None = None,
     ) -> None:
         self._broker = broker
         self._bell = bell
@@ -119,6 +122,8 @@ class Intake:
         self._wake = wake
         self._spawn = spawn
         self._figures = (figures or Figures()).generations
+        self._clock = clock or RedisClock()
+        self._gpu_uuid = gpu_uuid
         self._turn = 0
         self._reserve: Reserve | None = None
         self._too_few_tokens: Mapping[Lane, int] = {}
@@ -290,7 +295,7 @@ class Intake:
         if local is not None and local.agrees(claimed.next, claimed.chain):
             local.adopt(claimed)
             self._ledger.hold(local)
-            log.info("generation.claimed", next=claimed.next, kept=local.end, **local.names())
+            self._tell_claimed(local, claimed, kept=local.end)
             return
         if local is not None:
             self._ledger.forget(local)
@@ -298,11 +303,25 @@ class Intake:
         attempt = Attempt(claimed, self._turn, self._model_version, monotonic_s())
         self._figures.note_claimed(attempt)
         self._ledger.hold(attempt)
-        log.info("generation.claimed", next=claimed.next, **attempt.names())
+        if claimed.spec is not None:
+            attempt.begin(claimed.spec)
+        self._tell_claimed(attempt, claimed)
         if claimed.spec is not None and claimed.next == 0:
             self._submit(attempt, claimed.spec, [])
         else:
             self._read_beside(self._read(attempt, claimed))
+
+    def _tell_claimed(self, attempt: Attempt, claimed: Claimed, **kept: int) -> None:
+        lag_s = attempt.claim_lag_s(self._clock.now_s())
+        log.info(
+            "worker.claimed",
+            worker=self._worker,
+            next=claimed.next,
+            claim_lag_s=round(lag_s, 6),
+            gpu_uuid=self._gpu_uuid,
+            **kept,
+            **attempt.names(),
+        )
 
     def _read_beside(self, reading: Coroutine[None, None, None]) -> None:
         task = self._spawn(reading)
@@ -341,7 +360,8 @@ class Intake:
         if not spec.prompt or len(spec.prompt) % 4:
             self._reject_damaged(attempt, f"its prompt has {len(spec.prompt)} bytes")
             return
-        attempt.spec = spec
+        if attempt.spec is None:
+            attempt.begin(spec)
         prompt = list(struct.unpack(f"<{len(spec.prompt) // 4}I", spec.prompt))
         attempt.request = EngineRequest(
             attempt.engine_id,
@@ -390,12 +410,12 @@ class Intake:
 
     def _reject_damaged(self, attempt: Attempt, why: str) -> None:
         """End a generation that no worker could run, so that its reader gets an answer."""
-        log.error("generation.rejected", reason=why, **attempt.names())
+        log.error("generation.rejected", worker=self._worker, reason=why, **attempt.names())
         self._end(attempt, Failure("INTERNAL", "The stored request is damaged."))
 
     def _reject(self, attempt: Attempt, failure: Failure) -> None:
         """The reason stays out of the log: it may quote the request."""
-        log.info("generation.rejected", code=failure.code, **attempt.names())
+        log.info("generation.rejected", worker=self._worker, code=failure.code, **attempt.names())
         self._end(attempt, failure)
 
     def _end(self, attempt: Attempt, failure: Failure) -> None:

@@ -11,10 +11,11 @@ from typing import Protocol
 
 from common.broker import Broker, Publication, Refusal, Restoration
 from common.clock import awake_or_not_s, monotonic_s
+from common.failures import KINDS
 from common.logs import get_logger
-from common.messages import Lane
+from common.messages import FinishReason, Lane
 from workers.attempts import Attempt, Ledger
-from workers.engine.port import StepOutput
+from workers.engine.port import Joined, StepOutput
 from workers.figures import Figures
 
 log = get_logger()
@@ -33,6 +34,14 @@ REVIVE_LIMIT_S = 30.0
 what has long ended and expired; its sleep counts."""
 KEEP_ENDED_S = 3.0
 """Connected time after which an end counts as durable: an AOF everysec may forget two seconds."""
+
+
+_CAUSES = {
+    "generation.released": "release",
+    "generation.yielded": "yield",
+    "generation.diverged": "diverged",
+}
+"""Why a generation went back, by the event that ends its attempt here."""
 
 
 class EngineControl(Protocol):
@@ -71,17 +80,24 @@ class Publisher:
         self._behind_since_s: float | None = None
         self.is_paused = False
 
-    def take(self, outputs: Iterable[StepOutput]) -> None:
-        """Note what a step made; output of an attempt that was dropped meanwhile is ignored."""
+    def take(
+        self, outputs: Sequence[StepOutput], joined: Iterable[Joined] = (), *, step: int = 0
+    ) -> None:
+        """Note what the step numbered ``step`` made, and who came into it; output of an attempt
+        that was dropped meanwhile is ignored.
+        """
         now_s = self._clock()
+        for newcomer in joined:
+            self._tell_joined(newcomer, step)
         for output in outputs:
             attempt = self._ledger.in_engine(output.id)
             if attempt is not None:
-                gap_s = attempt.extend(output, now_s)
+                gap_s = attempt.extend(output, now_s, batch_size=len(outputs))
                 if gap_s is not None:
                     self._figures.note_gap(gap_s, len(output.tokens))
                 elif output.tokens:
                     self._figures.note_first_token(attempt)
+                    log.info("worker.first_token", worker=self._worker, **attempt.first_token())
         if self._behind_since_s is None:
             self._behind_since_s = now_s
         self.throttle()
@@ -125,6 +141,14 @@ class Publisher:
         for attempt in attempts:
             self._drop(attempt, event, **fields)
         await self._broker.release(self._worker, [(it.id, it.fence) for it in attempts])
+        for it in attempts:
+            log.info(
+                "job.requeued",
+                cause=_CAUSES[event],
+                worker=self._worker,
+                position=it.acked,
+                **it.names(),
+            )
 
     def throttle(self) -> None:
         """Pause the engine while too much is known only here; let it go on afterwards."""
@@ -160,7 +184,7 @@ class Publisher:
             if attempt.is_finish_acked and self._ledger.is_running(attempt):
                 self._ledger.end(attempt, self._clock())
                 self._figures.note_finished(attempt)
-                self._tell("generation.finished", attempt)
+                self._tell_end(attempt)
 
         if forgotten:
             await self._put_back(forgotten)
@@ -187,13 +211,23 @@ class Publisher:
                 continue
             attempt.confirmed_s = awake_or_not_s()
             attempt.go_back(restoration.position)
-            log.warning("generation.restored", position=restoration.position, **attempt.names())
+            log.warning(
+                "generation.restored",
+                worker=self._worker,
+                position=restoration.position,
+                **attempt.names(),
+            )
             self._wake()
 
     async def _handle(self, attempt: Attempt, refusal: Refusal) -> None:
         match refusal.kind:
             case "realign" if attempt.realign(refusal.next, refusal.chain):
-                log.info("generation.realigned", position=refusal.next, **attempt.names())
+                log.info(
+                    "generation.realigned",
+                    worker=self._worker,
+                    position=refusal.next,
+                    **attempt.names(),
+                )
                 self._wake()
             case "realign":
                 self._figures.num_diverged += 1
@@ -211,7 +245,38 @@ class Publisher:
         self._ledger.forget(attempt)
         self._engine.cancel(attempt.engine_id)
 
+    def _tell_joined(self, newcomer: Joined, step: int) -> None:
+        attempt = self._ledger.in_engine(newcomer.id)
+        if attempt is None or attempt.request is None:
+            return
+        log.info(
+            "batch.joined",
+            worker=self._worker,
+            batch_id=step,
+            batch_size=newcomer.batch_size,
+            slot=newcomer.slot,
+            pad_ratio=0.0,  # rows of a step lie end to end: there is no padding
+            prompt_tokens=len(attempt.request.prompt),
+            cached_tokens=newcomer.cached_tokens,
+            **attempt.names(),
+        )
+
+    def _tell_end(self, attempt: Attempt) -> None:
+        finish = attempt.finish
+        if finish is None or finish.reason != FinishReason.FAILED:
+            self._tell("worker.finished", attempt)
+            return
+        kind = KINDS.get(finish.code, KINDS["INTERNAL"])
+        self._tell("worker.failed", attempt, retryable=kind.retryable, actor=kind.actor)
+
     def _tell(self, event: str, attempt: Attempt, **fields: object) -> None:
         """The canonical line: each attempt ends here in exactly one of its events."""
         summary = attempt.summary(self._clock())
-        log.info(event, model_version=self._model_version, **summary, **fields)
+        write = log.warning if event == "worker.failed" else log.info
+        write(
+            event,
+            worker=self._worker,
+            model_version=self._model_version,
+            **summary,
+            **fields,
+        )

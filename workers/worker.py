@@ -23,6 +23,7 @@ from common.failures import Failure
 from common.ids import new_process_name
 from common.logs import get_logger
 from common.reaping import keep_reaping
+from common.redis_clock import RedisClock
 from common.settings import WorkerSettings
 from workers import exit_codes
 from workers.adapters import HeldAdapters
@@ -41,6 +42,7 @@ log = get_logger()
 _SWITCH_INTERVAL_S = 0.0005
 """How soon the engine thread lets the event loop run; Python's 5 ms would show in every token."""
 _MAX_BACKOFF_S = 0.5
+_TELL_S = 60.0
 _AWAY = frozenset({"BROKER_UNAVAILABLE", "BROKER_FULL"})
 _MODEL_FAILURES = frozenset(
     {"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED", "WEIGHTS_MISMATCH", "UNSAFE_FORMAT"}
@@ -74,6 +76,7 @@ class Worker:
         self._ordered = Broker(connect(settings.redis_url, single=True), settings.model)
         self._beats = Broker(connect(settings.redis_url), settings.model)
         self._bell = Broker(connect(settings.redis_url, blocking=True), settings.model)
+        self._clock = RedisClock()
         capacity = engine.load()
         self._wake = asyncio.Event()
         self._wake.set()  # look once for what waited before this worker came
@@ -118,6 +121,7 @@ class Worker:
             wake=self._wake.set,
             spawn=self._spawn,
             figures=self.figures,
+            clock=self._clock,
         )
         self._heartbeat = Heartbeat(
             self._beats,
@@ -148,11 +152,18 @@ class Worker:
                 self._spawn(self._intake.listen()),
                 self._spawn(keep_reaping(self._beats, may_reap=lambda: self._heartbeat.has_lease)),
                 self._spawn(self._watch_engine()),
+                self._spawn(self._clock.keep_sampling(self._beats)),
+                self._spawn(self._keep_telling()),
             ]
             log.info("worker.ready", model_version=self._engine.model_version)
+            self._tell_state("loading", "ready", "started")
             await self._serve()
             await self._hand_over(beside)
+            self._tell_state("draining", "drained", "asked")
         await asyncio.to_thread(self._loop.stop)
+
+    def _tell_state(self, before: str, after: str, cause: str) -> None:
+        log.info("worker.state", worker=self.name, cause=cause, **{"from": before, "to": after})
 
     async def close(self) -> None:
         """Close the connections and end what runs beside, however :meth:`run` ended."""
@@ -182,7 +193,24 @@ class Worker:
     def _on_step(self, report: StepReport) -> None:
         self._heartbeat.num_steps = report.step
         self.figures.note_step(report)
-        self._publisher.take(report.outputs)
+        self._publisher.take(report.outputs, report.load.joined, step=report.step)
+
+    async def _keep_telling(self) -> None:
+        """One line a minute, until cancelled: for whoever has only the logs."""
+        figures = self.figures
+        while True:
+            await asyncio.sleep(_TELL_S)
+            log.info(
+                "worker.measured",
+                worker=self.name,
+                batch_size_mean=round(figures.batch_size_mean, 3),
+                kv_used=round(figures.kv_used, 4),
+                tokens_per_second=round(figures.tokens_per_second, 3),
+                step_p50_s=round(figures.step_p50_s, 6),
+                step_p99_s=round(figures.step_p99_s, 6),
+                rss_bytes=figures.rss_bytes,
+                clock_offset_s=self._clock.offset_s,
+            )
 
     async def _outlast(self, failure: Failure) -> None:
         """Redis is away. When it is back: first a beat, then what it may lack, then claims again.
@@ -191,6 +219,7 @@ class Worker:
             Failure: it is not Redis being away, or this worker drains and need not wait.
         """
         log.warning("redis.disconnected", code=failure.code, message=failure.message)
+        self._tell_state(self._heartbeat.state, "degraded", "redis")
         away_since_s, backoff_s = monotonic_s(), _MAX_BACKOFF_S / 8
         while failure.code in _AWAY and self._drain_until_s is None:
             self._publisher.throttle()
@@ -204,6 +233,7 @@ class Worker:
                 failure = again
             else:
                 log.info("redis.reconnected", away_s=round(monotonic_s() - away_since_s, 3))
+                self._tell_state("degraded", self._heartbeat.state, "redis")
                 self._wake.set()
                 return
         raise failure
@@ -218,6 +248,7 @@ class Worker:
         log.info(
             "worker.draining", holding=len(self._ledger.running()), drain_s=self._settings.drain_s
         )
+        self._tell_state("ready", "draining", "asked")
         self._wake.set()
         asyncio.get_running_loop().call_later(self._settings.drain_s, self._wake.set)
 
@@ -274,7 +305,8 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         engine = await _build_engine(settings, lost)
         load_s = monotonic_s() - began_s
         grammars = await asyncio.to_thread(build_grammars, settings, vocab_size=engine.vocab_size)
-        logs.adopt("transformers")
+        logs.adopt("transformers", "torch")
+        logs.note(model=settings.model, model_version=engine.model_version)
         gc.freeze()  # what was loaded stays: collections need not walk through it
         worker = Worker(name, settings, engine, grammars, lost, load_s=load_s)
         stop.drain = worker.drain
@@ -291,7 +323,7 @@ async def _run(name: str, settings: WorkerSettings) -> int:
     except* Failure as failures:
         code = _fail(_first(failures), is_draining=stop.num_received > 0)
     except* Exception:
-        log.exception("worker.failed")
+        log.exception("worker.crashed")
         code = exit_codes.FAILED
     log.info("worker.stopped", exit_code=code)
     return code
@@ -321,7 +353,7 @@ async def _check_redis(settings: WorkerSettings) -> None:
 
 
 def _fail(failure: Failure, *, is_draining: bool) -> int:
-    log.error("worker.failed", code=failure.code, message=failure.message)
+    log.error("worker.crashed", code=failure.code, message=failure.message)
     sys.stderr.write(f"headrace worker: {failure}\n")
     if failure.code in _AWAY:
         return exit_codes.NOT_HANDED_OVER if is_draining else exit_codes.UNREACHABLE

@@ -54,6 +54,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file of weights; of several that of the list of theirs. Empty: there are none."""
+        files = sorted(self.files.items())
+        hashes = [entry.sha256 for name, entry in files if name.endswith(".safetensors")]
+        if len(hashes) <= 1:
+            return "".join(hashes)
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
 
 def model_version(name: str, files: Mapping[str, FileEntry]) -> str:
     """``name@<12 hex>``: equal on every machine that holds the same bytes under the same names.

@@ -56,6 +56,7 @@ async def read_events(request: Request) -> Response:
     def note_end() -> None:
         log.info(
             "stream.closed",
+            reason="ended" if tail.has_ended else "disconnected",
             batch_id=record.id,
             resumed_from=resumed_from,
             position=tail.position,

@@ -10,6 +10,7 @@ stands in the address of a ``GET``, as ``?token=``, instead of a key.
 
 from dataclasses import replace
 
+import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -129,12 +130,13 @@ async def _resume(
         model_version=headers["x-model-version"],
         presentation=shown,
     )
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    _tell_reader(streams, cursors)
     account = Account(
         services.metrics,
         "resume",
         arrival_of(request),
         stream_id=request_id,
-        stream=True,
         resumed_from=SEPARATOR.join(map(str, cursors)),
         resumed_api=shown.api,
     )
@@ -147,6 +149,14 @@ async def _resume(
         is_reconnecting=True,
         tells_place=tells_place,
     )
+
+
+def _tell_reader(streams: list[Stream], cursors: list[Cursor]) -> None:
+    for stream, cursor in zip(streams, cursors, strict=True):
+        if cursor.position:
+            log.info("stream.resumed", job_id=stream.id, last_event_id=str(cursor))
+        else:
+            log.info("stream.opened", job_id=stream.id)
 
 
 async def _frames(

@@ -88,7 +88,7 @@ async def test_after_a_cut_longer_than_the_lease_the_worker_keeps_its_own(
     await proxy.heal()
     await worker.saw("redis.reconnected")
     assert len(await pool.tokens_of(generation)) == 200
-    assert worker.events("generation.moved") == []
+    assert worker.events("job.requeued") == []
     assert worker.events("generation.lost") == []
     assert shown.name == worker.name
 

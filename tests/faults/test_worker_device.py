@@ -17,7 +17,7 @@ async def test_a_lost_device_ends_its_process_and_another_goes_on(pool: WorkerPo
     heir = await pool.worker()
     continued = await pool.tokens_of(generation)
     assert continued == await pool.tokens_of(await pool.admit(60))
-    [claimed] = heir.events("generation.claimed", generation_id=generation)
+    [claimed] = heir.events("worker.claimed", job_id=generation)
     assert 0 < claimed["next"] <= 9
 
 

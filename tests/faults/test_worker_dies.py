@@ -12,12 +12,12 @@ async def test_a_killed_worker_is_continued_without_gap_or_repeat(pool: WorkerPo
     generations = [await pool.admit(150) for _ in range(6)]
     for generation in generations:
         await pool.reached(generation, 5)
-    before = heir.events("generation.claimed")
+    before = heir.events("worker.claimed")
     victim.kill()
     for generation in generations:
         assert await pool.tokens_of(generation) == undisturbed
     taken_over = [
-        line for line in heir.events("generation.claimed") if line not in before and line["deaths"]
+        line for line in heir.events("worker.claimed") if line not in before and line["deaths"]
     ]
     assert all(line["next"] >= 5 for line in taken_over)
     ended = [(await pool.end_of(generation))[-1].timing for generation in generations]
@@ -36,7 +36,7 @@ async def test_everything_is_continued_after_a_kill(pool: WorkerPool) -> None:
     assert all(tokens == results[0] for tokens in results)
     timings = [(await pool.end_of(generation))[-1].timing for generation in generations]
     assert {(timing.attempts, timing.deaths) for timing in timings if timing} == {(2, 1)}
-    moved = [line["generation_id"] for line in heir.events("generation.moved")]
+    moved = [line["job_id"] for line in heir.events("job.requeued")]
     assert sorted(moved) == sorted(generations)
 
 
@@ -48,10 +48,10 @@ async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerP
     await pool.reached(generation, 5)
     zombie.pause()
     heir = await pool.worker(simulated_inter_token_ms=30)
-    claimed = await heir.saw("generation.claimed", generation_id=generation)
+    claimed = await heir.saw("worker.claimed", job_id=generation)
     assert claimed["next"] >= 5
     zombie.resume()
-    lost = await zombie.saw("generation.lost", generation_id=generation)
+    lost = await zombie.saw("generation.lost", job_id=generation)
     assert lost["cause"] == "lost"
 
     entries = await pool.end_of(generation)
@@ -61,7 +61,7 @@ async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerP
     heir.kill()
     again = await pool.admit(120)
     assert await pool.tokens_of(again) == await pool.tokens_of(generation)
-    await zombie.saw("generation.finished", generation_id=again)
+    await zombie.saw("worker.finished", job_id=again)
 
 
 async def test_a_request_that_kills_three_workers_is_quarantined(pool: WorkerPool) -> None:
@@ -69,7 +69,7 @@ async def test_a_request_that_kills_three_workers_is_quarantined(pool: WorkerPoo
     worker = await pool.worker(simulated_first_token_ms=10_000)
     generation = await pool.admit(200)
     for _ in range(3):
-        await worker.saw("generation.claimed", generation_id=generation)
+        await worker.saw("worker.claimed", job_id=generation)
         worker.kill()
         worker = await pool.worker(simulated_first_token_ms=10_000)
     entries = await pool.end_of(generation)

@@ -73,7 +73,7 @@ async def test_a_group_answers_as_one_process_and_dies_as_one(
 
     heir = await tiny_pool.worker(**settings)
     assert await tiny_pool.tokens_of(generation) == expected
-    [claimed] = heir.events("generation.claimed", generation_id=generation)
+    [claimed] = heir.events("worker.claimed", job_id=generation)
     assert 3 <= claimed["next"] < 400
     follower = follower_of(heir)
     heir.kill()

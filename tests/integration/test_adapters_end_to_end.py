@@ -65,7 +65,7 @@ async def test_answers_are_those_of_peft_also_behind_a_death(
         victim.kill()
         shown += [token async for token in stream]
     assert shown == expected["b"]
-    [taken_over] = heir.events("generation.claimed", deaths=1)
+    [taken_over] = heir.events("worker.claimed", deaths=1)
     assert SHOWN <= taken_over["next"] < LENGTH
 
 
@@ -104,8 +104,8 @@ async def by_claim(workers: list[Process]) -> tuple[Process, Process]:
     """Who runs the one generation that goes on, and the other."""
 
     def running(worker: Process) -> set[str]:
-        claimed = {line["generation_id"] for line in worker.events("generation.claimed")}
-        return claimed - {line["generation_id"] for line in worker.events("generation.finished")}
+        claimed = {line["job_id"] for line in worker.events("worker.claimed")}
+        return claimed - {line["job_id"] for line in worker.events("worker.finished")}
 
     await wait_until(lambda: any(map(running, workers)), what="a claim")
     first, second = workers

@@ -7,12 +7,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 from arq.connections import ArqRedis
-from structlog.testing import capture_logs
 
 from common.broker import Broker, connect
 from common.files import Files
 from common.settings import BackgroundSettings
 from common.storage import open_storage
+from tests.support.event_schema import captured_logs
 from tests.support.fault_proxy import fault_proxy
 from tests.support.generations import ScriptedClaims
 from tests.support.processes import Processes
@@ -30,7 +30,7 @@ async def test_it_starts_reaps_and_ends_on_sigterm(pool: WorkerPool, started: Pr
     generation = await pool.admit(5)
     await claims.claim_one()
     background = await started.background().ready()
-    moved = await background.saw("generation.moved", generation_id=generation)
+    moved = await background.saw("job.requeued", job_id=generation)
     assert (moved["move"], moved["cause"]) == ("requeued", "w1")
     background.terminate()
     assert await background.ended() == exit_codes.OK
@@ -76,7 +76,7 @@ async def test_the_pool_is_measured_once_a_minute(broker: Broker, tmp_path: Path
     """One line with what an autoscaler would look at."""
     claims = ScriptedClaims(broker)
     await claims.beat()
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await measure_pool(context(broker, files_of(broker, tmp_path)))
     [line] = lines
     assert (line["event"], line["pool"], line["workers"]) == ("pool.measured", broker.pool, 1)
@@ -95,7 +95,7 @@ async def test_files_are_removed_at_their_end(broker: Broker, tmp_path: Path) ->
 
     for life_s in (-1, 3600):
         await files.create("public", "a", "batch", rows(), expires_s=life_s)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         for _ in range(2):
             await expire_files(context(broker, files))
     assert lines == [{"event": "file.expired", "count": 1, "log_level": "info"}]

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from common.models.adapters import AdapterStore
+from common.tracing import parse_parent
 from tests.support.adapters import write_adapter
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import EOS, saying
@@ -294,15 +295,34 @@ async def test_every_answer_carries_the_request_id(
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_the_clients_name_for_its_request_reaches_the_worker(stand: Stand) -> None:
+@pytest.mark.parametrize(
+    ("sent", "trace_id"),
+    [
+        ({"traceparent": f"00-{'a1' * 16}-{'b2' * 8}-01"}, "a1" * 16),
+        ({"x-amzn-trace-id": f"Self=1-2-3;Root=1-{'c' * 8}-{'d' * 24}"}, "c" * 8 + "d" * 24),
+        ({"traceparent": f"00-{'0' * 32}-{'b2' * 8}-01"}, None),
+        ({"traceparent": "mine"}, None),
+        ({}, None),
+    ],
+    ids=["of the caller", "of Amazon", "of zeros", "not one", "none"],
+)
+async def test_the_trace_of_the_caller_reaches_the_worker(
+    stand: Stand, sent: dict[str, str], trace_id: str | None
+) -> None:
+    """A trace that the caller began goes on; else a new one begins. The answer names it."""
     worker = await stand.worker()
     gateway = await stand.gateway()
-    headers = {"x-request-id": "mine-7"}
-    asking = asyncio.create_task(gateway.client.post("/generate", json=GENERATE, headers=headers))
+    asking = asyncio.create_task(gateway.client.post("/generate", json=GENERATE, headers=sent))
     turn = await worker.take()
-    assert turn.spec.trace == "mine-7"
+    trace = parse_parent(turn.spec.trace)
     await turn.end()
-    await asking
+    answer = await asking
+    assert trace is not None
+    assert trace_id in (None, trace.trace_id)
+    assert trace.span_id != "b2" * 8
+    told = parse_parent(answer.headers["traceresponse"])
+    assert told is not None
+    assert told.trace_id == trace.trace_id
 
 
 async def test_browsers_of_named_origins_may_call(stand: Stand) -> None:

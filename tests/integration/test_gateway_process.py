@@ -126,15 +126,15 @@ async def test_the_log_has_one_line_per_request_and_no_prompt(
         answer = await asking
         await client.post("/generate", json={"inputs": ""})
     line = await gateway.saw("request.finished")
-    assert line["request_id"] == "mine-7"
-    assert line["stream_id"] == answer.headers["x-headrace-stream-id"]
+    assert line["client_request_id"] == "mine-7"
+    assert line["request_id"] == line["stream_id"] == answer.headers["x-headrace-stream-id"]
     assert (line["api"], line["code"], line["status"]) == ("tgi", "ok", 200)
     assert (line["tokens"], line["finish_reason"], line["attempts"]) == (2, "eos_token", 1)
     assert line["model_version"] == answer.headers["x-model-version"]
     assert line["lane"] == "default"
     for name in ("queue_time", "generation_time", "tokens_per_second", "ttft", "duration"):
         assert line[name] >= 0
-    rejected = await gateway.saw("request.rejected")
+    rejected = await gateway.saw("gateway.rejected")
     assert (rejected["code"], rejected["status"], rejected["field"]) == (
         "BAD_REQUEST",
         422,

@@ -121,7 +121,7 @@ async def test_no_process_tells_a_prompt_or_a_key(
         figures = (await client.get("/metrics", headers=bearer(key))).text
     told = [*refusals, figures, *map(_logged, (gateway, worker))]
     assert "request.finished" in told[-2]
-    assert "generation.finished" in told[-1]
+    assert "worker.finished" in told[-1]
     for text in told:
         assert CANARY not in text
         assert key[-43:] not in text

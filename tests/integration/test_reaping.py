@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from structlog.testing import capture_logs
-
 from common.broker import Broker
 from common.reaping import keep_reaping
+from tests.support.event_schema import captured_logs
 from tests.support.generations import ScriptedClaims, admit
 from tests.support.waiting import wait_until
 
@@ -28,11 +27,11 @@ async def test_everything_a_dead_worker_held_goes_back(broker: Broker) -> None:
     while len(claims.holding) < len(generations):
         await claims.claim()
     await claims.beat()
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await reaped_until(broker, lambda: len(lines) >= 40, lambda: True)
-    assert sorted(line["generation_id"] for line in lines) == sorted(generations)
-    assert {(line["event"], line["move"], line["cause"]) for line in lines} == {
-        ("generation.moved", "requeued", "w1")
+    assert sorted(line["job_id"] for line in lines) == sorted(generations)
+    assert {(line["event"], line["worker"], line["cause"]) for line in lines} == {
+        ("job.requeued", "w1", "lease")
     }
     assert (await broker.state()).workers == []
 
@@ -51,7 +50,7 @@ async def test_who_may_have_lost_its_own_lease_does_not_reap(broker: Broker) -> 
         asked += 1
         return False
 
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await reaped_until(broker, lambda: asked > 20, may_reap)
     assert lines == []
     assert [worker.name for worker in (await broker.state()).workers] == ["w1"]

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
-from structlog.testing import capture_logs
 
 from common.broker import Broker, Restoration, connect
 from common.broker.keys import prefix
@@ -15,6 +14,7 @@ from common.failures import Failure
 from tests.conftest import POOL
 from tests.support.broker_invariants import check_invariants
 from tests.support.broker_view import PartitionView
+from tests.support.event_schema import captured_logs
 from tests.support.generations import ScriptedClaims, admission, admit
 from tests.support.going_back import Disk
 from tests.support.redis_server import RawRedis, RedisServer
@@ -90,7 +90,7 @@ async def test_a_forgotten_claim_is_put_back(
     disk = await Disk.of(raw)
     [attempt] = await parts.claim()
     await said(parts, attempt, 11, 12)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await come_back(parts, disk)
     assert [line["event"] for line in lines] == ["generation.restored"]
     assert tokens_of(await logged(parts.broker, generation)) == [11, 12]
@@ -247,7 +247,7 @@ async def test_a_later_claim_is_left_alone(parts: Parts, raw: RawRedis) -> None:
     await disk.end_settling()
     begun = await other.claim_one()
     await other.publish(begun.next(77))
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await said(parts, attempt, 12)
     assert [line["event"] for line in lines] == ["generation.lost"]
     assert tokens_of(await logged(parts.broker, generation)) == [77]

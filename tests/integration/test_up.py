@@ -165,7 +165,7 @@ async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
         await wait_until(
             lambda n=num_claims: (
                 instance.process("worker 1").state == "ready"
-                and worker_log.read_text().count('"generation.claimed"') >= n
+                and worker_log.read_text().count('"worker.claimed"') >= n
             ),
             timeout_s=_START_S,
             what=f"claim {num_claims}",
@@ -174,9 +174,9 @@ async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
     response = await answer
     assert response.status_code == 200, response.text
     # The client may know of the end before the worker hears that it was published.
-    await wait_until(lambda: '"generation.finished"' in worker_log.read_text())
+    await wait_until(lambda: '"worker.finished"' in worker_log.read_text())
     lines = map(json.loads, worker_log.read_text().splitlines())
-    [end] = [line for line in lines if line["event"] == "generation.finished"]
+    [end] = [line for line in lines if line["event"] == "worker.finished"]
     assert (end["attempt"], end["deaths"]) == (5, 0)
 
 

@@ -13,13 +13,13 @@ import pytest
 from openai import OpenAI
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
-from structlog.testing import capture_logs
 
 from common import keys
 from common.broker import Broker, WebhookStore, connect, webhook_store
 from common.settings import BackgroundSettings
 from common.webhooks import Delivery, Endpoint, EventType, new_endpoint_id, new_salt
 from tests.support.batches import batch_record
+from tests.support.event_schema import captured_logs
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import Stand
 from tests.support.processes import Processes
@@ -282,7 +282,7 @@ async def test_without_the_pepper_nothing_is_sent_and_nothing_lost(
 ) -> None:
     await add(store, receiver.url, pepper=b"other")
     await store.enqueue("batch.completed", "public", "batch_1")
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         [delivery] = await send_due(store, deliverer_of(store))
     assert [line["event"] for line in lines] == ["webhook.unsigned"]
     assert (delivery.state, delivery.attempts, receiver.received) == ("waiting", 0, [])

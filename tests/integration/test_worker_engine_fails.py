@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from common.broker import Broker, connect
 from common.settings import WorkerSettings
+from tests.support.event_schema import captured_logs
 from tests.support.generations import admit
 from tests.support.waiting import wait_until
 from tests.support.worker_parts import VERSION
@@ -88,7 +88,7 @@ async def test_an_engine_that_raises_ends_the_worker(
 
     monkeypatch.setattr(worker, "build_engine", build_broken)
     broker = Broker(connect(redis_url), POOL)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         run = asyncio.create_task(worker._run("w1", settings))
         await wait_until(lambda: is_alive(broker), what="the first beat")
         generation = await admit(broker)
@@ -123,7 +123,7 @@ async def test_a_device_that_is_lost_beside_any_step_ends_the_worker(
         return BrokenEngine(error)
 
     monkeypatch.setattr(worker, "build_engine", build_and_lose)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         assert await worker._run("w1", settings) == exit_codes.DEVICE_LOST
     ended.set()
     events = [line["event"] for line in lines]

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from msgspec import structs
 from redis import Redis
-from structlog.testing import capture_logs
 
 from common.broker import Admission, Broker, connect
 from common.failures import Failure
@@ -18,6 +17,7 @@ from common.messages import Finish, Grammar
 from common.settings import PrefixCache
 from tests.conftest import POOL
 from tests.support.broker_view import PartitionView
+from tests.support.event_schema import captured_logs
 from tests.support.fault_proxy import fault_proxy
 from tests.support.generations import admission, admit
 from tests.support.grammars import Residues
@@ -183,10 +183,10 @@ async def test_a_spec_that_cannot_be_decoded_ends_as_failed(parts: Parts) -> Non
     whole = await admit(parts.broker)
     await parts.claim()
     await submitted(parts)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await wait_until(lambda: len(parts.ledger.unpublished()) == 1)
         await parts.publisher.publish()
-    assert "generation.finished" in [line["event"] for line in lines]
+    assert "worker.failed" in [line["event"] for line in lines]
     [end] = await logged(parts.broker, damaged)
     assert end.record.finish is not None
     assert (end.record.finish.reason, end.record.finish.code) == ("failed", "INTERNAL")

@@ -24,7 +24,7 @@ async def test_a_worker_answers_with_a_dense_chained_log(pool: WorkerPool) -> No
     assert timing is not None
     assert timing.worker == worker.name
     assert timing.queue_time_s < 0.9, "the bell, not the one-second look, brought it"
-    line = await worker.saw("generation.finished", generation_id=generation)
+    line = await worker.saw("worker.finished", job_id=generation)
     assert line["completion_tokens"] == 30
     assert line["finish_reason"] == "length"
     assert line["generation_time"] > 0
@@ -37,7 +37,7 @@ async def test_generations_share_a_batch(pool: WorkerPool) -> None:
     generations = [await pool.admit(60) for _ in range(3)]
     results = [await pool.tokens_of(generation) for generation in generations]
     assert results[0] == results[1] == results[2]
-    spans = [line["generation_time"] for line in worker.events("generation.finished")]
+    spans = [line["generation_time"] for line in worker.events("worker.finished")]
     assert len(spans) == 3
     assert sum(spans) > 2 * max(spans), "they ran side by side"
 
@@ -70,7 +70,7 @@ async def test_cancel_frees_its_slot_within_a_step(pool: WorkerPool) -> None:
     second = await pool.admit(5)
     assert await pool.broker.cancel(first, "public") == "cancelled"
     assert len(await pool.tokens_of(second)) == 5
-    cancelled = await worker.saw("generation.cancelled", generation_id=first)
+    cancelled = await worker.saw("generation.cancelled", job_id=first)
     assert cancelled["completion_tokens"] < 50
     assert (await pool.end_of(first))[-1].record.finish is not None
 
@@ -101,8 +101,8 @@ async def test_sigterm_hands_over_what_does_not_finish_in_time(pool: WorkerPool)
     timing = entries[-1].timing
     assert timing is not None
     assert (timing.attempts, timing.deaths, timing.worker) == (2, 0, heir.name)
-    released = await worker.saw("generation.released", generation_id=generation)
-    claimed = await heir.saw("generation.claimed", generation_id=generation)
+    released = await worker.saw("generation.released", job_id=generation)
+    claimed = await heir.saw("worker.claimed", job_id=generation)
     assert claimed["next"] == released["completion_tokens"]
     again = await pool.admit(150)
     assert await pool.tokens_of(again) == await pool.tokens_of(generation)
@@ -129,7 +129,7 @@ async def test_a_stuck_step_ends_the_process(pool: WorkerPool) -> None:
 
     heir = await pool.worker()
     assert len(await pool.tokens_of(generation)) == 5
-    assert heir.events("generation.claimed")[0]["deaths"] == 1
+    assert heir.events("worker.claimed")[0]["deaths"] == 1
 
 
 async def test_a_step_longer_than_the_lease_keeps_it(pool: WorkerPool) -> None:
@@ -151,7 +151,7 @@ async def test_what_waited_before_it_came_is_taken_at_once(pool: WorkerPool) -> 
     await pool.broker.wait_for_bell(1)  # somebody else heard it
     worker = await pool.worker()
     await pool.end_of(generation)
-    ready, claimed = worker.events("worker.ready")[0], worker.events("generation.claimed")[0]
+    ready, claimed = worker.events("worker.ready")[0], worker.events("worker.claimed")[0]
     waited_s = datetime.fromisoformat(claimed["ts"]) - datetime.fromisoformat(ready["ts"])
     assert waited_s < timedelta(seconds=0.9)
 
@@ -218,7 +218,7 @@ async def test_no_log_line_holds_the_prompt_or_the_answer(pool: WorkerPool, tmp_
     worker = await pool.worker()
     generation = await admit(pool.broker, prompt_tokens=64, max_new_tokens=40, attached=False)
     entries = await pool.end_of(generation)
-    await worker.saw("generation.finished")
+    await worker.saw("worker.finished")
     text = b"".join(piece for entry in entries for piece in entry.record.pieces).decode()
     log = (worker.folder / "worker.jsonl").read_text() + worker.errors()
     assert text[:20] not in log

@@ -3,13 +3,13 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from structlog.testing import capture_logs
 
 from common.broker import Broker, Publication, connect
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.messages import TokenRecord, chain_next, chain_start, chain_text
 from tests.conftest import POOL
+from tests.support.event_schema import captured_logs
 from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.generations import admit
 from tests.support.worker_parts import VERSION, Parts, logged, tokens_of
@@ -92,7 +92,7 @@ async def test_a_cancelled_generation_leaves_the_engine(parts: Parts) -> None:
     await parts.publisher.publish()
     await parts.broker.cancel(attempt.id, "public")
     parts.step(attempt, 2)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await parts.publisher.publish()
     assert parts.engine.cancelled == [attempt.engine_id]
     assert parts.ledger.running() == []
@@ -105,7 +105,7 @@ async def test_what_was_handed_to_somebody_else_is_dropped(parts: Parts) -> None
     attempt = await claimed_one(parts)
     await parts.broker.release(parts.name, [(attempt.id, attempt.fence)])
     parts.step(attempt, 1)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await parts.publisher.publish()
     assert parts.engine.cancelled == [attempt.engine_id]
     assert parts.ledger.holding() == []
@@ -131,7 +131,7 @@ async def test_another_history_under_our_fence_is_given_back(parts: Parts) -> No
     )
     parts.step(attempt, 1)
     parts.step(attempt, 2)
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await parts.publisher.publish()
     assert "generation.diverged" in [line["event"] for line in lines]
     assert parts.engine.cancelled == [attempt.engine_id]
@@ -184,9 +184,9 @@ async def test_a_lost_answer_to_the_end_is_sent_once_more_and_accepted(
     proxy.lose_answer(b"_publish")
     with pytest.raises(Failure):
         await cut_parts.publisher.publish()
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await cut_parts.publisher.publish()
-    assert [line["event"] for line in lines] == ["generation.finished"]
+    assert [line["event"] for line in lines] == ["worker.finished"]
     assert len(await logged(broker, attempt.id)) == 1
 
 
@@ -267,10 +267,10 @@ async def test_the_canonical_line_says_what_a_generation_took(parts: Parts) -> N
     attempt = await claimed_one(parts, prompt_tokens=5)
     parts.step(attempt, 1)
     parts.step(attempt, 2, finish="length")
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         await parts.publisher.publish()
     [line] = lines
-    assert line["event"] == "generation.finished"
+    assert line["event"] == "worker.finished"
     assert (line["prompt_tokens"], line["completion_tokens"], line["new_tokens"]) == (5, 2, 2)
     assert (line["finish_reason"], line["code"], line["attempt"]) == ("length", None, 1)
     assert line["model_version"] == VERSION

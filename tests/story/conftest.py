@@ -47,11 +47,11 @@ class Stage:
         """Of two workers, the one that claimed this stream, and the other."""
 
         def is_claimed() -> bool:
-            return any(w.events("generation.claimed", request_id=stream_id) for w in self.workers)
+            return any(w.events("worker.claimed", request_id=stream_id) for w in self.workers)
 
         await wait_until(is_claimed)
         first, second = self.workers
-        if first.events("generation.claimed", request_id=stream_id):
+        if first.events("worker.claimed", request_id=stream_id):
             return first, second
         return second, first
 

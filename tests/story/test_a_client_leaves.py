@@ -22,7 +22,7 @@ async def test_a_client_leaves_and_its_slot_is_free_within_a_step(
     reader.check_whole()
     assert reader.end["headrace"]["queue_time"] < 1.0
     line = worker.events("generation.cancelled")[-1]
-    assert line["generation_id"] == f"{gone.stream_id}.0"
+    assert line["job_id"] == f"{gone.stream_id}.0"
 
 
 async def test_a_dropped_connection_may_come_back_within_its_grace_time(stage: Stage) -> None:

@@ -31,13 +31,13 @@ async def test_a_zombie_is_fenced(stage: Stage) -> None:
         await take(events, 10)
         zombie, heir = await stage.holder_and_heir(reader.stream_id)
         zombie.pause()
-        await heir.saw("generation.claimed", generation_id=f"{reader.stream_id}.0")
+        await heir.saw("worker.claimed", job_id=f"{reader.stream_id}.0")
         zombie.resume()
         async for _ in events:
             pass
     reader.check_whole()
     assert reader.end["headrace"]["attempts"] == 2
-    await zombie.saw("generation.lost", generation_id=f"{reader.stream_id}.0")
+    await zombie.saw("generation.lost", job_id=f"{reader.stream_id}.0")
     assert zombie.exit_code is None, "it works on as a normal worker"
     again = await Reader().read_all(client, "still there?", max_new_tokens=5)
     again.check_whole()

@@ -28,5 +28,5 @@ async def test_two_share_a_batch_and_neither_changes_the_other(stage: Stage) -> 
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     for reader in (*alone, *together):
         reader.check_whole()
-    claims = worker.events("generation.claimed")
+    claims = worker.events("worker.claimed")
     assert len(claims) == 4

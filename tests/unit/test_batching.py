@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from common.failures import KINDS
 from common.models.tokenizer import Tokenizer
 from tests.support.engines import Transcript, collect, engine_around, is_busy, request, run_all
+from tests.support.event_schema import captured_logs
 from tests.support.grammars import Residues
 from tests.support.tiny_model import build_tokenizer
 from workers.engine.batching import BatchingEngine, Choice, Outcome
@@ -59,7 +59,7 @@ def expected() -> dict[str, Transcript]:
 def test_who_never_fits_fails_alone(expected: dict[str, Transcript]) -> None:
     """With a code that says try again; the others get what they would have got."""
     engine, _ = engine_on(lambda chunks: all(chunk.sequence.id != "d" for chunk in chunks))
-    with capture_logs() as lines:
+    with captured_logs() as lines:
         got = run_all(engine, [request(id, [70] * 9, max_new_tokens=6) for id in "abcdefg"])
     finish = got.pop("d").finish
     assert finish is not None

@@ -25,6 +25,7 @@ from common.files import Files
 from common.ids import new_process_name
 from common.logs import get_logger
 from common.reaping import keep_reaping
+from common.redis_clock import RedisClock
 from common.settings import BackgroundSettings
 from common.storage import Storage, open_storage
 from gateway.lines import load_offer
@@ -88,6 +89,7 @@ async def _serve(settings: BackgroundSettings, name: str, broker: Broker) -> Non
     async with _steers(settings, name, broker, storage, files) as steers:
         beside = [
             asyncio.create_task(keep_reaping(broker)),
+            asyncio.create_task(RedisClock().keep_sampling(broker)),
             asyncio.create_task(keep_telling(broker)),
             asyncio.create_task(_deliverer(settings, broker).run()),
         ]

@@ -25,6 +25,7 @@ from workers.engine.port import (
     DeviceMemoryError,
     EngineLoad,
     EngineRequest,
+    Joined,
     StepOutput,
     StepWork,
 )
@@ -119,6 +120,17 @@ class _Computed:
     was_split: bool = False
 
 
+def _newcomers(chunks: list[Chunk]) -> tuple[Joined, ...]:
+    joined: list[Joined] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        if not sequence.has_joined:
+            sequence.has_joined = True
+            cached = sequence.num_cached or 0
+            joined.append(Joined(sequence.id, chunk.slot, len(chunks), cached))
+    return tuple(joined)
+
+
 class BatchingEngine:
     """Implements :class:`workers.engine.port.Engine`.
 
@@ -164,6 +176,7 @@ class BatchingEngine:
         self._completed_s = 0.0
         """When the last step that was launched was over: the next one takes no time before that."""
         self._sequences: dict[str, Sequence] = {}
+        self._joined: tuple[Joined, ...] = ()
         self._ended: list[StepOutput] = []
         """Generations that ended before any step: told with the next one."""
 
@@ -205,12 +218,14 @@ class BatchingEngine:
 
     def _advance(self) -> list[StepOutput]:
         outputs, self._ended = self._ended, []
+        self._joined = ()
         step, self._under_way = self._under_way, None
         if step is None or all(sequence.finish for sequence in step.sampled):
             chunks = self._scheduler.plan()
             if not chunks:
                 return outputs
             self._watch.planned()
+            self._joined = _newcomers(chunks)
             step = self._launched(self._launcher.launch, chunks) if self._launcher else None
             if step is None:
                 return outputs + self._run(chunks)
@@ -224,6 +239,7 @@ class BatchingEngine:
             free_tokens=max(0, self.cache_size.capacity_tokens - self._scheduler.promised_tokens),
             free_slots=max(0, self._limits.max_sequences - running - waiting),
             spare_slots=self._limits.spare_sequences,
+            joined=self._joined,
         )
 
     def _run(self, chunks: list[Chunk]) -> list[StepOutput]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from common.clock import monotonic_s
 from common.failures import Failure
 from common.logs import get_logger
 from common.models.adapters import AdapterStore
@@ -59,13 +60,15 @@ def build_simulated(settings: WorkerSettings, stored: StoredModel) -> BatchingEn
     eos_token_ids = stored.manifest.eos_token_ids
     if not eos_token_ids:
         raise Failure("MODEL_LOAD_FAILED", f"{settings.model} names no end-of-sequence token.")
+    began_s = _tell_loading(stored)
     runner = SimulatedRunner(
         tokenizer,
         eos_token_ids[0],
         first_token_s=settings.simulated_first_token_ms / 1000,
         inter_token_s=settings.simulated_inter_token_ms / 1000,
     )
-    log.info("engine.selected", engine="simulated", model=settings.model)
+    _tell_loaded(stored, began_s)
+    log.info("engine.selected", engine="simulated", model=settings.model, device="cpu")
     return BatchingEngine(
         runner,
         _text_rules(tokenizer, stored),
@@ -88,21 +91,48 @@ def build_torch(settings: WorkerSettings, stored: StoredModel) -> BatchingEngine
     if settings.quantize != "none" and device.type != "cpu":
         message = f"quantize={settings.quantize} is for processors; the device is {device.type}."
         raise Failure("MODEL_LOAD_FAILED", message)
-    log.info("model.load_started", model_version=stored.manifest.version)
+    began_s = _tell_loading(stored)
     refused: dict[str, str] = {}
     if device.type == "cuda" and settings.engine_way == "auto":
         try:
             return build_paged(
-                settings, stored, load_model(stored.path, dtype=dtype, device=device)
+                settings,
+                stored,
+                load_model(stored.path, dtype=dtype, device=device),
+                began_s=began_s,
             )
         except Exception as error:  # noqa: BLE001 - slower on slots is better than not at all
             refused["cuda"] = f"{type(error).__name__}: {error}"
         gc.collect()  # modules refer to one another, and would stay beside the next ones
-    return _build_slots(settings, stored, dtype=dtype, device=device, refused=refused)
+    return _build_slots(
+        settings, stored, dtype=dtype, device=device, refused=refused, began_s=began_s
+    )
 
 
-def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> BatchingEngine:
-    """The loaded ``model`` over pages, with as large a cache as fits its device."""
+def _tell_loading(stored: StoredModel) -> float:
+    """Returns when it began."""
+    manifest = stored.manifest
+    log.info("model.loading", model_version=manifest.version, revision=manifest.revision)
+    return monotonic_s()
+
+
+def _tell_loaded(stored: StoredModel, began_s: float) -> None:
+    manifest = stored.manifest
+    log.info(
+        "model.loaded",
+        model_version=manifest.version,
+        load_s=round(monotonic_s() - began_s, 3),
+        revision=manifest.revision,
+        sha256=manifest.weights_sha256,
+    )
+
+
+def build_paged(
+    settings: WorkerSettings, stored: StoredModel, model: Any, *, began_s: float | None = None
+) -> BatchingEngine:
+    """The loaded ``model`` over pages, with as large a cache as fits its device; loading it began
+    at ``began_s``.
+    """
     from workers.model.adapters import StoredAdapters
     from workers.model.paged_model import PAGE_TOKENS, prepare_paged
     from workers.model.paged_runner import PagedRunner
@@ -117,7 +147,7 @@ def build_paged(settings: WorkerSettings, stored: StoredModel, model: Any) -> Ba
         cache_tokens=limits.cache_tokens if is_bounded else None,
         memory_share=settings.cuda_memory_share,
     )
-    log.info("model.loaded", model_version=stored.manifest.version)
+    _tell_loaded(stored, monotonic_s() if began_s is None else began_s)
     log.info(
         "engine.selected",
         engine="torch",
@@ -155,6 +185,7 @@ def _build_slots(
     dtype: Any,
     device: Any,
     refused: dict[str, str],
+    began_s: float,
 ) -> BatchingEngine:
     """The model on contiguous slots, in the best way that takes it; ``refused`` are better ones."""
     from workers.model.adapters import StoredAdapters
@@ -177,7 +208,7 @@ def _build_slots(
         dtype=dtype,
         device=device,
     )
-    log.info("model.loaded", model_version=stored.manifest.version)
+    _tell_loaded(stored, began_s)
     log.info(
         "engine.selected",
         engine="torch",
@@ -238,11 +269,11 @@ def _build_leader(
 
     plan = _rank_plan(settings, stored, followers)
     check_shardable(stored.path, plan.num_ranks)
-    log.info("model.load_started", model_version=stored.manifest.version)
+    began_s = _tell_loading(stored)
     followers.join(plan)
     rank = prepare_rank(plan, 0)
     followers.answers()
-    log.info("model.loaded", model_version=stored.manifest.version)
+    _tell_loaded(stored, began_s)
     log.info(
         "engine.selected",
         engine="torch",

@@ -70,6 +70,16 @@ class StepOutput(msgspec.Struct, frozen=True):
     """With the first tokens, where the request asks for it."""
 
 
+class Joined(msgspec.Struct, frozen=True, gc=False):
+    """Where a generation stands in the batch that it came into."""
+
+    id: str
+    slot: int
+    batch_size: int
+    """Generations in that step."""
+    cached_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """Room and work at the end of a step."""
@@ -81,6 +91,8 @@ class EngineLoad:
     free_slots: int
     spare_slots: int = 0
     """Beside these, for those that pause while others of a lower rank are served."""
+    joined: tuple[Joined, ...] = ()
+    """Who computed in the step for the first time."""
 
 
 class StepWork(msgspec.Struct, frozen=True, gc=False):

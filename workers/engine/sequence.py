@@ -66,6 +66,8 @@ class Sequence:
         self.num_computed = 0
         self.num_cached: int | None = None
         """Prompt tokens that were found computed when it was first admitted; None before that."""
+        self.has_joined = False
+        """Whether any step had a part of it."""
         self.cache_scope = request.cache_scope
         self.adapter = request.adapter
         self.rank = request.rank
