@@ -377,7 +377,7 @@ INSIDE: dict[str, Inside] = {
     ),
     "LOG_SINK_BLOCKED": Inside(
         "Nobody reads the pipe of standard output, so lines are dropped and counted.",
-        "log.dropped, headrace_log_dropped_lines_total",
+        "log.dropped, headrace_log_lines_dropped_total",
         "nothing: serving never waits for its log",
         Explanation(
             "A log collector that stands still or is too slow.",
@@ -388,7 +388,7 @@ INSIDE: dict[str, Inside] = {
     ),
     "DISK_FULL": Inside(
         "The disk with the logs has no room, so lines are dropped and counted.",
-        "log.dropped, headrace_log_dropped_lines_total",
+        "log.dropped, headrace_log_lines_dropped_total",
         "nothing, until storage or Redis need that disk, too",
         Explanation(
             "Old logs, models that nobody uses, or the embedded server's data.",

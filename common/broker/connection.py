@@ -1,6 +1,7 @@
 """Connections to Redis: how they are opened, and what its errors mean to us."""
 
 import asyncio
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,6 +11,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -33,8 +35,20 @@ _UNAVAILABLE = (
     BusyLoadingError,
     ReadOnlyError,
     ClusterDownError,
+    NoPermissionError,
 )
-_FAILOVER_PREFIXES = ("MASTERDOWN", "NOREPLICAS", "LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
+"""What redis-py has classes for; it takes the first word off their text."""
+_AWAY_PREFIXES = (
+    # It is loading, failing over, or part of a cluster that moves:
+    "ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "NOREPLICAS", "READONLY", "TRYAGAIN",
+    # It is busy with somebody else's script, cannot write to its disk, or has no connection left:
+    "BUSY", "MISCONF", "UNKILLABLE", "max number of clients",
+    # It does not know us, does not let us, or is too old:
+    "DISABLED", "NOAUTH", "NOPERM", "Protocol error", "WRONGPASS", "unknown command",
+)  # fmt: skip
+"""How errors begin that are the operator's to end, whatever was asked."""
+_PREAMBLE = re.compile(r"(Command # \d+ .* of pipeline caused error: \W*)?(ERR )?", re.DOTALL)
+"""What may stand before an error: redis-py names the command of a transaction, with all of it."""
 
 
 def connect(redis_url: str, *, blocking: bool = False, single: bool = False) -> Client:
@@ -90,12 +104,12 @@ def _use_our_connections(pool: Any) -> None:
 
 def failure_from(error: RedisError | OSError) -> Failure:
     """The failure that an error of Redis or of its connection stands for."""
-    text = str(error)
+    text = _PREAMBLE.sub("", str(error), count=1)
     if isinstance(error, OutOfMemoryError) or text.startswith("OOM"):
         return Failure("BROKER_FULL")
     if text.startswith("PROTOCOL_TOO_NEW"):
         return Failure("PROTOCOL_TOO_NEW", text)
-    if isinstance(error, (*_UNAVAILABLE, OSError)) or text.startswith(_FAILOVER_PREFIXES):
+    if isinstance(error, (*_UNAVAILABLE, OSError)) or text.startswith(_AWAY_PREFIXES):
         return Failure(
             "BROKER_UNAVAILABLE", f"Redis cannot be reached: {text or type(error).__name__}"
         )

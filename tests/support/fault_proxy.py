@@ -1,8 +1,9 @@
-"""A TCP proxy in front of Redis that cuts, delays, stalls, and loses, holds or copies single calls.
+"""A TCP proxy in front of Redis that cuts, delays, stalls, and plays tricks on single calls.
 
 Towards the server the stream is split into whole commands, so that a fault hits one call: its
-answer is lost, it is held back until released, or a copy of it is kept to be executed late. Towards
-the client bytes pass as they come. Both directions can be delayed or stalled.
+answer is lost, it is held back until released, a copy of it is kept to be executed late, or the
+server is made to answer with an error. Towards the client bytes pass as they come. Both directions
+can be delayed or stalled.
 """
 
 import asyncio
@@ -25,8 +26,9 @@ class Rule:
     """
 
     needle: bytes
-    effect: Literal["lose_answer", "hold", "copy"]
+    effect: Literal["lose_answer", "hold", "copy", "refuse"]
     times: int
+    error: str = ""
     hit: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     commands: list[bytes] = field(default_factory=list[bytes])
@@ -39,7 +41,8 @@ class Rule:
         return True
 
     def release(self) -> None:
-        """Let what was held go on."""
+        """Let what was held go on, and nothing be caught any more."""
+        self.times = 0
         self.released.set()
 
 
@@ -102,6 +105,10 @@ class FaultProxy:
     def copy(self, needle: bytes, times: int = 1) -> Rule:
         """The call passes; a copy stays in ``rule.commands`` to be sent late."""
         return self._add(Rule(needle, "copy", times))
+
+    def refuse(self, needle: bytes, error: str, times: int = 1) -> Rule:
+        """The call is not executed; the server answers it with ``error``, in its turn."""
+        return self._add(Rule(needle, "refuse", times, error))
 
     async def send(self, command: bytes) -> bytes:
         """Execute a caught command now, over a connection of its own; returns the raw answer."""
@@ -183,7 +190,10 @@ class FaultProxy:
                     await rule.released.wait()
                 if rule is not None and rule.effect == "lose_answer":
                     losing.set()
-                writer.write(command)
+                if rule is not None and rule.effect == "refuse":
+                    writer.write(_erroneous(rule.error))
+                else:
+                    writer.write(command)
                 await writer.drain()
 
     async def _carry_answers(
@@ -212,6 +222,12 @@ async def fault_proxy(upstream_url: str) -> AsyncGenerator[FaultProxy, None]:
         yield proxy
     finally:
         await proxy.close()
+
+
+def _erroneous(error: str) -> bytes:
+    """A command that the server answers with just this error."""
+    parts = [b"EVAL", b"return redis.error_reply(ARGV[1])", b"0", error.encode()]
+    return b"*4\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
 async def _commands(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
