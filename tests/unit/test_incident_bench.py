@@ -118,12 +118,10 @@ def test_lines_that_are_no_events_are_left_out(tmp_path: Path) -> None:
 
 ANSWER = {
     "findings": [
-        {"kind": "interval", "cause": "something at that time", "subject": {}, "aliases": {}},
+        {"what": "something at that time", "data": {"kind": "interval"}},
         {
-            "kind": "trait",
-            "cause": "worker w1",
-            "subject": {"worker": "w1"},
-            "aliases": {"host": "h"},
+            "what": "worker w1",
+            "data": {"kind": "trait", "subject": {"worker": "w1"}, "aliases": {"host": "h"}},
         },
     ]
 }

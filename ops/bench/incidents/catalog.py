@@ -235,7 +235,7 @@ def _skewed(ahead_s: float) -> Act:
 
     def act(stage: Stage) -> list[Cause]:
         process = stage.any_worker()
-        stage.replace(process, Orders(clock_s=ahead_s))
+        stage.replace([process], Orders(clock_s=ahead_s))
         return [*_worker(stage, process), Cause("component", "clock")]
 
     return act
@@ -248,10 +248,10 @@ def _deployed(orders: Orders, *, count: int) -> Act:
     """So many workers are replaced by some that run another edition of the model."""
 
     def act(stage: Stage) -> list[Cause]:
-        chosen = stage.chance.sample(range(1, stage.num_workers + 1), count)
-        for number in chosen:
-            stage.replace(f"worker {number}", orders)
-        return [Cause("version_of", f"worker {chosen[0]}")]
+        numbers = stage.chance.sample(range(1, stage.num_workers + 1), count)
+        chosen = [f"worker {number}" for number in numbers]
+        stage.replace(chosen, orders)
+        return [Cause("version_of", chosen[0])]
 
     return act
 
@@ -286,6 +286,7 @@ def _of_models() -> list[Incident]:
             "ENGINE_ERROR",
             _deployed(failing, count=2),
             workers=4,
+            tail_s=8,
         ),
         Incident(
             "version-not-finite",
@@ -294,6 +295,7 @@ def _of_models() -> list[Incident]:
             "NAN_LOGITS",
             _deployed(not_numbers, count=2),
             workers=4,
+            tail_s=8,
         ),
         Incident(
             "version-slow",
@@ -302,6 +304,7 @@ def _of_models() -> list[Incident]:
             "slow",
             _deployed(slow, count=2),
             workers=4,
+            tail_s=8,
         ),
         Incident(
             "version-slow-everywhere", "deploy", 204, "slow", _deployed(slow, count=3), tail_s=6
@@ -359,9 +362,9 @@ def _of_models() -> list[Incident]:
             210,
             "ENGINE_ERROR",
             _flawed_everywhere(
-                Flaw(min_batch=4),
-                Cause("batch_size", (4, 64)),
-                Cause("batch_size_max", (4, 64)),
+                Flaw(min_batch=5, max_position=0),
+                Cause("batch_size", (5, 64)),
+                Cause("batch_size_max", (5, 64)),
                 Cause("batch_size_mean", (3, 64)),
             ),
             workers=2,

@@ -64,14 +64,14 @@ def _run(incident: Incident, stage: Stage, seen: Path) -> Truth:
     batches = batches_of(stage) if incident.batches else nullcontext()
     with batches, stage.traffic(seconds, incident.sources(stage), seen) as began:
         time.sleep(max(0.0, began + incident.lead_s - time.time()))
-        onset = time.time()
+        stage.onset = time.time()
         causes = incident.act(stage)
         return Truth(
             name=incident.name,
             kind=incident.kind,
             seed=incident.seed,
             symptom=incident.symptom,
-            onset=onset if causes else None,
+            onset=stage.onset if causes else None,
             causes=causes,
             load_average=round(os.getloadavg()[0], 2),
         )

@@ -84,11 +84,11 @@ def score(folder: Path) -> Score:
     told = truth.read(folder)
     log = folder / LOG
     began_s = monotonic_s()
-    code, answer, problem = _ask("why", log)
+    code, answer, problem = ask("why", log)
     seconds = monotonic_s() - began_s
     named = findings_in(answer)
     rank = next((n for n, one in enumerate(named, start=1) if one.is_right(told)), 0)
-    onset = onset_in(_ask("spike", log)[1])
+    onset = onset_in(ask("spike", log)[1])
     first = named[0] if named else None
     return Score(
         name=told.name,
@@ -106,9 +106,10 @@ def score(folder: Path) -> Score:
     )
 
 
-def _ask(question: str, log: Path) -> tuple[int, Any, str]:
-    """Exit code, JSON and last words of `headrace incident QUESTION LOG --json`."""
-    command = [sys.executable, "-P", "-m", "ops.cli", "incident", question, str(log), "--json"]
+def ask(question: str, log: Path) -> tuple[int, Any, str]:
+    """Exit code, JSON and last words of `headrace incident QUESTION --logs LOG --json`."""
+    command = [sys.executable, "-P", "-m", "ops.cli", "incident", question]
+    command += ["--logs", str(log), "--json"]
     try:
         done = subprocess.run(  # noqa: S603 - our own command
             command, capture_output=True, timeout=_LIMIT_S, check=False
@@ -126,10 +127,11 @@ def findings_in(answer: Any) -> list[Named]:
     """Those of the JSON that `why` prints, the best first."""
     found: list[Named] = []
     for finding in answer.get("findings", []):
-        blamed = {**finding.get("aliases", {}), **finding.get("subject", {})}
-        kind = str(finding.get("kind", ""))
+        told = finding.get("data", {})
+        blamed = {**told.get("aliases", {}), **told.get("subject", {})}
+        kind = str(told.get("kind", ""))
         blamed.setdefault("kind", kind)
-        found.append(Named(blamed, str(finding.get("cause", "")), kind != _INTERVAL))
+        found.append(Named(blamed, str(finding.get("what", "")), kind != _INTERVAL))
     return found
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -49,6 +49,8 @@ class Stage:
         self.lead_s = lead_s
         """When the fault begins, from the clients' first second on."""
         self.chance = random.Random(seed)
+        self.onset = 0.0
+        """When the fault began, in seconds since 1970; a fault that takes a while corrects it."""
         self.num_workers = workers
         self.num_gateways = gateways
         self.keys: dict[str, str] = {}
@@ -124,12 +126,18 @@ class Stage:
         finally:
             self.send(process, signal.SIGCONT)
 
-    def replace(self, process: str, orders: Orders) -> None:
-        """Stop a worker in order; another one, under ``orders``, takes its place."""
-        before = self.instance(process)
-        self.order(process, orders)
-        self.send(process, signal.SIGTERM)
-        self.until_ready(process, lambda it: it.instance not in ("", before))
+    def replace(self, processes: Sequence[str], orders: Orders) -> None:
+        """Stop workers in order; others, under ``orders``, take their places. The fault begins
+        with the first of these.
+        """
+        before = {name: self.instance(name) for name in processes}
+        for name in processes:
+            self.order(name, orders)
+            self.send(name, signal.SIGTERM)
+        for name in processes:
+            self.until_ready(name, lambda it: it.instance not in ("", before[it.name]))
+            if name == processes[0]:
+                self.onset = time.time()
 
     def until_ready(self, process: str, also: Callable[[ProcessState], bool]) -> None:
         give_up_at = time.monotonic() + _PATIENCE_S

@@ -44,10 +44,11 @@ class Flaw(msgspec.Struct, frozen=True, omit_defaults=True):
     min_batch: int = 0
     min_prompt_tokens: int = 0
     min_position: int = 0
+    max_position: int = 1 << 30
 
     def strikes(self, sequence: Sequence, batch_size: int) -> bool:
         return (
-            sequence.num_generated >= self.min_position
+            self.min_position <= sequence.num_generated <= self.max_position
             and sequence.num_prompt >= self.min_prompt_tokens
             and batch_size >= self.min_batch
             and (sequence.matcher is not None or not self.is_guided)
@@ -71,7 +72,8 @@ class Orders(msgspec.Struct, frozen=True, omit_defaults=True):
     is_stuck: bool = False
     """Steps do not end."""
     edition: int = 1
-    """Of the model: each has a script, and so a version, of its own."""
+    """Of the model: each has a script, and so a version, of its own. What stands beside it is not
+    for a process that began with another one."""
     clock_s: float = 0.0
     """How far the wall clock of this process is ahead."""
 
@@ -99,9 +101,12 @@ class MisledRunner(SimulatedRunner):
     """The simulated engine's runner, under orders."""
 
     orders = OrdersFile(Path(os.devnull) / "none")
+    edition = 1
 
     def run(self, chunks: list[Chunk]) -> list[Outcome]:
         orders = self.orders.now()
+        if orders.edition != self.edition:
+            orders = Orders()
         for chunk in chunks:
             if orders.crash_on and orders.crash_on in _prompt_of(chunk.sequence):
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -139,6 +144,7 @@ def _flawed(flaw: Flaw) -> Outcome:
 def _prepare(path: Path) -> None:
     MisledRunner.orders = OrdersFile(path)
     orders = MisledRunner.orders.now()
+    MisledRunner.edition = orders.edition
     factory.SimulatedRunner = MisledRunner
     if orders.edition > 1:
         turned = simulated.SCRIPT[orders.edition :] + simulated.SCRIPT[: orders.edition]
