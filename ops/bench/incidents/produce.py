@@ -108,8 +108,8 @@ class _Resolver:
                     if cause.value in (line.get("process"), line.get("name"))
                 }
                 return [
-                    *self._all("worker", "instance", lambda it: it.get("pid") in pids),
                     cause,
+                    *self._all("worker", "instance", lambda it: it.get("pid") in pids),
                 ]
             case "version_of":
                 name = str(cause.value)
