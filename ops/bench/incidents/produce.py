@@ -99,13 +99,13 @@ class _Resolver:
             case "tenant":
                 ids = self._asked_by[str(cause.value)]
                 return self._all(
-                    "tenant_hash", "tenant_hash", lambda it: it.get("request_id") in ids
+                    "tenant_hash", "tenant_hash", lambda it: it.get("client_request_id") in ids
                 )
             case "slot":
                 pids = {
-                    line.get("child_pid")
+                    line["child_pid"]
                     for line in self._lines
-                    if cause.value in (line.get("process"), line.get("name"))
+                    if line.get("name") == cause.value and "child_pid" in line
                 }
                 return [
                     cause,
@@ -120,9 +120,9 @@ class _Resolver:
                 )
             case "marked":
                 dead = {
-                    str(line.get("request_id") or line.get("trace_id"))
+                    str(line["job_id"]).partition(".")[0]
                     for line in self._lines
-                    if line["event"] in ("job.dead", "generation.quarantined")
+                    if line["event"] == "job.dead"
                 }
                 return [
                     *(Cause("request_id", id) for id in sorted(dead)),
@@ -141,8 +141,7 @@ class _Resolver:
         return next(
             line["child_pid"]
             for line in reversed(self._lines)
-            if line["event"] in ("process.started", "process.restarted")
-            and process in (line.get("process"), line.get("name"))
+            if line["event"] in ("process.started", "process.restarted") and line["name"] == process
         )
 
 
