@@ -11,7 +11,7 @@ from statistics import median
 
 import msgspec
 
-from common.failures import KINDS, Actor
+from common.failures import KINDS, is_callers_fault
 from common.overview import SEVERITIES, Diagnosis, Overview, Severity, WorkerView
 
 _HOLD_S = 5.0
@@ -247,7 +247,7 @@ def _are_alike(one: WorkerView, other: WorkerView) -> bool:
 
 
 def _errors(now: Overview, _: Past) -> Iterator[Diagnosis]:
-    ours = [error for error in now.errors if error.count_1m and not _is_callers(error.code)]
+    ours = [error for error in now.errors if error.count_1m and not is_callers_fault(error.code)]
     num_failed = sum(error.count_1m for error in ours)
     if num_failed < _MIN_FAILURES:
         return
@@ -267,12 +267,6 @@ def _errors(now: Overview, _: Past) -> Iterator[Diagnosis]:
         + (f"; usual is {_percent(usual)}." if now.stats_1h.over_s > 600 else "."),
         command=f"headrace explain {worst.code}",
     )
-
-
-def _is_callers(code: str) -> bool:
-    """Whether only who asks can do something about it."""
-    kind = KINDS.get(code)
-    return kind is not None and kind.actor in (Actor.CALLER, Actor.TENANT)
 
 
 def _dead_letters(now: Overview, _: Past) -> Iterator[Diagnosis]:

@@ -482,6 +482,12 @@ KINDS: dict[str, FailureKind] = {
 }
 
 
+def is_callers_fault(code: str) -> bool:
+    """Whether only who asked, or the one who gave him his key, can act on it."""
+    kind = KINDS.get(code)
+    return kind is not None and kind.actor in (Actor.CALLER, Actor.TENANT)
+
+
 class Failure(Exception):
     """A failure with a code from :data:`KINDS`; the borders turn it into an answer or a final event.
 

@@ -15,6 +15,8 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from common.tally import Tally
+
 if TYPE_CHECKING:
     from common.broker import PoolState
 
@@ -78,6 +80,7 @@ class GatewayMetrics:
     """Instruments of one gateway process."""
 
     def __init__(self) -> None:
+        self.tally = Tally()
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "headrace_requests_total",

@@ -83,7 +83,7 @@ class GatewayView(msgspec.Struct, frozen=True, kw_only=True):
     """99th percentile, as of the relay's, over a minute."""
     host: str = ""
     state: str = "ready"
-    heartbeat_age_s: float = 0.0
+    up_s: float = 0.0
 
 
 class Quantiles(msgspec.Struct, frozen=True, kw_only=True):

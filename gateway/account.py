@@ -5,7 +5,7 @@ from collections.abc import Collection
 from math import ceil
 from typing import Any
 
-from common.clock import monotonic_s
+from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Finish, FinishReason, Timing
@@ -56,6 +56,7 @@ class Account:
             self._num_tokens += len(batch.tokens)
             self._inter_token_s.observe(batch.gap_s / len(batch.tokens))
             self._gaps_s.append(batch.gap_s)
+            self._metrics.tally.figures.inter_token.observe(batch.gap_s / len(batch.tokens))
         elif batch.tokens:
             self._num_tokens += batch.start + len(batch.tokens)
             self._note_first(batch)
@@ -70,6 +71,7 @@ class Account:
             self._first_token_at = now = monotonic_s()
             if batch.start == 0:
                 self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
+                self._metrics.tally.figures.ttft.observe(now - self.arrived_at)
 
     @property
     def _has_failed(self) -> bool:
@@ -102,6 +104,7 @@ class Account:
         self._is_closed = True
         outcome = self._outcome()
         self._metrics.requests.labels(self.api, outcome).inc()
+        self._tell_tally(outcome)
         self._metrics.request_s.labels(self.api).observe(self.age_s)
         first = self._first_token_at
         told: dict[str, Any] = {
@@ -122,6 +125,18 @@ class Account:
             log.info("stream.closed", reason=outcome, **told)
         else:
             log.info("request.finished", api=self.api, **timing, **told)
+
+    def _tell_tally(self, outcome: str) -> None:
+        """Not of who reads again what somebody else asked for."""
+        if self.api != "resume":
+            self._metrics.tally.note_end(
+                outcome,
+                request_id=self.fields.get("stream_id", ""),
+                api=self.api,
+                at_s=wall_ms() / 1000,
+                timing=self.timing,
+                num_tokens=self._num_tokens,
+            )
 
     def _tell_timing(self, timing: Timing) -> dict[str, Any]:
         self._metrics.queue_s.labels(timing.lane).observe(timing.queue_time_s)

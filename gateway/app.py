@@ -19,7 +19,7 @@ from starlette.responses import Response
 from common import build
 from common.batches import MAX_FILE_BYTES
 from common.broker import BatchWatch, Broker
-from common.clock import monotonic_s
+from common.clock import monotonic_s, wall_ms
 from common.failures import Failure
 from common.files import Files
 from common.logs import get_logger
@@ -53,6 +53,7 @@ from gateway.middleware import (
     RequestContext,
     arrival_of,
     client_request_id,
+    request_id_of,
 )
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
@@ -184,7 +185,7 @@ def create_app(
         exception_handlers={Failure: _answer_failure, HTTPException: _answer_failure},
         lifespan=_lifespan,
     )
-    app.state.services = Services(
+    services = app.state.services = Services(
         name=name,
         settings=settings,
         model=model,
@@ -199,6 +200,7 @@ def create_app(
         metrics=metrics,
         version=build.version(),
     )
+    relay.presence = services.presence
     return app
 
 
@@ -275,6 +277,9 @@ def _note_rejection(request: Request, failure: Failure, status: int) -> None:
     elif request.method == "POST" and path in _APIS:
         api = _APIS[path]
         services.metrics.requests.labels(api, failure.code).inc()
+        services.metrics.tally.note_end(
+            failure.code, request_id=request_id_of(request), api=api, at_s=wall_ms() / 1000
+        )
     else:
         return
     known = {"client_request_id": told} if (told := client_request_id(request.headers)) else {}

@@ -35,6 +35,7 @@ class LoopWatch:
                 await asyncio.sleep(LOOK_S)
                 late_s = max(0.0, monotonic_s() - due_s)
                 self._metrics.loop_lag_s.observe(late_s)
+                self._metrics.tally.figures.loop_lag.observe(late_s)
                 own_s = own_share_s(late_s, before_s, times.read()) if late_s > LATE_S else 0.0
                 self._metrics.loop_held_s.observe(own_s)
 

@@ -13,7 +13,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from common.broker import MAX_CHOICES, MAX_LOOKS, Attachment, Broker, Look, Page
+from common.broker import (
+    MAX_CHOICES,
+    MAX_LOOKS,
+    Attachment,
+    Broker,
+    GatewayPresence,
+    Look,
+    Page,
+)
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import generation_id, request_of
@@ -30,7 +38,8 @@ log = get_logger()
 
 BLOCK_MS = 1000
 """One wait for inbox records; also how often a healthy Redis is heard of."""
-BEAT_S = 4.0
+BEAT_S = 1.0
+"""Far below the lease, because each beat brings the figures of the live page."""
 WATCH_S = 0.5
 QUIET_RUNNING_S = 1.0
 """Silence of a running generation after which Redis is asked for its state."""
@@ -87,6 +96,8 @@ class Relay:
         self._heard_at = monotonic_s()
         self._is_away = False
         self._joined_ms = 0
+        self.presence: Callable[[], GatewayPresence] = GatewayPresence
+        """What this gateway says of itself in each beat."""
         self.joined = asyncio.Event()
         """Set once the inbox exists and is read."""
 
@@ -209,6 +220,7 @@ class Relay:
                 lag_s = self._lag_s(written_ms) if is_live else None
                 if lag_s is not None:
                     self._metrics.relay_lag_s.observe(lag_s)
+                    self._metrics.tally.figures.relay_lag.observe(lag_s)
                 await self._deliver(items, is_live=is_live, lag_s=lag_s)
 
     def _lag_s(self, written_ms: int) -> float | None:
@@ -247,7 +259,12 @@ class Relay:
             await asyncio.sleep(BEAT_S)
             reading = [s.id for s in self._all_streams() if s.state == "T" or s.reads_log]
             try:
-                beat = await self._commands.beat_gateway(self.name, reading=reading[:MAX_LOOKS])
+                beat = await self._commands.beat_gateway(
+                    self.name, reading=reading[:MAX_LOOKS], presence=self.presence()
+                )
+                if failures := self._metrics.tally.untold:
+                    await self._commands.keep_failures(failures)
+                    self._metrics.tally.note_told(len(failures))
             except Failure:
                 continue  # the inbox reader notices the same, and joins again
             if beat.recreated:

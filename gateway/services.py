@@ -1,12 +1,15 @@
 """What a request handler can reach: the parts of one gateway process, joined in ``app.py``."""
 
+import os
+import socket
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
 from starlette.requests import Request
 
-from common.broker import BatchWatch, Broker
+from common.broker import BatchWatch, Broker, GatewayPresence
+from common.clock import monotonic_s
 from common.files import Files
 from common.metrics import GatewayMetrics
 from common.models.adapters import AdapterStore
@@ -72,8 +75,21 @@ class Services:
     upload_places: UploadPlaces = field(default_factory=UploadPlaces)
     num_followers: int = 0
     """Who reads the feed of the live page here."""
+    began_s: float = field(default_factory=monotonic_s)
     is_draining: bool = False
     """SIGTERM came: no new generations; what is open goes on."""
+
+    def presence(self) -> GatewayPresence:
+        """What this gateway says of itself in its beats."""
+        return GatewayPresence(
+            model_version=self.model.version,
+            state="draining" if self.is_draining else "ready",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            streams=self.relay.num_streams,
+            up_s=round(monotonic_s() - self.began_s, 3),
+            figures=self.metrics.tally.figures,
+        )
 
     @property
     def max_input_tokens(self) -> int:

@@ -98,7 +98,7 @@ class Heartbeat:
     async def beat(self) -> None:
         """One beat. Logs what Redis handed back because a claim's answer had been lost."""
         seen, began_s = self._ledger.seen, monotonic_s()
-        recovered = await self._broker.beat_worker(
+        answer = await self._broker.beat_worker(
             self._name,
             self._presence(),
             seen=seen,
@@ -106,7 +106,7 @@ class Heartbeat:
             lease_ms=self._lease_ms,
         )
         self._beaten_s = began_s
-        for generation_id in recovered:
+        for generation_id in answer.returned:
             log.warning("claim.recovered", job_id=generation_id, seen=seen)
             log.info("job.requeued", job_id=generation_id, cause="beat", worker=self._name)
 

@@ -23,13 +23,22 @@ from common.broker.steps import (
     Admission,
     Admitted,
     Attachment,
+    Census,
     ClaimAnswer,
     Claimed,
+    CountedGateway,
+    CountedLane,
+    CountedWorker,
     Ended,
+    FailureNote,
     GatewayBeat,
+    GatewayPresence,
     GatewayState,
     LimitReached,
+    LiveGeneration,
     Look,
+    Lost,
+    Memory,
     Moved,
     Page,
     PoolState,
@@ -43,6 +52,7 @@ from common.broker.steps import (
     Restoration,
     Room,
     ServerFacts,
+    WorkerBeat,
     WorkerPresence,
     WorkerState,
 )
@@ -58,6 +68,9 @@ START_PATIENCE_S = 5.0
 _LOOK_AGAIN_S = 0.1
 _CLOCK_SAMPLES = 3
 MAX_CHOICES = 16
+MAX_FAILURES = 50
+"""Of each code, that are remembered."""
+_FAILURES_TTL_MS = 24 * 3600 * 1000
 MAX_LOOKS = 256
 """Streams that one call looks at, or keeps."""
 GATEWAY_LEASE_MS = 15_000
@@ -70,11 +83,22 @@ _CURSOR_TTL_MS = 2 * 24 * 3600 * 1000
 _CANNOT_TELL = ("unknown command", "appendonly is disabled", "no permissions")
 
 _pack = msgspec.msgpack.Encoder().encode
+
+
+class _Host(msgspec.Struct):
+    """Of any presence only where its process ran."""
+
+    host: str = ""
+
+
 _record = msgspec.msgpack.Decoder(TokenRecord).decode
 _timing = msgspec.msgpack.Decoder(Timing).decode
 _spec = msgspec.msgpack.Decoder(GenerationSpec).decode
 _presentation = msgspec.msgpack.Decoder(Presentation).decode
 _presence = msgspec.msgpack.Decoder(WorkerPresence).decode
+_gateway_presence = msgspec.msgpack.Decoder(GatewayPresence).decode
+_host = msgspec.msgpack.Decoder(_Host).decode
+_failure_note = msgspec.msgpack.Decoder(FailureNote).decode
 _inbox = msgspec.msgpack.Decoder(list[tuple[str, TokenRecord, Timing | None]]).decode
 
 
@@ -412,8 +436,9 @@ class Broker:
         seen: int,
         holding: Sequence[str],
         lease_ms: int,
-    ) -> list[str]:
-        """Renew the lease and say what is held; answers the ids that Redis handed back for it.
+    ) -> WorkerBeat:
+        """Renew the lease and say what is held; answers what Redis handed back for it, and whether
+        somebody wants it to rest.
 
         ``seen`` is the highest claim turn whose answer was handled or given up: what was claimed up
         to then and is not in ``holding`` was lost on the way and goes back without a death.
@@ -422,8 +447,24 @@ class Broker:
             worker, lease_ms, seen, presence.model_version, presence.max_cost,
             presence.tokens_per_second, list(holding),
         )  # fmt: skip
-        answer = await self._call("beat_worker", _pack(fields), _pack(presence))
-        return [_text(returned) for returned in answer]
+        returned, cause = await self._call("beat_worker", _pack(fields), _pack(presence))
+        return WorkerBeat([_text(generation_id) for generation_id in returned], _text(cause))
+
+    async def announce_worker(self, worker: str, presence: WorkerPresence) -> None:
+        """Say that a worker loads its model, at least every 15 s. It has no lease yet, so nothing
+        is queued for it.
+        """
+        await self._call("announce_worker", _pack((worker,)), _pack(presence))
+
+    async def drain_worker(self, worker: str, cause: str) -> bool:
+        """Ask a worker to rest: it hears of it with its next beat, finishes or hands over what it
+        holds, and claims no more until :meth:`resume_worker`. False: no such worker has a lease.
+        """
+        return await self._call("drain_worker", _pack((worker, cause))) is not None
+
+    async def resume_worker(self, worker: str) -> bool:
+        """Let a worker claim again; False: no such worker has a lease."""
+        return await self._call("drain_worker", _pack((worker, ""))) is not None
 
     async def leave_worker(self, worker: str) -> None:
         """End the lease at once; what is still held goes back."""
@@ -518,7 +559,12 @@ class Broker:
         return await self._call("stream_secret", _pack((candidate, asked, tenant)))
 
     async def beat_gateway(
-        self, gateway: str, *, reading: Sequence[str] = (), lease_ms: int = GATEWAY_LEASE_MS
+        self,
+        gateway: str,
+        *,
+        reading: Sequence[str] = (),
+        lease_ms: int = GATEWAY_LEASE_MS,
+        presence: GatewayPresence | None = None,
     ) -> GatewayBeat:
         """Renew the lease and the inbox. ``recreated``: attach every stream again.
 
@@ -527,7 +573,9 @@ class Broker:
         """
         prolong_ms = min(4 * lease_ms, _LONGEST_READ_MS)
         prolonged = [(generation_id, prolong_ms) for generation_id in reading]
-        recreated, last = await self._call("beat_gateway", _pack((gateway, lease_ms, prolonged)))
+        told = _pack(presence) if presence else b""
+        fields = _pack((gateway, lease_ms, prolonged))
+        recreated, last = await self._call("beat_gateway", fields, told)
         return GatewayBeat(bool(recreated), _text(last))
 
     async def leave_gateway(self, gateway: str) -> None:
@@ -601,6 +649,86 @@ class Broker:
         """Move what dead processes held and what is due; any process may call it, once a second."""
         return [Moved(*map(_text, row)) for row in await self._call("reap")]
 
+    async def census(self) -> Census:
+        """One look at the partition that is cheap enough for each second."""
+        at_ms, workers, gateways, lanes, dead_letters, lost, rate = await self._call(
+            "census", read_only=True
+        )
+        return Census(
+            at_ms=at_ms,
+            workers=[_counted_worker(row) for row in workers],
+            gateways=[
+                CountedGateway(
+                    _text(name), expires, reading, _gateway_presence(blob) if blob else None
+                )
+                for name, expires, reading, blob in gateways
+            ],
+            lanes={lane: CountedLane(*row) for lane, row in zip(LANES, lanes, strict=True)},
+            dead_letters=dead_letters,
+            lost=[_lost(row) for row in lost],
+            drain_rate=float(rate),
+        )
+
+    async def live(self, limit: int) -> list[LiveGeneration]:
+        """Up to ``limit`` generations that run, of each worker some, and that wait."""
+        return [
+            LiveGeneration(
+                _text(generation_id),
+                _text(worker),
+                _text(lane),
+                age,
+                running if running >= 0 else None,
+                tokens,
+                prompt_tokens,
+                deaths,
+            )
+            for generation_id, worker, lane, age, running, tokens, prompt_tokens, deaths in (
+                await self._call("live", _pack((limit,)), read_only=True)
+            )
+        ]
+
+    async def memory(self) -> Memory:
+        """What the server has left, of a part of what it can say: cheap enough for each second."""
+        redis: Any = self._redis
+        with mapped_errors():
+            memory = await redis.info(section="memory")
+            stats = await redis.info(section="stats")
+        return Memory(
+            used_bytes=memory["used_memory"],
+            max_bytes=memory["maxmemory"],
+            evicts=memory["maxmemory"] > 0 and memory["maxmemory_policy"] != "noeviction",
+            evicted_keys=stats["evicted_keys"],
+        )
+
+    async def round_trip_s(self) -> float:
+        """How long the server takes to answer the smallest question."""
+        began_s = monotonic_s()
+        with mapped_errors():
+            await self._redis.execute_command("PING")
+        return monotonic_s() - began_s
+
+    async def keep_failures(self, failures: Sequence[FailureNote]) -> None:
+        """Remember what failed lately, ``MAX_FAILURES`` of each code, for a day."""
+        by_code: dict[str, list[bytes]] = {}
+        for failure in failures:
+            by_code.setdefault(failure.code, []).append(_pack(failure))
+        redis: Any = self._redis
+        with mapped_errors():
+            pipe = redis.pipeline(transaction=False)
+            for code, packed in by_code.items():
+                listed = keys.errors_of(self._prefix, code)
+                pipe.lpush(listed, *packed[-MAX_FAILURES:])
+                pipe.ltrim(listed, 0, MAX_FAILURES - 1)
+                pipe.pexpire(listed, _FAILURES_TTL_MS)
+            await pipe.execute()
+
+    async def failures(self, code: str) -> list[FailureNote]:
+        """The last ones of this code, the newest first."""
+        redis: Any = self._redis
+        with mapped_errors():
+            found = await redis.lrange(keys.errors_of(self._prefix, code), 0, MAX_FAILURES - 1)
+        return [_failure_note(packed) for packed in found]
+
     async def state(self) -> PoolState:
         """One look at the partition."""
         workers, gateways, lanes, again, oldest, rate = await self._call("state", read_only=True)
@@ -632,6 +760,30 @@ def _ended(cursor: bytes, fields: dict[bytes, bytes]) -> Ended:
         code=_text(fields[b"code"]),
         at_ms=int(cursor.partition(b"-")[0]),
         is_background=fields.get(b"background") == b"1",
+    )
+
+
+def _counted_worker(row: Sequence[Any]) -> CountedWorker:
+    name, expires, age, held, cause, blob = row
+    return CountedWorker(
+        _text(name),
+        expires,
+        age if age >= 0 else None,
+        held,
+        _text(cause),
+        _presence(blob) if blob else None,
+    )
+
+
+def _lost(entry: Sequence[Any]) -> Lost:
+    id, flat = entry
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    return Lost(
+        at_ms=int(id.partition(b"-")[0]),
+        role=_text(fields[b"role"]),
+        name=_text(fields[b"name"]),
+        is_seen=fields[b"cause"] == b"seen",
+        host=_host(fields[b"blob"]).host if fields[b"blob"] else "",
     )
 
 

@@ -28,6 +28,11 @@
 --   secret              string  what stream tokens are signed with      1 day
 --   ended, dead         stream  one record per end; quarantined ones    1 day, 7 days
 --   worker:<worker>     hash    presence                                15 s
+--   gateway:<gateway>   string  presence                                15 s
+--   loading             zset    worker without its model -> when it must have spoken again    1 day
+--   drain:<worker>      string  who asked it to rest                    1 day
+--   lost                stream  workers and gateways that left without a word    1 day
+--   dead:<id>           hash    a quarantined one, with its prompt; where it went    1 day
 --   inbox:<gateway>     stream  packed records                          30 s
 --   bell, bell:<lane>   list    wakes workers; of lanes that give way   1 min
 --   told                string  up to where `ended` became webhooks        2 days
@@ -59,6 +64,9 @@ local MAX_CANDIDATES = 64
 local MAX_LOOKAHEAD = 16
 local MAX_MOVES = 64
 local MAX_LEASES = 1024
+local MAX_LOST = 100
+local LOST_SHOWN_MS = 600000
+local PRESENCE_MS = 15000
 local INLINE_BODY_BYTES = 32768
 local MAX_ANSWER_BYTES = 1048576
 local PAGE_ENTRIES = 256
@@ -116,6 +124,12 @@ end
 local function limit_of(g)
   if g.t1 == 0 then return g.deadline end
   return g.t1 + g.run_limit
+end
+
+-- Workers and gateways that ended without taking leave: for people.
+local function note_lost(P, role, name, cause, presence)
+  redis.call('XADD', P .. 'lost', 'MAXLEN', MAX_LOST, '*', 'role', role, 'name', name, 'cause', cause, 'blob', presence or '')
+  keep(P .. 'lost')
 end
 
 local function is_unread(g) return g.mode == 'attached' and g.subs == '' end
@@ -909,8 +923,14 @@ local function forget(keys, args)
   local P, now, outbox = prefix_of(keys), now_ms(), {}
   local a = cmsgpack.unpack(args[1])
   local id = a[1]
-  local g = load(P, id)
-  if not g or g.tenant ~= a[2] or g['end'] == 'forgotten' then return { 'unknown', '' } end
+  local g, letter = load(P, id), P .. 'dead:' .. id
+  local has_letter = redis.call('HGET', letter, 'tenant') == a[2]
+  if has_letter then
+    local entry = redis.call('HGET', letter, 'entry')
+    if entry then redis.call('XDEL', P .. 'dead', entry) end
+    redis.call('UNLINK', letter)
+  end
+  if not g or g.tenant ~= a[2] or g['end'] == 'forgotten' then return { has_letter and 'forgotten' or 'unknown', '' } end
   if g.st ~= 'T' then
     close(P, id, g, now, outbox, 'cancelled', '')
     deliver(P, outbox)
@@ -1048,6 +1068,7 @@ end
 
 -- Leases ----------------------------------------------------------------------------------------
 
+-- Answers what was handed back, and who asked this worker to rest.
 -- ARGV: [worker, lease, seen, version, max cost, rate, [id…]], presence
 local function beat_worker(keys, args)
   local P, now = prefix_of(keys), now_ms()
@@ -1056,8 +1077,9 @@ local function beat_worker(keys, args)
   local worker, presence, held = a[1], P .. 'worker:' .. a[1], P .. 'held:' .. a[1]
   redis.call('ZADD', P .. 'leases', number(now + a[2]), worker)
   redis.call('ZADD', P .. 'versions', number(now), a[4])
-  redis.call('HSET', presence, 'max_cost', number(a[5]), 'rate', string.format('%.3f', a[6]), 'blob', args[2])
-  redis.call('PEXPIRE', presence, 15000)
+  redis.call('HSET', presence, 'max_cost', number(a[5]), 'rate', string.format('%.3f', a[6]), 'blob', args[2], 'beat', number(now))
+  redis.call('PEXPIRE', presence, PRESENCE_MS)
+  redis.call('ZREM', P .. 'loading', worker)
   keep(P .. 'leases')
   keep(P .. 'versions')
   local holding, back = {}, {}
@@ -1073,7 +1095,35 @@ local function beat_worker(keys, args)
       end
     end
   end
-  return back
+  local asked_by = redis.call('GET', P .. 'drain:' .. worker)
+  if asked_by then keep(P .. 'drain:' .. worker) end
+  return { back, asked_by or '' }
+end
+
+-- A worker that has no model yet, and so no lease: nothing may be queued for it.
+-- ARGV: [worker], presence
+local function announce_worker(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local worker = cmsgpack.unpack(args[1])[1]
+  redis.call('ZADD', P .. 'loading', number(now + PRESENCE_MS), worker)
+  keep(P .. 'loading')
+  redis.call('HSET', P .. 'worker:' .. worker, 'blob', args[2], 'beat', number(now))
+  redis.call('PEXPIRE', P .. 'worker:' .. worker, PRESENCE_MS)
+  return 'OK'
+end
+
+-- Asks a worker to rest, or no longer to; it hears of it with its next beat. False: no such worker.
+-- ARGV: [worker, who asks, or empty]
+local function drain_worker(keys, args)
+  local P = prefix_of(keys)
+  local a = cmsgpack.unpack(args[1])
+  if not redis.call('ZSCORE', P .. 'leases', a[1]) then return false end
+  if a[2] == '' then
+    redis.call('DEL', P .. 'drain:' .. a[1])
+  else
+    redis.call('SET', P .. 'drain:' .. a[1], a[2], 'PX', DAY_MS)
+  end
+  return 'OK'
 end
 
 -- ARGV: [worker]
@@ -1084,8 +1134,9 @@ local function leave_worker(keys, args)
     local g = load(P, id)
     if g and g.st == 'R' and g.own == worker then hand_back(P, id, g, now) end
   end
-  redis.call('DEL', P .. 'held:' .. worker, P .. 'worker:' .. worker)
+  redis.call('DEL', P .. 'held:' .. worker, P .. 'worker:' .. worker, P .. 'drain:' .. worker)
   redis.call('ZREM', P .. 'leases', worker)
+  redis.call('ZREM', P .. 'loading', worker)
   return 'OK'
 end
 
@@ -1095,7 +1146,7 @@ local function bury(keys, args)
   return redis.call('ZADD', P .. 'leases', 'XX', 'CH', 0, cmsgpack.unpack(args[1])[1])
 end
 
--- ARGV: [gateway, lease, [[id, prolong ms]…]]
+-- ARGV: [gateway, lease, [[id, prolong ms]…]], presence or empty
 local function beat_gateway(keys, args)
   local P, now = prefix_of(keys), now_ms()
   guard(P, now)
@@ -1112,6 +1163,7 @@ local function beat_gateway(keys, args)
     recreated, last = true, tail[1] and tail[1][1] or '0-0'
   end
   redis.call('PEXPIRE', inbox, 30000)
+  if args[2] ~= '' then redis.call('SET', P .. 'gateway:' .. gateway, args[2], 'PX', PRESENCE_MS) end
   for _, item in ipairs(a[3]) do
     redis.call('PEXPIRE', P .. 'log:' .. item[1], item[2], 'GT')
     redis.call('PEXPIRE', P .. 'gen:' .. item[1], item[2], 'GT')
@@ -1136,7 +1188,7 @@ end
 local function leave_gateway(keys, args)
   local P, now, outbox = prefix_of(keys), now_ms(), {}
   local gateway = cmsgpack.unpack(args[1])[1]
-  redis.call('DEL', P .. 'inbox:' .. gateway)
+  redis.call('DEL', P .. 'inbox:' .. gateway, P .. 'gateway:' .. gateway)
   if abandon(P, gateway, now, outbox, MAX_LEASES, {}) then redis.call('ZREM', P .. 'gateways', gateway) end
   deliver(P, outbox)
   return 'OK'
@@ -1144,36 +1196,50 @@ end
 
 local function reap_gateways(P, now, outbox, moved)
   for _, gateway in ipairs(redis.call('ZRANGE', P .. 'gateways', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, 4)) do
-    if abandon(P, gateway, now, outbox, MAX_MOVES / 4, moved) then redis.call('ZREM', P .. 'gateways', gateway) end
+    if abandon(P, gateway, now, outbox, MAX_MOVES / 4, moved) then
+      redis.call('ZREM', P .. 'gateways', gateway)
+      note_lost(P, 'gateway', gateway, 'lease', redis.call('GET', P .. 'gateway:' .. gateway))
+    end
   end
 end
 
+-- Ends what has killed too many. What it takes to ask it anew is kept for a day.
 local function quarantine(P, id, g, worker, now, outbox)
-  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane, 'worker', worker,
-    'deaths', number(g.deaths), 'next', number(g.next), 'version', g.ver)
+  local entry = redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'id', id, 'tenant', g.tenant, 'lane', g.lane,
+    'worker', worker, 'deaths', number(g.deaths), 'next', number(g.next), 'version', g.ver)
   redis.call('PEXPIRE', P .. 'dead', 7 * DAY_MS)
+  local letter = P .. 'dead:' .. id
+  redis.call('HSET', letter, 'entry', entry, 'tenant', g.tenant, 'lane', g.lane, 'weight', g.weight, 'cost', number(g.cost),
+    'died_on', g.died_on or worker, 'deaths', number(g.deaths), 'next', number(g.next), 'version', g.ver, 't0', number(g.t0),
+    't1', number(g.t1), 't2', number(g.t2), 't3', number(now), 'queue_limit', number(g.deadline - g.t0),
+    'run_limit', number(g.run_limit), 'retention', number(g.retention), 'out', g.out,
+    'body', redis.call('HGET', P .. 'spec:' .. request_of(id), 'body') or '',
+    'doc', redis.call('GET', P .. 'doc:' .. request_of(id)) or '')
+  keep(letter)
   close(P, id, g, now, outbox, 'failed', 'POISON_REQUEST')
 end
 
 -- Counts a death of the generation's worker; true when it must not kill another one. Innocents die
 -- with their neighbours too, but they come further each time: only deaths in a row without progress
 -- make a suspect.
-local function count_death(P, id, g)
+local function count_death(P, id, g, worker)
   local has_come_on = g.deaths > 0 and g.next >= g.died_at + PROGRESS_TOKENS
   g.deaths = g.deaths + 1
   g.fruitless = has_come_on and 1 or g.fruitless + 1
+  g.died_on = g.died_on and (g.died_on .. ' ' .. worker) or worker
   redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next),
-    'fruitless', number(g.fruitless))
+    'fruitless', number(g.fruitless), 'died_on', g.died_on)
   return g.fruitless >= POISON_DEATHS or g.deaths >= MAX_DEATHS
 end
 
 local function reap_workers(P, now, outbox, moved)
+  redis.call('ZREMRANGEBYSCORE', P .. 'loading', '-inf', number(now))
   for _, worker in ipairs(redis.call('ZRANGE', P .. 'leases', '-inf', number(now), 'BYSCORE', 'LIMIT', 0, 4)) do
     local held = P .. 'held:' .. worker
     for _, id in ipairs(redis.call('ZRANGE', held, 0, MAX_MOVES / 4 - 1)) do
       local g = load(P, id)
       if g and g.st == 'R' and g.own == worker then
-        if count_death(P, id, g) then
+        if count_death(P, id, g, worker) then
           quarantine(P, id, g, worker, now, outbox)
           moved[#moved + 1] = { id, 'closed', worker, 'POISON_REQUEST' }
         else
@@ -1185,6 +1251,8 @@ local function reap_workers(P, now, outbox, moved)
       end
     end
     if redis.call('EXISTS', held) == 0 then
+      local is_seen = redis.call('ZSCORE', P .. 'leases', worker) == '0'   -- buried
+      note_lost(P, 'worker', worker, is_seen and 'seen' or 'lease', redis.call('HGET', P .. 'worker:' .. worker, 'blob'))
       redis.call('ZREM', P .. 'leases', worker)
       redis.call('DEL', P .. 'worker:' .. worker)
     end
@@ -1296,6 +1364,106 @@ local function state(keys)
   return { workers, gateways, lanes, again, now - oldest, redis.call('HGET', P .. 'backlog', 'rate') or '0' }
 end
 
+-- How many wait in a lane, with those handed back to it; their tokens; and for how long the oldest
+-- of the next few has waited, since a lane is in the order of fairness, not of time.
+local function lane_of(P, now, rank, versions)
+  local lane = LANES[rank]
+  local depth, oldest = redis.call('ZCARD', P .. 'lane:' .. lane), now
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'lane:' .. lane, 0, MAX_LOOKAHEAD - 1)) do
+    oldest = math.min(oldest, tonumber(redis.call('HGET', P .. 'gen:' .. id, 't0')) or now)
+  end
+  local from, to = number((rank - 1) * RANK_WIDTH), '(' .. number(rank * RANK_WIDTH)
+  for _, version in ipairs(versions) do
+    local queue = P .. 'again:' .. version
+    depth = depth + redis.call('ZCOUNT', queue, from, to)
+    local first = redis.call('ZRANGE', queue, from, to, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
+    if first[2] then oldest = math.min(oldest, tonumber(first[2]) - (rank - 1) * RANK_WIDTH) end
+  end
+  local tokens = tonumber(redis.call('HGET', P .. 'backlog', lane .. '.tokens')) or 0
+  return { depth, tokens, now - oldest, wait_ms(P, lane) }
+end
+
+-- What a picture of the pool is made of, once a second: counts, and no id of what is held.
+local function census(keys)
+  local P, now = prefix_of(keys), now_ms()
+  local workers, gateways, lanes, lost = {}, {}, {}, {}
+  for _, key in ipairs({ 'leases', 'loading' }) do
+    local found = redis.call('ZRANGE', P .. key, 0, MAX_LEASES - 1, 'WITHSCORES')
+    for i = 1, #found, 2 do
+      local told = redis.call('HMGET', P .. 'worker:' .. found[i], 'blob', 'beat')
+      workers[#workers + 1] = { found[i], tonumber(found[i + 1]) - now, told[2] and now - tonumber(told[2]) or -1,
+        redis.call('ZCARD', P .. 'held:' .. found[i]), redis.call('GET', P .. 'drain:' .. found[i]) or '', told[1] or '' }
+    end
+  end
+  local found = redis.call('ZRANGE', P .. 'gateways', 0, MAX_LEASES - 1, 'WITHSCORES')
+  for i = 1, #found, 2 do
+    gateways[#gateways + 1] = { found[i], tonumber(found[i + 1]) - now, redis.call('SCARD', P .. 'subs:' .. found[i]),
+      redis.call('GET', P .. 'gateway:' .. found[i]) or '' }
+  end
+  local versions = redis.call('ZRANGE', P .. 'versions', 0, MAX_CANDIDATES - 1)
+  versions[#versions + 1] = 'any'
+  for rank = 1, #LANES do lanes[rank] = lane_of(P, now, rank, versions) end
+  for _, entry in ipairs(redis.call('XREVRANGE', P .. 'lost', '+', number(now - LOST_SHOWN_MS), 'COUNT', MAX_LOST)) do
+    lost[#lost + 1] = { entry[1], entry[2] }
+  end
+  return { now, workers, gateways, lanes, redis.call('XLEN', P .. 'dead'), lost,
+    redis.call('HGET', P .. 'backlog', 'rate') or '0' }
+end
+
+-- Generations that run, some of each worker, then those that wait; no more than the limit.
+-- ARGV: [limit]
+local function live(keys, args)
+  local P, now = prefix_of(keys), now_ms()
+  local limit, found = cmsgpack.unpack(args[1])[1], {}
+  local function list(ids, worker)
+    for _, id in ipairs(ids) do
+      if #found >= limit then return end
+      local g = redis.call('HMGET', P .. 'gen:' .. id, 'lane', 't0', 't1', 'next', 'cost', 'room', 'deaths')
+      if g[1] then
+        local since = function(ms) return tonumber(ms) > 0 and now - tonumber(ms) or -1 end
+        found[#found + 1] = { id, worker, g[1], since(g[2]), since(g[3]), tonumber(g[4]), tonumber(g[5]) - tonumber(g[6]), tonumber(g[7]) }
+      end
+    end
+  end
+  local workers = redis.call('ZRANGE', P .. 'leases', 0, MAX_LEASES - 1)
+  local share = math.max(1, math.floor(limit / math.max(1, #workers)))
+  for _, worker in ipairs(workers) do list(redis.call('ZRANGE', P .. 'held:' .. worker, 0, share - 1), worker) end
+  for _, worker in ipairs(workers) do
+    if #found < limit then list(redis.call('ZRANGE', P .. 'held:' .. worker, share, share + limit - #found - 1), worker) end
+  end
+  for _, lane in ipairs(LANES) do
+    if #found < limit then list(redis.call('ZRANGE', P .. 'lane:' .. lane, 0, limit - #found - 1), '') end
+  end
+  return found
+end
+
+-- Dead letters ----------------------------------------------------------------------------------
+
+-- All of a quarantined generation, and the id under which it is asked anew, which is drawn once.
+-- ARGV: [id, new request]
+local function take_letter(keys, args)
+  local a = cmsgpack.unpack(args[1])
+  local letter = prefix_of(keys) .. 'dead:' .. a[1]
+  if redis.call('EXISTS', letter) == 0 then return false end
+  redis.call('HSETNX', letter, 'again', a[2])
+  return redis.call('HGETALL', letter)
+end
+
+-- It was asked anew, or is not to be: its prompt goes. Who asks once more is told where it went.
+-- ARGV: [id, stream entry, was asked anew]
+local function drop_letter(keys, args)
+  local P, a = prefix_of(keys), cmsgpack.unpack(args[1])
+  local letter = P .. 'dead:' .. a[1]
+  local entry = redis.call('HGET', letter, 'entry') or a[2]
+  local removed = entry ~= '' and redis.call('XDEL', P .. 'dead', entry) or 0
+  if a[3] then
+    redis.call('HDEL', letter, 'body', 'doc', 'entry')
+  else
+    removed = removed + redis.call('DEL', letter)
+  end
+  return removed
+end
+
 local function register(name, callback, flags)
   redis.register_function({ function_name = '@library@_' .. name, callback = callback, flags = flags })
 end
@@ -1314,6 +1482,10 @@ register('beat_worker', beat_worker, { 'allow-oom' })
 register('beat_gateway', beat_gateway, { 'allow-oom' })
 register('leave_worker', leave_worker, { 'allow-oom' })
 register('bury', bury, { 'allow-oom' })
+register('announce_worker', announce_worker, { 'allow-oom' })
+register('drain_worker', drain_worker, { 'allow-oom' })
+register('take_letter', take_letter, { 'allow-oom' })
+register('drop_letter', drop_letter, { 'allow-oom' })
 register('leave_gateway', leave_gateway, { 'allow-oom' })
 register('stream_secret', stream_secret, { 'allow-oom' })
 register('reap', reap, { 'allow-oom' })
@@ -1322,3 +1494,5 @@ register('look', look, { 'no-writes' })
 register('foresee', foresee, { 'no-writes' })
 register('spec', spec, { 'no-writes' })
 register('state', state, { 'no-writes' })
+register('census', census, { 'no-writes' })
+register('live', live, { 'no-writes' })

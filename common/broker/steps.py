@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from common.failures import Failure
+from common.figures import Figures
 from common.keys import Limits
 from common.messages import GenerationSpec, Lane, LogEntry, TokenRecord
 
@@ -253,6 +254,49 @@ class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):
     """Engine steps so far: progress, for ``/ready`` and for people."""
     max_batch_size: int = 0
     """Most generations in one step; 0: not said."""
+    batch_size: float = 0.0
+    """Generations in the last step, or on average in those of the last second."""
+    kv_used: float = 0.0
+    """Share of its cache that is taken, 0 to 1."""
+    generated_tokens: int = 0
+    """Since its start."""
+    rss_bytes: int = 0
+    up_s: float = 0.0
+    """How long ago it started."""
+
+
+class GatewayPresence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a gateway says of itself in each beat."""
+
+    model_version: str = ""
+    state: str = "ready"
+    pid: int = 0
+    host: str = ""
+    streams: int = 0
+    """Answers that it relays now, streamed or not."""
+    up_s: float = 0.0
+    figures: Figures = msgspec.field(default_factory=Figures)
+    """Since its start."""
+
+
+class FailureNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request that failed, for who looks into it; ``at`` in seconds since 1970."""
+
+    code: str
+    request_id: str
+    at: float
+    api: str = ""
+    worker: str = ""
+    """Where it ran last; empty: nowhere."""
+    model_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBeat:
+    returned: list[str]
+    """Generations that Redis handed back because a claim's answer had been lost."""
+    drain_cause: str = ""
+    """Who asked this worker to rest; empty: nobody, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +345,92 @@ class GatewayState:
     name: str
     expires_in_ms: int
     streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class CountedWorker:
+    """A worker in a census. ``heartbeat_age_ms`` is None where it has not said since when."""
+
+    name: str
+    expires_in_ms: int
+    heartbeat_age_ms: int | None
+    held: int
+    drain_cause: str
+    presence: WorkerPresence | None
+
+
+@dataclass(frozen=True, slots=True)
+class CountedGateway:
+    name: str
+    expires_in_ms: int
+    reading: int
+    """Generations that it is subscribed to."""
+    presence: GatewayPresence | None
+
+
+@dataclass(frozen=True, slots=True)
+class CountedLane:
+    """``depth`` counts those handed back as well. ``wait_ms`` is what one who came now would wait;
+    0: nothing waits, or no rate is known.
+    """
+
+    depth: int
+    backlog_tokens: int
+    oldest_ms: int
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker or gateway that left without a word."""
+
+    at_ms: int
+    role: str
+    name: str
+    is_seen: bool
+    """Its supervisor saw it end; else it was silent for too long."""
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """One look at a pool that costs little: counts, without any id of what is held."""
+
+    at_ms: int
+    workers: list[CountedWorker]
+    """Those with a lease, and those that load."""
+    gateways: list[CountedGateway]
+    lanes: dict[Lane, CountedLane]
+    dead_letters: int
+    lost: list[Lost]
+    """Of the last ten minutes, the newest first."""
+    drain_rate: float
+    """Tokens per second; 0.0 before the first measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGeneration:
+    """One that runs or waits; times in milliseconds, None: not begun."""
+
+    id: str
+    worker: str
+    """Empty: it waits."""
+    lane: str
+    age_ms: int
+    running_ms: int | None
+    tokens: int
+    prompt_tokens: int
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """``max_bytes`` 0: no limit."""
+
+    used_bytes: int
+    max_bytes: int
+    evicts: bool
+    evicted_keys: int
 
 
 @dataclass(frozen=True, slots=True)

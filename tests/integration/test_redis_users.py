@@ -1,5 +1,6 @@
 """ops/redis: with TLS and its own user each role does its work, and nothing else."""
 
+import asyncio
 import hashlib
 import subprocess
 import time
@@ -18,11 +19,14 @@ from common.broker import Broker, connect
 from common.broker.keys import prefix
 from common.failures import Failure
 from common.models.simulated import SIMULATED_MODEL
+from common.overview import Overview, decode
 from common.settings import Settings
+from common.watching import keep_overview
 from ops.status import look
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.processes import ROOT, free_port, processes
 from tests.support.redis_server import Kind, server_binary
+from tests.support.waiting import wait_until
 
 ROLES = ("gateway", "worker", "background", "exporter", "admin")
 KEY = prefix(SIMULATED_MODEL)
@@ -120,10 +124,26 @@ async def test_each_role_does_its_work(
             Settings(redis_url=server.url("exporter"), data_dir=tmp_path, model=SIMULATED_MODEL)
         )
         assert {process.role for process in seen.processes} == {"gateway", "worker"}
+        async with talking(server.url("exporter")) as exporter:
+            overview = await one_overview(exporter)
+        assert [len(overview.workers), len(overview.gateways)] == [1, 1]
         for process in (gateway, worker, background):
             process.terminate()
             assert await process.ended() == 0
             assert process.errors() == ""
+
+
+async def one_overview(broker: Broker) -> Overview:
+    """What the exporter's loop writes, with its own rights."""
+    writing = asyncio.create_task(keep_overview(broker, "exporter"))
+    try:
+        await wait_until(broker.overview_store.newest, what="an overview")
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+    found = await broker.overview_store.newest()
+    assert found is not None
+    return decode(found[1])
 
 
 FORBIDDEN = [
@@ -154,6 +174,9 @@ FORBIDDEN = [
     ("exporter", "XREAD", "STREAMS", f"{KEY}inbox:g", "0"),
     ("exporter", "HSET", f"{KEY}gen:x", "st", "T"),
     ("exporter", "DEL", f"{KEY}gen:x"),
+    ("exporter", "HGETALL", f"{KEY}dead:x"),
+    ("exporter", "SET", f"{KEY}drain:x", "somebody"),
+    ("exporter", "XADD", f"{KEY}dead", "*", "id", "x"),
     ("admin", "FLUSHALL"),
     ("admin", "KEYS", "*"),
     ("admin", "CONFIG", "SET", "maxmemory", "1"),

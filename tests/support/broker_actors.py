@@ -79,16 +79,16 @@ class Worker:
 
     async def beat(self) -> list[str]:
         """Renew the lease; everything claimed up to now that is not held was lost on the way."""
-        returned = await self._broker.beat_worker(
+        beat = await self._broker.beat_worker(
             self.name,
             self.presence,
             seen=self.turn,
             holding=list(self.attempts),
             lease_ms=LEASE_MS,
         )
-        for generation_id in returned:
+        for generation_id in beat.returned:
             self.attempts.pop(generation_id, None)
-        return returned
+        return beat.returned
 
     async def claim(
         self,

@@ -246,7 +246,7 @@ class Stage:
         call = self.broker.beat_worker(
             worker.name, worker.presence, seen=turn, holding=holding, lease_ms=LEASE_MS
         )
-        assert set(self.do(call)) == expected
+        assert set(self.do(call).returned) == expected
         self.settle()
 
     def leave_worker(self, worker: Worker) -> None:

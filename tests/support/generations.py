@@ -114,13 +114,14 @@ class ScriptedClaims:
 
     async def beat(self, *, seen: int | None = None) -> list[str]:
         presence = WorkerPresence(self.version, self.max_cost, 100.0)
-        return await self.broker.beat_worker(
+        beat = await self.broker.beat_worker(
             self.name,
             presence,
             seen=self.turn if seen is None else seen,
             holding=self.holding,
             lease_ms=self.lease_ms,
         )
+        return beat.returned
 
     async def claim(
         self,

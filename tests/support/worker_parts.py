@@ -125,13 +125,14 @@ class Parts:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def beat(self) -> list[str]:
-        return await self.broker.beat_worker(
+        beat = await self.broker.beat_worker(
             self.name,
             WorkerPresence(VERSION, self.max_cost, 100.0),
             seen=self.ledger.seen,
             holding=self.ledger.holding(),
             lease_ms=5000,
         )
+        return beat.returned
 
     async def make_room(self) -> list[str]:
         """Hand back whoever has to give way; returns their ids."""
