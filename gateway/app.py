@@ -106,6 +106,13 @@ _APIS = {
     "/v1/files": "file",
     "/v1/responses": "response",
 }
+_APIS_BELOW = {
+    "/v1/batches": "batch",
+    "/v1/files": "file",
+    "/v1/responses": "response",
+    "/v1/streams/": "resume",
+}
+"""For the log, of what is no request for a generation; by how paths begin."""
 
 
 _FORM_BYTES = 64 * 1024
@@ -254,6 +261,7 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
     wire = wire_of(request.url.path)
     if isinstance(error, HTTPException):
         failure = _unserved(request, error)
+        _note_rejection(request, failure, error.status_code)
         return failure_response(failure, wire, status=error.status_code, headers=error.headers)
     failure = error if isinstance(error, Failure) else Failure("INTERNAL")
     _note_rejection(request, failure, status_of(failure, wire))
@@ -271,17 +279,15 @@ def _unserved(request: Request, error: HTTPException) -> Failure:
 def _note_rejection(request: Request, failure: Failure, status: int) -> None:
     services = services_of(request)
     path = request.url.path
-    if path.startswith("/v1/streams/"):
+    api = next((api for prefix, api in _APIS_BELOW.items() if path.startswith(prefix)), "other")
+    if api == "resume":
         services.metrics.resumes.labels(failure.code).inc()
-        api = "resume"
     elif request.method == "POST" and path in _APIS:
         api = _APIS[path]
         services.metrics.requests.labels(api, failure.code).inc()
         services.metrics.tally.note_end(
             failure.code, request_id=request_id_of(request), api=api, at_s=wall_ms() / 1000
         )
-    else:
-        return
     known = {"client_request_id": told} if (told := client_request_id(request.headers)) else {}
     asked: dict[str, Any] = request.scope.get("headrace.asked", known)
     log.info(

@@ -1,4 +1,4 @@
-"""Every failure code that a gateway can answer with is made to come, and looks as its row says."""
+"""Every failure code that a gateway answers with is made to come: answer and log are as its row."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,6 +9,7 @@ from unittest.mock import patch
 import httpx
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from common.failures import KINDS, Failure
 from common.keys import Limits
@@ -266,6 +267,8 @@ SCENES: dict[str, Scene] = {
     "DRAINING": draining,
     "INTERNAL": internal,
 }
+FINAL_EVENTS = ("gateway.rejected", "request.finished", "request.failed")
+"""One of them tells how a request ended."""
 OPENAI_WORDS = {
     "AUTH_MISSING": "invalid_api_key",
     "AUTH_INVALID": "invalid_api_key",
@@ -281,7 +284,8 @@ def test_no_code_is_left_out() -> None:
 
 @pytest.mark.parametrize("code", SCENES)
 async def test_a_failure_is_answered_as_its_row_says(stand: Stand, code: str) -> None:
-    answer = await SCENES[code](stand)
+    with capture_logs() as lines:
+        answer = await SCENES[code](stand)
     told = answer.json()
     openai = isinstance(told["error"], dict)
     wire = "openai" if openai else "tgi"
@@ -296,3 +300,5 @@ async def test_a_failure_is_answered_as_its_row_says(stand: Stand, code: str) ->
     assert answer.headers["x-should-retry"] == ("true" if kind.retryable else "false")
     assert ("retry-after-ms" in answer.headers) == kind.retryable
     assert answer.headers["x-request-id"]
+    lines = [line for line in lines if line["event"] in FINAL_EVENTS and line["code"] == code]
+    assert {line.get("status", 500) for line in lines} == {answer.status_code}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from common.broker import connection as connection_module
 from common.broker import keys
@@ -370,8 +371,11 @@ async def test_a_slow_client_costs_little_and_misses_nothing(stand: Stand) -> No
         await short.say("quick", finish="length")
         assert "quick" in (await quick.aread()).decode()
     await wait_until(lambda: _only_stream(gateway).lags > 0, what="a bounded buffer to overflow")
-    raw = await asyncio.wait_for(reader.read(), 30)
+    with capture_logs() as lines:
+        raw = await asyncio.wait_for(reader.read(), 30)
+        await wait_until(lambda: not gateway.services.relay.num_streams)
     writer.close()
+    assert [line["lags"] > 0 for line in lines if line["event"] == "request.finished"] == [True]
     seen = re.findall(rb'"index":(\d+),"token":\{"id":\d+,"text":"(\d{6})x', raw)
     assert [(int(index), int(number)) for index, number in seen] == [
         (index + 1, index) for index in range(len(texts))

@@ -13,6 +13,7 @@ import pytest
 from openai import OpenAI
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
+from structlog.testing import capture_logs
 
 from common import keys
 from common.broker import Broker, WebhookStore, connect, webhook_store
@@ -221,7 +222,9 @@ async def test_what_nobody_took_is_listed_and_can_be_sent_again(
     await add(store, receiver.url)
     receiver.statuses = [500, 200]
     await store.enqueue("batch.completed", "public", "batch_1")
-    await send_due(store, deliverer_of(store))
+    with capture_logs() as lines:
+        await send_due(store, deliverer_of(store))
+    assert [line["event"] for line in lines] == ["webhook.dead"]
     [dead] = await store.deliveries(only_dead=True)
     assert await store.send_again(dead.id)
     [delivery] = await send_due(store, deliverer_of(store))
