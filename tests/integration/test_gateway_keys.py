@@ -344,7 +344,11 @@ async def _ask(gateway: RunningGateway, method: str, stream_id: str, key: str) -
 
 
 def _shown_headers(answer: httpx.Response) -> dict[str, str]:
-    return {k: v for k, v in answer.headers.items() if k not in ("date", "x-request-id")}
+    return {
+        k: v
+        for k, v in answer.headers.items()
+        if k not in ("date", "traceresponse", "x-request-id")
+    }
 
 
 async def test_each_generation_carries_its_tenant_to_the_worker(
