@@ -105,7 +105,8 @@ def healthy_runs() -> list[Incident]:
 
 
 def _worker(stage: Stage, process: str) -> list[Cause]:
-    return [Cause("worker", stage.instance(process))]
+    """The process in a slot now, and, as those that follow it have its orders, the slot."""
+    return [Cause("worker", stage.instance(process)), Cause("slot", process)]
 
 
 # --- workers -------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _all_stalled(seconds: float) -> Act:
             thread.start()
         for thread in threads:
             thread.join()
-        return [Cause("component", "workers"), *causes]
+        return [Cause("kind", "workers_lost"), *causes]
 
     return act
 

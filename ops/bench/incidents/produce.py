@@ -109,6 +109,7 @@ class _Resolver:
                 }
                 return [
                     cause,
+                    Cause("worker", cause.value),
                     *self._all("worker", "instance", lambda it: it.get("pid") in pids),
                 ]
             case "version_of":
