@@ -27,11 +27,12 @@ async def keep_reaping(
     for who has a lease itself: having been away, it must beat first, or it reaps what it holds.
     """
     while True:
-        moved_any = may_reap() and await _reap_once(broker)
+        moved_any = may_reap() and await reap_once(broker)
         await asyncio.sleep(_MORE_S if moved_any else interval_s * random.uniform(0.75, 1.25))
 
 
-async def _reap_once(broker: Broker) -> bool:
+async def reap_once(broker: Broker) -> bool:
+    """Reap, and tell what moved; whether anything did. An unreachable Redis moves nothing."""
     try:
         moves = await broker.reap()
     except Failure:

@@ -22,6 +22,7 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_process_name
 from common.logs import configure, flush, get_logger
+from common.reaping import reap_once
 from ops import runfile
 from ops.embedded import answers, remove_socket, server_binary, server_spec, socket_path
 from ops.models import ensure_model
@@ -237,7 +238,7 @@ class _Run:
                 await broker.leave_worker(worker)
             else:
                 await broker.bury_worker(worker)
-                await broker.reap()
+                await reap_once(broker)
 
     async def _free_batches(self, background: str) -> None:
         """We saw it die: others steer its batches now, not when its leases end."""

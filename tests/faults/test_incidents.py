@@ -44,17 +44,12 @@ def test_a_key_that_is_used_up_fails_one_tenant_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_worker_that_crashes_is_named_by_each_of_its_names(tmp_path: Path) -> None:
-    """The truth knows every process that ran in the slot; the supervisor saw all but one die."""
-    told, lines = run("worker-segfaults", tmp_path / "run")
-    slot = next(str(cause.value) for cause in told.causes if cause.dimension == "slot")
-    died = {
-        line["child_pid"]
-        for line in lines
-        if line["event"] == "process.exited" and line["exit_code"] == -11
-    }
-    assert died
-    instances = {line["instance"] for line in lines if line["pid"] in died}
-    assert instances
-    assert all(told.names("worker", instance) for instance in instances)
-    assert slot.startswith("worker ")
+def test_a_prompt_that_crashes_workers_is_named_by_who_saw_them_die(tmp_path: Path) -> None:
+    """Mostly the supervisor, which hands their work back at once."""
+    told, lines = run("poison-prompt", tmp_path / "run")
+    exits = {line["signal"] for line in lines if line["event"] == "process.exited"}
+    assert "SIGSEGV" in exits
+    dead = [line for line in lines if line["event"] == "job.dead"]
+    assert dead
+    assert all(told.names("request_id", line["job_id"].partition(".")[0]) for line in dead)
+    assert "POISON_REQUEST" in codes_of(lines)
