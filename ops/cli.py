@@ -394,7 +394,10 @@ def batch_group() -> None:
 
 
 _INCIDENT = {
+    "spike": "ops.incident.spike:main",
+    "top": "ops.incident.top:main",
     "verify": "ops.incident.verify:main",
+    "why": "ops.incident.why:main",
 }
 
 

@@ -282,6 +282,7 @@ _TOLD: Mapping[str, str] = {
     "attempts": "INTEGER",
     "deaths": "INTEGER",
     "finish_reason": "VARCHAR",
+    "relay_lag_p99": "DOUBLE",
 }
 """What a gateway tells of a request in its lines, beside the columns of ``events``."""
 
@@ -365,7 +366,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
             coalesce(worker, nullif(told_worker, '')) AS worker,
             coalesce(told_attempts, attempt, 0) AS attempts, coalesce(told_deaths, 0) AS deaths,
             batch_size, gateway, host, nullif(coalesce(git_sha, gateway_sha), '') AS git_sha,
-            told_finish_reason AS finish_reason,
+            told_finish_reason AS finish_reason, told_relay_lag_p99 AS relay_lag_p99,
             CASE WHEN over IS NULL
                  THEN coalesce(ended, first_token, claimed, accepted)
                       < (SELECT max(t) FROM events) - {_LOST_AFTER_S}
