@@ -394,6 +394,8 @@ def batch_group() -> None:
 
 
 _INCIDENT = {
+    "changes": "ops.incident.changes:main",
+    "show": "ops.incident.show:main",
     "spike": "ops.incident.spike:main",
     "top": "ops.incident.top:main",
     "verify": "ops.incident.verify:main",

@@ -7,11 +7,10 @@ before anything else, so that nobody takes a gap for health.
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 import msgspec
@@ -24,6 +23,7 @@ from ops.incident.source import Logs, open_logs
 CLEAN, FINDINGS, INCOMPLETE = 0, 1, 2
 """Exit codes. A finding stands whatever is missing; without one, missing data is not health."""
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Confidence = Literal["certain", "high", "medium", "low"]
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -49,8 +49,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """Which logs are asked, about which time (seconds since 1970), and for whom the answer is."""
 
     sources: tuple[str, ...]
@@ -87,10 +86,8 @@ def question_options(command: Callable[..., Any]) -> Callable[..., Any]:
         envvar="HEADRACE_DATA_DIR",
         help="Where `headrace up` writes its logs. [var; HEADRACE_DATA_DIR]",
     )
-    @click.option(
-        "--since", callback=_moment, metavar="TIME", help="2h (ago), or 2026-11-23T05:00 (UTC)."
-    )
-    @click.option("--until", callback=_moment, metavar="TIME", help="As --since.")
+    @moment_option("--since", "2h (ago), or 2026-11-23T05:00 (UTC).")
+    @moment_option("--until", "As --since.")
     @click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
     @wraps(command)
     def ask(
@@ -108,6 +105,11 @@ def question_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(question=Question(asked, since, until, as_json), **given)
 
     return ask
+
+
+def moment_option(name: str, words: str) -> Callable[[_Function], _Function]:
+    """An option whose value is a moment, in seconds since 1970: ``2h`` ago, or an ISO moment."""
+    return click.option(name, callback=_moment, metavar="TIME", help=words)
 
 
 def tell(

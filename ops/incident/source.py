@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -197,6 +198,14 @@ def find_stretch(file: LogFile, since: float | None, until: float | None) -> Str
     return Stretch(file, start, size if line_end < 0 else line_end + 1, size)
 
 
+def find_offset(file: LogFile, at_s: float) -> int:
+    """Where in ``file`` its lines of ``at_s`` (seconds since 1970) begin, about."""
+    if file.path.stat().st_size == 0:
+        return 0
+    with file.path.open("rb") as opened, _mapped(opened) as data:
+        return _find_moment(data, at_s)
+
+
 def _mapped(file: BinaryIO) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -322,6 +331,7 @@ def _blocks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
         yield block
 
 
+@lru_cache
 def _count_newlines(path: Path, end: int) -> int:
     """In front of ``end``."""
     if not end:

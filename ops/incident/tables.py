@@ -9,8 +9,9 @@
 - ``changes``: what was done to the system or happened to it, that may explain what came after.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from duckdb import DuckDBPyConnection
@@ -451,6 +452,15 @@ def _missing_services(db: DuckDBPyConnection) -> list[str]:
         """
     ).fetchall()
     return missing + [f"worker {name} served requests, and has no lines" for (name,) in unseen]
+
+
+def rows_of(
+    db: DuckDBPyConnection, query: str, values: Sequence[Any] | Mapping[str, Any] = ()
+) -> list[dict[str, Any]]:
+    """What ``query`` finds, by the names of its columns."""
+    found = db.execute(query, values)
+    names = [str(column[0]) for column in found.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def _number(db: DuckDBPyConnection, query: str) -> int:
