@@ -74,27 +74,35 @@ def make_phases(db: DuckDBPyConnection) -> None:
             SELECT request_id, min(t) AS queued FROM events
             WHERE event = 'queue.enqueued' GROUP BY request_id
         ), steps AS (
-            SELECT *, lag(ended) OVER (PARTITION BY job_id ORDER BY attempt) AS before_ended
-            FROM attempts
+            SELECT *, lead(claimed) OVER job AS next_claimed,
+                lag(ended) OVER job AS last_ended
+            FROM attempts WINDOW job AS (PARTITION BY job_id ORDER BY attempt)
         ), jobs AS (
             SELECT request_id, job_id, min(claimed) AS claimed, max(ended) AS ended,
                 sum(coalesce(first_token, ended) - claimed) AS prefill,
-                sum(ended - first_token) AS decode,
-                sum(greatest(0, claimed - before_ended)) AS handover
+                -- Whose end nobody told was at work, or dead, until somebody else went on.
+                sum(coalesce(ended, next_claimed) - first_token) AS decode,
+                sum(greatest(0, claimed - last_ended)) AS handover
             FROM steps GROUP BY request_id, job_id
         ), work AS (
             -- Of several choices the one that ended last is what the client waited for.
             SELECT * FROM jobs
             QUALIFY row_number() OVER (PARTITION BY request_id ORDER BY ended DESC NULLS FIRST) = 1
+        ), timed AS (
+            -- A worker may have a request before its gateway knows that it is queued.
+            SELECT r.*, w.claimed, w.ended AS worked, w.prefill, w.decode, w.handover,
+                coalesce(w.claimed - r.queue_time, least(q.queued, w.claimed), r.ended) AS admitted
+            FROM requests r LEFT JOIN queued q USING (request_id)
+                LEFT JOIN work w USING (request_id)
         )
-        SELECT r.request_id, r.arrived, r.prompt_tokens, r.tokens, r.n, r.code,
-            greatest(0, q.queued - r.arrived) AS validate,
-            greatest(0, coalesce(w.claimed, r.ended) - coalesce(q.queued, r.arrived)) AS queue,
-            greatest(0, w.prefill) AS prefill, greatest(0, w.decode) AS decode,
-            nullif(w.handover, 0) AS handover,
-            greatest(0, r.ended - w.ended) AS relay,
-            r.ended - r.arrived AS whole
-        FROM requests r LEFT JOIN queued q USING (request_id) LEFT JOIN work w USING (request_id)
+        SELECT request_id, arrived, prompt_tokens, tokens, n, code,
+            greatest(0, admitted - arrived) AS validate,
+            greatest(0, coalesce(claimed, ended) - greatest(admitted, arrived)) AS queue,
+            greatest(0, prefill) AS prefill, greatest(0, decode) AS decode,
+            nullif(handover, 0) AS handover,
+            greatest(0, ended - worked) AS relay,
+            ended - arrived AS whole
+        FROM timed
         """
     )
 
@@ -113,7 +121,7 @@ def phases_of(db: DuckDBPyConnection, request_id: str) -> list[Phase]:
             name=name,
             seconds=round(seconds, 6),
             share=round(seconds / whole, 4) if whole else 0.0,
-            expected_s=_expected(name, like, int(row["tokens"] or 0)),
+            expected_s=_expected(name, like, (row["tokens"] or 0) / (row["n"] or 1)),
             num_like=like.num,
         )
         for name, seconds in times.items()
@@ -131,7 +139,7 @@ def culprit(phases: Sequence[Phase]) -> Phase | None:
     return max(phases, key=lambda phase: phase.seconds, default=None)
 
 
-def _expected(name: str, like: Like, tokens: int) -> float | None:
+def _expected(name: str, like: Like, tokens: float) -> float | None:
     if like.num < MIN_LIKE:
         return None
     if name == "decode" and like.decode_per_token_s is not None and tokens:

@@ -44,7 +44,7 @@ _PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "batch_req_")
 _MIN_ID = 6
 _NEAR_S = 1800.0
 _SOON_S = 60.0
-_MAX_CHANGES = 12
+_MAX_CHANGES = 16
 _MAX_NEIGHBOURS = 20
 _MANY_TIMES = 3.0
 _WORTH_TELLING_S = 0.25
@@ -257,15 +257,17 @@ def tell_story(logs: Logs, request_id: str) -> Story:
 
 
 _NEIGHBOURS = """
-    SELECT o.job_id, o.attempt, o.request_id, o.worker, r.outcome, r.code, r.lane, r.tenant_hash,
-        r.prompt_tokens, r.tokens, r.attempts,
-        least(o.ended, a.ended) - greatest(o.claimed, a.claimed) AS together_s
+    SELECT o.job_id, any_value(o.worker) AS worker, any_value(r.outcome) AS outcome,
+        any_value(r.code) AS code, any_value(r.lane) AS lane,
+        any_value(r.tenant_hash) AS tenant_hash, any_value(r.prompt_tokens) AS prompt_tokens,
+        any_value(r.tokens) AS tokens, any_value(r.attempts) AS attempts,
+        max(least(o.ended, a.ended) - greatest(o.claimed, a.claimed)) AS together_s
     FROM attempts a
     JOIN attempts o ON o.worker = a.worker AND o.request_id <> a.request_id
         AND o.claimed < coalesce(a.ended, 'inf'::DOUBLE)
         AND coalesce(o.ended, 'inf'::DOUBLE) > a.claimed
     LEFT JOIN requests r ON r.request_id = o.request_id
-    WHERE a.request_id = ? ORDER BY together_s DESC NULLS LAST
+    WHERE a.request_id = ? GROUP BY o.job_id ORDER BY together_s DESC NULLS LAST
 """
 
 
@@ -288,7 +290,7 @@ def _changes_near(
         WHERE t BETWEEN $since AND $until
           AND (list_contains($mine, instance) OR t >= $began - 60 OR kind LIKE 'deploy.%'
                OR kind IN ('config.changed', 'fault.injected') OR kind LIKE 'redis.%')
-        ORDER BY abs(t - $began) LIMIT $limit
+        ORDER BY is_mine DESC, abs(t - $began) LIMIT $limit
         """,
         {
             "mine": [name for name in mine if name],
@@ -345,9 +347,12 @@ def _failure(question: Question, request: dict[str, Any], nearby: str) -> Iterat
 
 
 def _handovers(question: Question, story: Story, nearby: str) -> Iterator[Finding]:
+    told = set[tuple[str, str]]()
     for one in story.attempts:
-        if one["ended"] is None or one["end_event"] in _OWN_ENDS:
+        key = (one["worker"], one["end_event"])
+        if one["ended"] is None or one["end_event"] in _OWN_ENDS or key in told:
             continue
+        told.add(key)  # once for all choices of one request
         held_s = one["ended"] - (one["claimed"] or one["ended"])
         cause = _what_befell(story, one["worker"], one["ended"])
         yield Finding(
@@ -360,28 +365,35 @@ def _handovers(question: Question, story: Story, nearby: str) -> Iterator[Findin
 
 
 def _what_befell(story: Story, worker: str, at_s: float) -> str:
-    """The last that is known of a worker, as the end of a sentence."""
-    for change in story.changes:
-        is_end = change["kind"] in _ENDS_OF_WORKERS or change["what"].endswith("dead")
-        is_its = change["instance"] == worker or change["kind"] == "process.exited"
-        if is_end and is_its and abs(change["t"] - at_s) < _LEASE_S:
-            return f"; {change['kind']}: {change['what']} ({change['place']})"
+    """What is known of a worker's end, as the end of a sentence."""
+    ends = [
+        change
+        for change in story.changes
+        if change["instance"] == worker and abs(change["t"] - at_s) < _LEASE_S
+    ]
+    for kind in _ENDS_OF_WORKERS:
+        for change in ends:
+            if change["kind"] == kind and (kind != "worker.state" or "dead" in change["what"]):
+                return f"; {kind}: {change['what']} ({change['place']})"
     return ""
 
 
 _LEASE_S = 15.0
 """A worker's death is noticed within this."""
 _ENDS_OF_WORKERS = (
-    "process.exited",
-    "worker.crashed",
-    "worker.draining",
-    "worker.stopped",
     "engine.failed",
     "engine.stalled",
+    "worker.crashed",
+    "process.exited",
+    "worker.draining",
+    "worker.stopped",
+    "worker.state",
 )
+"""What tells most first."""
 _OWN_ENDS = ("worker.finished", "worker.failed")
 _ENDS = {
     "job.requeued": "its work was handed to another one",
+    "process.exited": "it died",
     "job.dead": "the generation was put aside, because workers died of it,",
     "job.closed": "Redis closed the generation",
     "generation.cancelled": "the generation was cancelled",

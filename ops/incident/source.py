@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -192,8 +193,9 @@ def find_stretch(file: LogFile, since: float | None, until: float | None) -> Str
     if size == 0 or file.is_crash or (since is None and until is None):
         return Stretch(file, 0, size, size)
     with file.path.open("rb") as opened, _mapped(opened) as data:
-        start = 0 if since is None else _find_moment(data, since - _CLOCK_SLACK_S)
-        end = size if until is None else _find_moment(data, until + _CLOCK_SLACK_S)
+        start = 0 if since is None else _find_moment(data, since - _CLOCK_SLACK_S)[0]
+        end = size if until is None else _find_moment(data, until + _CLOCK_SLACK_S)[1]
+        start = data.rfind(b"\n", 0, start) + 1
         line_end = data.find(b"\n", end)
     return Stretch(file, start, size if line_end < 0 else line_end + 1, size)
 
@@ -203,15 +205,15 @@ def find_offset(file: LogFile, at_s: float) -> int:
     if file.path.stat().st_size == 0:
         return 0
     with file.path.open("rb") as opened, _mapped(opened) as data:
-        return _find_moment(data, at_s)
+        return _find_moment(data, at_s)[0]
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _find_moment(data: mmap.mmap, at_s: float) -> int:
-    """Start of a line at or shortly before the first one that is not earlier than ``at_s``."""
+def _find_moment(data: mmap.mmap, at_s: float) -> tuple[int, int]:
+    """Two places with the first line that is not earlier than ``at_s`` between them."""
     wanted = datetime.fromtimestamp(max(0.0, at_s), UTC).isoformat()[:19].encode()
     low, high = 0, len(data)
     while high - low > _CHUNK_BYTES // 16:
@@ -221,7 +223,7 @@ def _find_moment(data: mmap.mmap, at_s: float) -> int:
             low = middle
         else:
             high = middle
-    return data.rfind(b"\n", 0, low) + 1
+    return low, high
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -239,6 +241,7 @@ class Logs:
         self.malformed = Malformed()
         self.incomplete = self.work.incomplete
         self._loaded: list[_Loaded] = []
+        self._names = _short_names(self.work.files)
 
     def __enter__(self) -> Self:
         return self
@@ -280,12 +283,14 @@ class Logs:
         for rejected in origin.rejected:
             number += rejected <= number
         number += _count_newlines(origin.stretch.file.path, origin.stretch.start)
-        return Place(origin.stretch.file.name, number)
+        return Place(self._names[origin.stretch.file], number)
 
     def _count_malformed(self) -> None:
         seqs = tables.find_malformed(self.db)
         rejected = [
-            Place(one.stretch.file.name, line) for one in self._loaded for line in one.rejected
+            Place(self._names[one.stretch.file], line)
+            for one in self._loaded
+            for line in one.rejected
         ]
         self.malformed.count = len(seqs) + len(rejected)
         places = [self.place(seq) for seq in seqs[:_SHOWN_PLACES]]
@@ -323,6 +328,14 @@ def open_logs(
         logs.close()
         raise
     return logs
+
+
+def _short_names(files: Sequence[LogFile]) -> dict[LogFile, str]:
+    """Without folders, where that leaves no doubt."""
+    counts = Counter(Path(file.name).name for file in files)
+    return {
+        file: name if counts[name := Path(file.name).name] == 1 else file.name for file in files
+    }
 
 
 def _blocks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:

@@ -64,6 +64,9 @@ ENDS_OF_ATTEMPTS = (
 )
 """Each attempt ends in one of these; a job.* line stands for a worker that could not say it."""
 
+DIED = "process.exited"
+"""How an attempt ended whose worker was killed."""
+
 FINAL_EVENTS = ("request.finished", "gateway.rejected")
 
 _COLUMNS: Mapping[str, str] = {
@@ -177,6 +180,7 @@ def make(db: DuckDBPyConnection, since: float | None = None, until: float | None
         WHERE event IS NOT NULL AND t >= '{low}'::DOUBLE AND t < '{high}'::DOUBLE
         """
     )
+    _make_pids(db)
     _make_job_lines(db)
     _make_attempts(db)
     _make_requests(db)
@@ -239,26 +243,62 @@ def _make_job_lines(db: DuckDBPyConnection) -> None:
     )
 
 
+def _make_pids(db: DuckDBPyConnection) -> None:
+    """Which incarnation had which process id: a supervisor knows its children by that alone."""
+    db.execute(
+        """
+        CREATE OR REPLACE TEMP TABLE pids AS
+        SELECT instance, host, fields->>'pid' AS pid, min(t) AS began FROM events
+        WHERE event LIKE '%.started' OR event LIKE '%.ready' OR event LIKE '%.stopped'
+            OR event IN ('worker.state', 'clock.sampled', 'worker.measured')
+        GROUP BY ALL
+        """
+    )
+
+
 def _make_attempts(db: DuckDBPyConnection) -> None:
+    """Who is killed ends its attempts without a word: at the moment of its death, if that is told
+    by who watched over it.
+    """
     is_end = f"event IN ({_quoted(ENDS_OF_ATTEMPTS)})"
     db.execute(
         f"""
         CREATE OR REPLACE TABLE attempts AS
-        SELECT job_id, attempt, any_value(request_id) AS request_id,
-            coalesce(any_value(worker) FILTER (service = 'worker'), any_value(worker)) AS worker,
-            min(t) FILTER (event = 'worker.claimed') AS claimed,
-            min(t) FILTER (event = 'batch.joined') AS joined,
-            min(t) FILTER (event = 'worker.first_token') AS first_token,
-            min(t) FILTER ({is_end}) AS ended,
-            arg_min(event, (t, seq)) FILTER ({is_end}) AS end_event,
-            arg_min(code, (t, seq)) FILTER ({is_end} AND code IS NOT NULL) AS code,
-            any_value(batch_size) FILTER (event = 'batch.joined') AS batch_size,
-            any_value(next) FILTER (event = 'worker.claimed') AS next,
-            coalesce(max(position) FILTER (event = 'job.requeued'), max("end")) AS "end",
-            any_value(model_version) FILTER (service = 'worker') AS model_version,
-            any_value(host) FILTER (service = 'worker') AS host,
-            any_value(git_sha) FILTER (service = 'worker') AS git_sha
-        FROM job_lines GROUP BY job_id, attempt
+        WITH deaths AS (
+            SELECT worker, min(t) AS died FROM (
+                SELECT p.instance AS worker, e.t FROM events e
+                JOIN pids p ON p.host = e.host AND p.pid = e.fields->>'child_pid'
+                WHERE e.event = 'process.exited' AND p.began <= e.t
+                UNION ALL
+                SELECT worker, t FROM events
+                WHERE event = 'worker.state' AND fields->>'to' = 'dead'
+            ) WHERE worker IS NOT NULL GROUP BY worker
+        ), said AS (
+            SELECT job_id, attempt, any_value(request_id) AS request_id,
+                coalesce(
+                    any_value(worker) FILTER (service = 'worker'), any_value(worker)) AS worker,
+                min(t) FILTER (event = 'worker.claimed') AS claimed,
+                min(t) FILTER (event = 'batch.joined') AS joined,
+                min(t) FILTER (event = 'worker.first_token') AS first_token,
+                min(t) FILTER ({is_end}) AS ended,
+                arg_min(event, (t, seq)) FILTER ({is_end}) AS end_event,
+                arg_min(code, (t, seq)) FILTER ({is_end} AND code IS NOT NULL) AS code,
+                any_value(batch_size) FILTER (event = 'batch.joined') AS batch_size,
+                any_value(next) FILTER (event = 'worker.claimed') AS next,
+                coalesce(max(position) FILTER (event = 'job.requeued'), max("end")) AS "end",
+                any_value(model_version) FILTER (service = 'worker') AS model_version,
+                any_value(host) FILTER (service = 'worker') AS host,
+                any_value(git_sha) FILTER (service = 'worker') AS git_sha
+            FROM job_lines GROUP BY job_id, attempt
+        )
+        SELECT * EXCLUDE (died, is_cut) REPLACE (
+            CASE WHEN is_cut THEN died ELSE ended END AS ended,
+            CASE WHEN is_cut THEN '{DIED}' ELSE end_event END AS end_event
+        ) FROM (
+            SELECT said.*, died, died >= claimed AND (ended IS NULL OR died < ended
+                AND end_event = 'job.requeued') AS is_cut
+            FROM said LEFT JOIN deaths USING (worker)
+        )
         """
     )
 
@@ -379,7 +419,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
 
 
 def _make_changes(db: DuckDBPyConnection) -> None:
-    patterns = " OR ".join(f"event LIKE '{pattern}'" for pattern in CHANGES)
+    patterns = " OR ".join(f"e.event LIKE '{pattern}'" for pattern in CHANGES)
     db.execute(
         f"""
         CREATE OR REPLACE TABLE changes AS
@@ -399,8 +439,15 @@ def _make_changes(db: DuckDBPyConnection) -> None:
                 fields->>'cause', fields->>'reason', fields->>'message', code, fields->>'revision',
                 fields->>'adapter', fields->>'url', model_version, ''
             ) AS what,
-            service, coalesce(worker, instance) AS instance, fields AS details
-        FROM events WHERE {patterns} ORDER BY t, seq
+            service, coalesce(worker, child, instance) AS instance, fields AS details
+        FROM (
+            SELECT e.*, p.instance AS child FROM events e
+            LEFT JOIN pids p ON e.event LIKE 'process.%' AND p.host = e.host
+                AND p.pid = e.fields->>'child_pid' AND p.instance <> e.instance
+            WHERE {patterns}
+            -- Process ids come round again: the incarnation nearest in time.
+            QUALIFY row_number() OVER (PARTITION BY e.seq ORDER BY abs(p.began - e.t)) = 1
+        ) ORDER BY t, seq
         """
     )
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ops.incident.command import Finding, Question, question_options, tell
 from ops.incident.source import Logs
+from ops.incident.tables import DIED
 
 _SHOWN = 5
 """Violations of one property that are named; JSON has :data:`_KEPT`."""
@@ -43,7 +44,8 @@ class Violation(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """``query`` returns rows of (id, what, lines as ``seq``, process, moment).
+    """``query`` returns rows of (id, what, lines as ``seq``, process, moment); the process is who
+    should have said what is missing.
 
     ``is_absence``: that something is missing in the log, which lost lines excuse.
     ``is_of_redis``: that Redis said two things, which its going back in time excuses.
@@ -56,6 +58,8 @@ class Property:
     is_of_redis: bool = False
 
 
+_ANYONE = "*"
+"""In the place of a process: any one could have said it."""
 _FINALS = "('worker.finished', 'worker.failed', 'job.dead', 'job.closed')"
 
 PROPERTIES = (
@@ -189,12 +193,15 @@ PROPERTIES = (
                        max(t) FILTER (event IN {_FINALS}) AS done
                    FROM job_lines GROUP BY job_id)
         SELECT c.job_id, 'attempt ' || c.attempt || ' of worker ' || c.worker
-            || ' neither ended nor was handed on', [c.seq], c.worker, c.t
+            || CASE WHEN r.finish_reason IS NULL THEN ' neither ended nor was handed on'
+                ELSE ' never said that it ended, but the gateway saw an end' END,
+            -- A death explains that the worker is silent, not that nobody went on.
+            [c.seq], CASE WHEN r.finish_reason IS NULL THEN '*' ELSE c.worker END, c.t
         FROM job_lines c JOIN attempts a USING (job_id, attempt)
             JOIN latest l ON l.job_id = c.job_id
             LEFT JOIN requests r ON r.request_id = c.request_id, ends
-        WHERE c.event = 'worker.claimed' AND a.ended IS NULL AND l.attempt = c.attempt
-          AND l.done IS NULL
+        WHERE c.event = 'worker.claimed' AND (a.ended IS NULL OR a.end_event = '{DIED}')
+          AND l.attempt = c.attempt AND l.done IS NULL
           AND ends.over > coalesce(
               CASE WHEN r.finish_reason IS NOT NULL THEN r.ended + {_CLOSE_S} END,
               c.t + {_RUN_LIMIT_S})
@@ -306,9 +313,11 @@ class _Excuses:
         ]
         self._is_torn = logs.malformed.count > 0
 
-    def find(self, broken: Property, process: str | None, at_s: float) -> str:
+    def find(self, broken: Property, process: str, at_s: float) -> str:
         """In words; empty where there is none."""
-        if broken.is_absence and process is not None:
+        if broken.is_absence and process == _ANYONE and self._lossy:
+            return "lines were lost"
+        if broken.is_absence and process != _ANYONE:
             if process in self._lossy:
                 return f"{process} lost {self._lossy[process]:.0f} lines"
             if process in self._gone:

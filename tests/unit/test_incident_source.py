@@ -10,8 +10,16 @@ import orjson
 import pytest
 
 from common.failures import Failure
-from ops.bench.incidents.history import START_S, Plan, Trouble, shown_moment, write_history
+from ops.bench.incidents.history import (
+    START_S,
+    Plan,
+    Trouble,
+    read_lines,
+    shown_moment,
+    write_history,
+)
 from ops.incident.source import Logs, open_logs
+from tests.support.event_schema import violations
 
 
 def line(event: str, at_s: float = START_S, **fields: Any) -> bytes:
@@ -28,6 +36,10 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("history")
     write_history(folder, Plan(requests=300, deaths=((1, 0.5),)))
     return folder
+
+
+def test_made_up_histories_are_as_the_schema_says(history: Path) -> None:
+    assert [fault for line in read_lines(history) for fault in violations(line)] == []
 
 
 def test_a_folder_a_pattern_and_files_give_the_same(history: Path) -> None:
@@ -82,9 +94,9 @@ def test_malformed_lines_are_counted_with_their_places(tmp_path: Path) -> None:
         assert rows(logs, "SELECT count(*) FROM events") == [(6,)]
         assert logs.malformed.count == 6
         assert [str(place) for place in logs.malformed.places] == [
-            f"{path}:3",
-            f"{path}:5",
-            f"{path}:7",
+            "gateway.jsonl:3",
+            "gateway.jsonl:5",
+            "gateway.jsonl:7",
         ]
         last = rows(logs, "SELECT max(seq) FROM events")[0][0]
         assert logs.place(last).line == 12
@@ -117,6 +129,15 @@ def test_only_the_time_asked_for_is_read(tmp_path: Path) -> None:
         assert [n for _, n in found] == list(range(10_000, 10_100))
         assert logs.place(found[0][0]).line == 10_001
         assert rows(logs, "SELECT count(*) < 5000 FROM lines") == [(True,)]
+
+
+def test_small_files_are_read_whole(history: Path) -> None:
+    with open_logs([str(history)], since=START_S + 5, until=START_S + 20) as logs:
+        first, last, lines = rows(logs, "SELECT min(t), max(t), count(*) FROM events")[0]
+    assert START_S + 5 <= first < last < START_S + 20
+    with open_logs([str(history)]) as logs:
+        query = "SELECT count(*) FROM events WHERE t >= ? AND t < ?"
+        assert logs.db.execute(query, [START_S + 5, START_S + 20]).fetchall() == [(lines,)]
 
 
 def test_times_are_on_the_clock_of_redis(tmp_path: Path) -> None:

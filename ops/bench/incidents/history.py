@@ -223,7 +223,7 @@ class _Writer:
 
     def _tell_worker(self, worker: _Worker, supervisor: str) -> None:
         who = ("worker", worker.name)
-        of = {"host": worker.host, "model_version": worker.version, "worker": worker.name}
+        of = {"host": worker.host, "model_version": worker.version}
         slot = f"worker {worker.number}"
         began = worker.began
         is_first = began <= START_S
@@ -240,7 +240,14 @@ class _Writer:
         self._say(began + 0.1, *who, "worker.started", **of, engine="simulated")
         self._say(began + 0.5, *who, "worker.ready", **of, device="cpu")
         self._say(
-            began + 0.5, *who, "worker.state", **{"from": "loading"}, to="ready", cause="", **of
+            began + 0.5,
+            *who,
+            "worker.state",
+            **{"from": "loading"},
+            to="ready",
+            cause="",
+            worker=worker.name,
+            **of,
         )
         self._tell_minutes(*who, worker.host, began, min(worker.dies, self._end()))
         if worker.dies < self._end():
@@ -429,7 +436,6 @@ class _Writer:
                 attempt.first_token,
                 "worker.first_token",
                 prefill_time=prefill_time,
-                ttft=round(attempt.first_token - admitted, 6),
             )
         if attempt.is_death:
             self._book_line(
@@ -545,7 +551,7 @@ class _Writer:
 
 
 def _stamped(at_s: float, role: str, name: str, pid: int, event: str, fields: Line) -> Line:
-    level = "error" if event in ("worker.failed", "process.exited") else "info"
+    level = "warning" if event in ("worker.failed", "process.exited") else "info"
     return {
         "ts": shown_moment(at_s),
         "ts_redis_ms": int(at_s * 1000),
