@@ -234,6 +234,7 @@ class _Writer:
             "process.started" if is_first else "process.restarted",
             name=slot,
             role="worker",
+            host=worker.host,
             child_pid=self._pid(worker.name),
             **({} if is_first else {"cause": "exit"}),
         )
@@ -258,6 +259,7 @@ class _Writer:
                 "process.exited",
                 name=slot,
                 role="worker",
+                host=worker.host,
                 child_pid=self._pid(worker.name),
                 exit_code=-9,
                 signal="SIGKILL",
