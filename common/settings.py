@@ -25,6 +25,7 @@ PrefixCache = Literal["tenant", "shared", "off"]
 EngineWay = Literal["auto", "step", "operations", "modules", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8"]
+Compat = Literal["vllm-current", "vllm-0.10", "tgi"]
 
 
 class Settings(BaseSettings):
@@ -60,6 +61,24 @@ class Settings(BaseSettings):
                 "rediss://), unless you say --allow-open-redis"
             )
         return redis_url
+
+
+class MetricsSettings(Settings):
+    """What every process that shows figures knows."""
+
+    metrics_compat: tuple[Compat, ...] = ("vllm-current", "tgi")
+    """Whose names figures have beside our own: ``vllm-current``, ``vllm-0.10`` (the names that
+    vLLM has given up since, for dashboards that still ask for them), ``tgi``."""
+
+
+class MetricsPortSettings(MetricsSettings):
+    """Of processes that do nothing else over HTTP."""
+
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port on which Prometheus reads the figures of this process; 0: none. `headrace up` finds a
+    free one for each of its processes."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port. There is no key for it: open it to where Prometheus is, not to all."""
 
 
 class KeySettings(Settings):
@@ -126,7 +145,7 @@ class OrderSettings(Settings):
         return self
 
 
-class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
+class GatewaySettings(MetricsSettings, KeySettings, OrderSettings, StorageSettings):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
@@ -171,7 +190,7 @@ class GatewaySettings(KeySettings, OrderSettings, StorageSettings):
     """How long open streams may go on after SIGTERM."""
 
 
-class WorkerSettings(Settings):
+class WorkerSettings(MetricsPortSettings):
     """The engine side."""
 
     engine: Literal["torch", "simulated"] = "torch"
@@ -235,7 +254,7 @@ class WorkerSettings(Settings):
     """Simulated engine: time between tokens."""
 
 
-class BackgroundSettings(KeySettings, OrderSettings, StorageSettings):
+class BackgroundSettings(MetricsPortSettings, KeySettings, OrderSettings, StorageSettings):
     """The arq side: what has minutes."""
 
     background_redis_url: str = ""
@@ -251,6 +270,13 @@ class BackgroundSettings(KeySettings, OrderSettings, StorageSettings):
     @classmethod
     def _refuse_open_background(cls, redis_url: str, info: ValidationInfo) -> str:
         return cls._refuse_open_redis(redis_url, info) if redis_url else ""
+
+
+class ExporterSettings(MetricsPortSettings):
+    """What shows the figures of a whole pool."""
+
+    metrics_port: int = Field(default=9290, ge=0, le=65535)
+    """Port on which Prometheus reads the figures of the pool; 0: a free one."""
 
 
 def is_loopback(host: str) -> bool:

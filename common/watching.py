@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from common.batches import BatchRecord
-from common.broker import Broker, Census, CountedGateway, CountedWorker, Memory
+from common.broker import (
+    Broker,
+    Census,
+    CountedGateway,
+    CountedWorker,
+    DeadLetters,
+    Memory,
+)
 from common.clock import monotonic_s
 from common.diagnosis import Diagnoser
 from common.failures import KINDS, Failure, is_callers_fault
@@ -58,6 +65,7 @@ class Look:
     rtt_s: float
     durability_gap: str = ""
     batches: Sequence[BatchRecord] = ()
+    dead: DeadLetters = DeadLetters({}, 0)  # noqa: RUF009 - it is frozen
 
 
 class _Grown:
@@ -366,13 +374,13 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 async def keep_overview(
-    broker: Broker, owner: str, *, on_look: Callable[[Overview], None] | None = None
+    broker: Broker, owner: str, *, on_look: Callable[[Look | None, bool], None] | None = None
 ) -> None:
     """Look each second, until cancelled, and write what is seen unless another process does.
 
     Any number of processes may run this: one holds the lease, the others look on, so that whoever
-    goes on from it knows the last hour as well. ``on_look`` is told of every overview, written here
-    or not. An unreachable Redis only delays it.
+    goes on from it knows the last hour as well. ``on_look`` is told of every look and whether its
+    overview is written here, or of None while Redis is away, which only delays the next.
     """
     watch, looker = PoolWatch(broker.pool), _Looker(broker)
     is_away = False
@@ -380,12 +388,14 @@ async def keep_overview(
     try:
         while True:
             try:
-                overview = watch.note(await looker.look())
-                if on_look is not None:
-                    on_look(overview)
+                look = await looker.look()
+                overview = watch.note(look)
                 store = broker.overview_store
-                if await store.take_lease(owner):
+                is_writer = await store.take_lease(owner)
+                if is_writer:
                     await store.append(overview)
+                if on_look is not None:
+                    on_look(look, is_writer)
                 if is_away:
                     log.info("redis.reconnected")
                 is_away = False
@@ -393,6 +403,8 @@ async def keep_overview(
                 if not is_away:
                     log.warning("redis.disconnected", error=str(failure)[:200])
                 is_away = True
+                if on_look is not None:
+                    on_look(None, False)
             due_s = max(due_s + INTERVAL_S, monotonic_s())
             await asyncio.sleep(due_s - monotonic_s())
     finally:
@@ -414,6 +426,7 @@ class _Looker:
         self._batches: list[BatchRecord] = []
         self._batches_at_s = self._disk_at_s = float("-inf")
         self._durability_gap = ""
+        self._dead: DeadLetters | None = None
 
     async def look(self) -> Look:
         """Raises: Failure BROKER_UNAVAILABLE."""
@@ -427,7 +440,9 @@ class _Looker:
                 "" if facts.has_append_only_file else "It keeps no append-only file on its disk"
             )
             self._disk_at_s = now_s
+        self._dead = await self._broker.count_dead(self._dead)
         return Look(
+            dead=self._dead,
             census=await self._broker.census(),
             memory=await self._broker.memory(),
             rtt_s=await self._broker.round_trip_s(),

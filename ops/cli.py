@@ -18,6 +18,7 @@ from pydantic_settings import SettingsError
 from common.failures import Failure
 from common.settings import (
     BackgroundSettings,
+    ExporterSettings,
     GatewaySettings,
     Settings,
     StorageSettings,
@@ -144,6 +145,18 @@ def background_command(**given: Any) -> int:
     from workers.background.process import run
 
     return run(build(BackgroundSettings, given), pretty=sys.stderr.isatty())
+
+
+@cli.command("exporter")
+@options_of(ExporterSettings)
+def exporter_command(**given: Any) -> int:
+    """Run one exporter: the figures of the whole pool at /metrics, for Prometheus.
+
+    `headrace up` runs one. Of several, one shows them and the others stand by.
+    """
+    from ops.exporter import run
+
+    return run(build(ExporterSettings, given), pretty=sys.stderr.isatty())
 
 
 @cli.command("status")

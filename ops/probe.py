@@ -54,7 +54,7 @@ def probe(url: str) -> None:
         raise Unreachable(f"{url} answers {status or 'nothing'}")
 
 
-def free_ports(host: str, first: int, num_ports: int) -> list[int]:
+def free_ports(host: str, first: int, num_ports: int, *, option: str = "--port") -> list[int]:
     """``first`` and those behind it, each tried now; ``first`` 0: any free ones.
 
     Raises: Unreachable, naming the port that is in use or not allowed.
@@ -68,7 +68,7 @@ def free_ports(host: str, first: int, num_ports: int) -> list[int]:
             except OSError as error:
                 raise Unreachable(
                     f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}; "
-                    "choose another with --port"
+                    f"choose another with {option}"
                 ) from error
             found.append(listener.getsockname()[1])
     return found

@@ -1,9 +1,10 @@
 """What `headrace up` starts: the command line, environment and patience of each process."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +16,22 @@ from common.settings import (
     Dtype,
     GatewaySettings,
     KeySettings,
+    MetricsSettings,
     Quantize,
     StorageSettings,
     WorkerSettings,
 )
+from ops import runfile
 from ops.supervisor import ProcessSpec
 
 _BEYOND_DRAIN_S = 10.0
 """What a process may need after its drain, before it is killed."""
 _BACKGROUND_STOP_S = 15.0
+_EXPORTER_STOP_S = 10.0
+EXPORTER = "exporter"
 
 
-class UpSettings(StorageSettings):
+class UpSettings(MetricsSettings, StorageSettings):
     """What `headrace up` starts. All other settings reach its processes by environment."""
 
     redis_url: str = ""
@@ -46,6 +51,11 @@ class UpSettings(StorageSettings):
     """Number of workers, each with its own copy of the model."""
     background: int = Field(default=1, ge=1, le=64)
     """Number of background workers, which share the batches between them."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the exporter, which shows the figures of all together; 0: a free one. Where all are
+    found stands in ``run/prometheus-targets.json`` in the data directory, for Prometheus."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which the exporter, workers and background workers show figures."""
     engine: Literal["torch", "simulated"] = "torch"
     """``simulated`` answers with scripted text and set latencies; needs no model and no torch."""
     dtype: Dtype = "auto"
@@ -101,14 +111,37 @@ class Processes:
     data_dir: Path
     log_dir: Path
     ports: list[int]
+    metrics_ports: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By the name of a process that shows its figures on a port of their own."""
 
     def specs(self) -> list[ProcessSpec]:
-        return [*self._gateways(), *self._workers(), *self._background()]
+        return [*self._gateways(), *self._workers(), *self._background(), self._exporter()]
 
     def address(self, port: int) -> str:
         """Where a browser on this machine finds the gateway of ``port``."""
-        host = reachable(self.settings.host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{_netloc(reachable(self.settings.host), port)}"
+
+    def targets(self) -> list[runfile.Target]:
+        """Where Prometheus reads the figures of each process."""
+        host = self.settings.metrics_host
+        places = [
+            ("gateway", f"gateway {n}", self.settings.host, port) for n, port in self._numbered
+        ]
+        places += [
+            (name.partition(" ")[0], name, host, port) for name, port in self.metrics_ports.items()
+        ]
+        return [
+            runfile.Target(
+                targets=[_netloc(reachable(host), port)],
+                labels={"service": role, "instance": name.replace(" ", "-")},
+            )
+            for role, name, host, port in places
+        ]
+
+    @property
+    def _numbered(self) -> list[tuple[int, int]]:
+        """Gateways by their number, with their port."""
+        return list(enumerate(self.ports, start=1))
 
     def _gateways(self) -> list[ProcessSpec]:
         stop_timeout_s = GatewaySettings().drain_s + _BEYOND_DRAIN_S
@@ -125,7 +158,7 @@ class Processes:
                 stop_timeout_s=stop_timeout_s,
                 address=self.address(port),
             )
-            for n, port in enumerate(self.ports, start=1)
+            for n, port in self._numbered
         ]
 
     def _workers(self) -> list[ProcessSpec]:
@@ -143,9 +176,13 @@ class Processes:
         stop_timeout_s = WorkerSettings().drain_s + _BEYOND_DRAIN_S
         return [
             ProcessSpec(
-                "worker", f"worker {n + 1}", _python("workers"), env | self._gpus(n), stop_timeout_s
+                "worker",
+                name,
+                _python("workers"),
+                env | self._gpus(n) | self._metrics(name),
+                stop_timeout_s,
             )
-            for n in range(settings.workers)
+            for n, name in enumerate(worker_names(settings))
         ]
 
     def _gpus(self, worker: int) -> dict[str, str]:
@@ -159,9 +196,22 @@ class Processes:
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[worker * count : (worker + 1) * count])}
 
     def _background(self) -> list[ProcessSpec]:
-        count, argv, env = self.settings.background, _python("workers.background"), self._env()
-        names = ["background"] if count == 1 else [f"background {n + 1}" for n in range(count)]
-        return [ProcessSpec("background", name, argv, env, _BACKGROUND_STOP_S) for name in names]
+        argv, env = _python("workers.background"), self._env()
+        return [
+            ProcessSpec("background", name, argv, env | self._metrics(name), _BACKGROUND_STOP_S)
+            for name in background_names(self.settings)
+        ]
+
+    def _exporter(self) -> ProcessSpec:
+        env = self._env() | self._metrics(EXPORTER)
+        return ProcessSpec("exporter", EXPORTER, _python("ops.exporter"), env, _EXPORTER_STOP_S)
+
+    def _metrics(self, name: str) -> dict[str, str]:
+        """An address of its own for figures."""
+        return {
+            "HEADRACE_METRICS_HOST": self.settings.metrics_host,
+            "HEADRACE_METRICS_PORT": str(self.metrics_ports.get(name, 0)),
+        }
 
     def _env(self, **own: object) -> dict[str, str]:
         """The environment of this process, with our settings over it."""
@@ -173,15 +223,29 @@ class Processes:
             "ALLOW_OPEN_REDIS": self.settings.allow_open_redis,
             "MODEL": self.settings.model,
             "MAX_TOTAL_TOKENS": self.settings.max_total_tokens,
+            "METRICS_COMPAT": json.dumps(self.settings.metrics_compat),
         }
         ours = {f"HEADRACE_{name}": str(value) for name, value in {**shared, **own}.items()}
         return {**os.environ, **ours}
+
+
+def worker_names(settings: UpSettings) -> list[str]:
+    return [f"worker {n + 1}" for n in range(settings.workers)]
+
+
+def background_names(settings: UpSettings) -> list[str]:
+    count = settings.background
+    return ["background"] if count == 1 else [f"background {n + 1}" for n in range(count)]
 
 
 def reachable(host: str) -> str:
     """The address to connect to for a server that listens on ``host``."""
     every_interface = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
     return every_interface.get(host, host)
+
+
+def _netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _python(module: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""The files by which one start of Headrace is found again: ``lock`` and ``state.json`` in ``run/``.
+"""The files by which one start of Headrace is found again: ``lock`` and ``state.json`` in ``run/``,
+and ``prometheus-targets.json``, by which Prometheus finds it.
 
 The lock belongs to the supervisor for as long as it lives; the kernel drops it however it dies. The
 state file says what the supervisor runs, for ``headrace status``; without the lock it is history.
@@ -39,6 +40,13 @@ class RunState(msgspec.Struct, frozen=True):
     processes: list[ProcessState]
 
 
+class Target(msgspec.Struct, frozen=True):
+    """One place where figures are read, as Prometheus' ``file_sd_configs`` has it."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
 class DataDirInUse(click.ClickException):
     """Another supervisor holds the lock of this data directory."""
 
@@ -68,9 +76,25 @@ def lock(data_dir: Path) -> Generator[None]:
 
 def write_state(data_dir: Path, state: RunState) -> None:
     """Replace the state file in one step: a reader sees the old or the new one, never a half."""
-    path = run_dir(data_dir) / "state.json"
+    _replace(run_dir(data_dir) / "state.json", state)
+
+
+def write_targets(data_dir: Path, targets: list[Target]) -> None:
+    """Say where the figures of this start are read. Prometheus reads the file whenever it changes.
+
+    Names stay the same over restarts of a process, so one series goes on. The file stays when all
+    has stopped: then Prometheus shows that nothing is up.
+    """
+    _replace(targets_path(data_dir), targets)
+
+
+def targets_path(data_dir: Path) -> Path:
+    return run_dir(data_dir) / "prometheus-targets.json"
+
+
+def _replace(path: Path, content: object) -> None:
     fresh = path.with_suffix(".new")
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
     fresh.replace(path)
 
 

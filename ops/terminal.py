@@ -11,7 +11,13 @@ from rich.text import Text
 
 from ops.tail import Line
 
-_COLOURS = {"server": "magenta", "gateway": "cyan", "worker": "green", "background": "yellow"}
+_COLOURS = {
+    "server": "magenta",
+    "gateway": "cyan",
+    "worker": "green",
+    "background": "yellow",
+    "exporter": "blue",
+}
 _MARKS = {"warning": ("!", "yellow"), "error": ("✗", "red"), "critical": ("✗", "red")}
 _MAX_LINES_PER_LOOK = 20
 """Under load a terminal is slower than the system: beyond this, lines are counted, not shown."""

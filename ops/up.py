@@ -34,14 +34,22 @@ from ops.probe import (
     http_status,
     without_password,
 )
-from ops.processes import Processes, UpSettings, reachable
+from ops.processes import (
+    EXPORTER,
+    Processes,
+    UpSettings,
+    background_names,
+    reachable,
+    worker_names,
+)
 from ops.supervisor import Slot, State, Supervisor
 from ops.tail import LogTail
 from ops.terminal import Terminal
 
 log = get_logger()
 
-_STOP_ORDER = ("gateway", "worker", "background", "server")
+_STOP_ORDER = ("gateway", "worker", "background", "exporter", "server")
+_LOGGED = ("gateway", "worker", "background", "exporter")
 _LOOK_S = 0.1
 _LOOK_SERVER_S = 0.02
 _SERVER_START_TIMEOUT_S = 120.0
@@ -65,6 +73,7 @@ def up(settings: UpSettings, processes_of: Callable[..., Processes] = Processes)
             data_dir=data_dir,
             log_dir=(settings.log_dir or data_dir / "log").resolve(),
             ports=free_ports(settings.host, settings.port, settings.gateways),
+            metrics_ports=_metrics_ports(settings),
         )
         try:
             asyncio.run(_Run(processes, socket).run())
@@ -72,6 +81,16 @@ def up(settings: UpSettings, processes_of: Callable[..., Processes] = Processes)
             flush()
             if socket is not None:
                 remove_socket(socket, data_dir)
+
+
+def _metrics_ports(settings: UpSettings) -> dict[str, int]:
+    """Of each process that has such a port. Raises: Unreachable."""
+    names = [EXPORTER, *worker_names(settings), *background_names(settings)]
+    ports = dict(zip(names, free_ports(settings.metrics_host, 0, len(names)), strict=True))
+    if settings.metrics_port:
+        host, port = settings.metrics_host, settings.metrics_port
+        [ports[EXPORTER]] = free_ports(host, port, 1, option="--metrics-port")
+    return ports
 
 
 class _Run:
@@ -147,6 +166,7 @@ class _Run:
         if self._socket is not None:
             await self._start_server(self._socket)
         await check_redis(processes.redis_url, self._settings.model)
+        runfile.write_targets(processes.data_dir, processes.targets())
         await self._until_up([self._supervisor.start(spec) for spec in self._specs])
         await self._until_served()
         seconds = monotonic_s() - self._began_s
@@ -291,7 +311,7 @@ class _Run:
 
     async def _follow_logs(self) -> None:
         """Learn from the logs who is ready, and show what matters of them."""
-        tail = LogTail(self._processes.log_dir, ("gateway", "worker", "background"))
+        tail = LogTail(self._processes.log_dir, _LOGGED)
         while True:
             lines = tail.read()
             for line in lines:

@@ -6,6 +6,7 @@ cut of what lies between, however many engine steps made it. Nothing here does I
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from common.messages import (
     RANKS,
     Finish,
     GenerationSpec,
+    Lane,
     PromptLogprobs,
     TokenRecord,
     TopTokens,
@@ -111,6 +113,10 @@ class Attempt:
     def is_in_engine(self) -> bool:
         """Whether it takes room there: from the claim until its finish."""
         return self.finish is None
+
+    @property
+    def lane(self) -> Lane:
+        return self._claimed.lane
 
     @property
     def rank(self) -> int:
@@ -382,6 +388,10 @@ class Ledger:
 
     def running(self) -> list[Attempt]:
         return list(self._running.values())
+
+    def count_by_lane(self) -> dict[str, int]:
+        """What runs."""
+        return dict(Counter(attempt.lane for attempt in self.running()))
 
     def get(self, id: str) -> Attempt | None:
         return self._running.get(id) or self._ended.get(id)

@@ -126,6 +126,8 @@ class Heartbeat:
             free_tokens=self._free_tokens(),
             steps=self.num_steps,
             max_batch_size=self._max_batch_size,
+            held_in=self._ledger.count_by_lane(),
+            lease_ms=self._lease_ms,
         )
 
     def _measure_rate(self) -> float:

@@ -7,6 +7,7 @@ unpacked. All methods raise :class:`Failure` with ``BROKER_UNAVAILABLE``, ``BROK
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from common.broker.steps import (
     CountedGateway,
     CountedLane,
     CountedWorker,
+    DeadLetters,
     Ended,
     FailureNote,
     GatewayBeat,
@@ -699,6 +701,27 @@ class Broker:
             evicts=memory["maxmemory"] > 0 and memory["maxmemory_policy"] != "noeviction",
             evicted_keys=stats["evicted_keys"],
         )
+
+    async def count_dead(self, before: DeadLetters | None = None) -> DeadLetters:
+        """How many generations are kept aside. ``before`` is what this said last, so that they are
+        only looked through when that has changed.
+        """
+        redis: Any = self._redis
+        key = keys.dead(self._prefix)
+        with mapped_errors():
+            try:
+                info = await redis.xinfo_stream(key)
+            except ResponseError as error:
+                if "no such key" not in str(error):
+                    raise
+                return DeadLetters({}, 0)
+            last_id, num_ever = _text(info["last-generated-id"]), info["entries-added"]
+            known = before if before is not None and before.last_id == last_id else None
+            if known is not None and sum(known.num_in.values()) == info["length"]:
+                return known
+            entries = await redis.xrange(key)
+        lanes = Counter(_text(fields[b"lane"]) for _, fields in entries)
+        return DeadLetters(dict(lanes), num_ever, last_id)
 
     async def round_trip_s(self) -> float:
         """How long the server takes to answer the smallest question."""

@@ -1368,19 +1368,19 @@ end
 -- of the next few has waited, since a lane is in the order of fairness, not of time.
 local function lane_of(P, now, rank, versions)
   local lane = LANES[rank]
-  local depth, oldest = redis.call('ZCARD', P .. 'lane:' .. lane), now
+  local depth, again, oldest = redis.call('ZCARD', P .. 'lane:' .. lane), 0, now
   for _, id in ipairs(redis.call('ZRANGE', P .. 'lane:' .. lane, 0, MAX_LOOKAHEAD - 1)) do
     oldest = math.min(oldest, tonumber(redis.call('HGET', P .. 'gen:' .. id, 't0')) or now)
   end
   local from, to = number((rank - 1) * RANK_WIDTH), '(' .. number(rank * RANK_WIDTH)
   for _, version in ipairs(versions) do
     local queue = P .. 'again:' .. version
-    depth = depth + redis.call('ZCOUNT', queue, from, to)
+    again = again + redis.call('ZCOUNT', queue, from, to)
     local first = redis.call('ZRANGE', queue, from, to, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
     if first[2] then oldest = math.min(oldest, tonumber(first[2]) - (rank - 1) * RANK_WIDTH) end
   end
   local tokens = tonumber(redis.call('HGET', P .. 'backlog', lane .. '.tokens')) or 0
-  return { depth, tokens, now - oldest, wait_ms(P, lane) }
+  return { depth + again, tokens, now - oldest, wait_ms(P, lane), again }
 end
 
 -- What a picture of the pool is made of, once a second: counts, and no id of what is held.

@@ -25,6 +25,11 @@ def ended(prefix: str) -> str:
     return f"{prefix}ended"
 
 
+def dead(prefix: str) -> str:
+    """stream: generations that are kept aside because workers died of them."""
+    return f"{prefix}dead"
+
+
 def mark(prefix: str) -> str:
     """What is written before waiting for the disk."""
     return f"{prefix}mark"

@@ -263,6 +263,8 @@ class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):
     rss_bytes: int = 0
     up_s: float = 0.0
     """How long ago it started."""
+    held_in: dict[str, int] = {}
+    """Generations that it holds, by lane."""
 
 
 class GatewayPresence(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -378,6 +380,8 @@ class CountedLane:
     backlog_tokens: int
     oldest_ms: int
     wait_ms: int
+    handed_back: int
+    """Of ``depth``, those that a worker had before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,6 +459,17 @@ class ServerFacts:
     @property
     def version_numbers(self) -> tuple[int, ...]:
         return tuple(int(part) for part in self.version.split(".") if part.isdigit())
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetters:
+    """Generations that were kept aside because workers died of them."""
+
+    num_in: dict[str, int]
+    """By lane, those that are still kept."""
+    num_ever: int
+    """As long as the server remembers: without any for a week it begins anew."""
+    last_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

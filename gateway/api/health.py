@@ -6,7 +6,7 @@ from starlette.routing import Route
 
 from common.broker import PoolState
 from common.failures import Failure
-from common.metrics import CONTENT_TYPE
+from common.instruments import CONTENT_TYPE
 from gateway.services import Services, services_of
 
 QUIET_LIMIT_S = 5.0
@@ -54,12 +54,8 @@ async def _readiness(services: Services) -> tuple[int, str]:
 
 
 async def metrics(request: Request) -> Response:
-    services = services_of(request)
-    try:
-        services.metrics.show_pool(await services.broker.state())
-    except Failure:
-        services.metrics.forget_pool()
-    return Response(services.metrics.text(), media_type=CONTENT_TYPE)
+    """Of this process; those of the pool are the exporter's."""
+    return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _num_ready(pool: PoolState) -> int:

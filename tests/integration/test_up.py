@@ -138,7 +138,7 @@ async def test_it_serves_and_stops_in_order(start: Start, signum: signal.Signals
     instance = await start("--gateways", "2", "--workers", "2").ready()
     running = instance.processes()
     assert set(running) == {
-        "server", "gateway 1", "gateway 2", "worker 1", "worker 2", "background"
+        "server", "gateway 1", "gateway 2", "worker 1", "worker 2", "background", "exporter"
     }  # fmt: skip
     assert {process.state for process in running.values()} == {"ready"}
     for name in ("gateway 1", "gateway 2"):
@@ -150,7 +150,7 @@ async def test_it_serves_and_stops_in_order(start: Start, signum: signal.Signals
 
     assert await instance.ended() == 0
     ends = [line["role"] for line in instance.log("process.exited")]
-    assert ends == ["gateway", "gateway", "worker", "worker", "background", "server"]
+    assert ends == ["gateway", "gateway", "worker", "worker", "background", "exporter", "server"]
     assert {line["exit_code"] for line in instance.log("process.exited")} == {0}
     await none_is_left([process.pid for process in running.values()])
     assert runfile.read_state(instance.data_dir) is None
@@ -183,7 +183,7 @@ async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
 async def test_what_dies_is_started_again(start: Start) -> None:
     """SIGKILL of any process, the server included, is a pause: then requests are answered again."""
     instance = await start().ready()
-    for name in ("worker 1", "gateway 1", "background", "server"):
+    for name in ("worker 1", "gateway 1", "background", "exporter", "server"):
         victim = instance.process(name)
         os.kill(victim.pid, signal.SIGKILL)
 
@@ -201,8 +201,8 @@ async def test_what_dies_is_started_again(start: Start) -> None:
             return False
 
     await wait_until(answers, timeout_s=_START_S, what="an answer")
-    assert {line["process"] for line in instance.log("process.restarted")} == {
-        "worker 1", "gateway 1", "background", "server"
+    assert {line["name"] for line in instance.log("process.restarted")} == {
+        "worker 1", "gateway 1", "background", "exporter", "server"
     }  # fmt: skip
 
 

@@ -150,6 +150,11 @@ class Processes:
         chosen = {"model": SIMULATED_MODEL} | settings
         return self._start("background", "workers.background", redis_url, chosen)
 
+    def exporter(self, *, redis_url: str | None = None, **settings: object) -> Process:
+        """Start an exporter on a free port; its address is ``.url``."""
+        chosen = {"model": SIMULATED_MODEL, "metrics_port": free_port()} | settings
+        return self._start("exporter", "ops.exporter", redis_url, chosen)
+
     def gateway(self, *, redis_url: str | None = None, **settings: object) -> Process:
         """Start a gateway on a free port; its address is ``.url``."""
         return self._start("gateway", "gateway", redis_url, {"port": free_port()} | settings)
@@ -183,7 +188,7 @@ class Processes:
                 stdout=out,
                 stderr=errors,
             )
-        port = settings.get("port")
+        port = settings.get("port") or settings.get("metrics_port")
         process = Process(role, popen, folder, f"http://127.0.0.1:{port}" if port else "")
         self._started.append(process)
         return process

@@ -178,7 +178,7 @@ def test_gateways_and_background_workers_keep_files_in_one_place(tmp_path: Path)
     assert places == {"s3://bucket/files"}
 
 
-@pytest.mark.parametrize("role", ["gateway", "worker", "background"])
+@pytest.mark.parametrize("role", ["gateway", "worker", "background", "exporter"])
 def test_a_redis_that_is_not_there_is_one_line(role: str, tmp_path: Path) -> None:
     """Each process says so on standard error and ends with a failure."""
     (tmp_path / "models").mkdir()
