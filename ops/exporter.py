@@ -33,6 +33,7 @@ from ops.pool_metrics import PoolMetrics
 
 log = get_logger()
 
+
 def create_app(metrics: PoolMetrics) -> Starlette:
     """``/metrics``, and ``/health``: 200 while Redis answers."""
 

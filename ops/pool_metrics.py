@@ -42,7 +42,7 @@ class PoolMetrics(Collector):
         process_collectors(self.registry)
         self.registry.register(self)
 
-    def note(self, look: Look | None, is_active: bool) -> None:  # noqa: FBT001
+    def note(self, look: Look | None, is_active: bool) -> None:
         """A second has passed; None: Redis did not answer. See :func:`keep_overview`."""
         self.is_redis_up, self.is_active = look is not None, is_active
         self._look = look if is_active else None
@@ -181,7 +181,7 @@ class PoolMetrics(Collector):
             "headrace_worker_up",
             "1 while the lease of a worker holds.",
             ["model", "worker"],
-            [([model, worker.name], worker.expires_in_ms > 0) for worker, _ in shown],
+            [([model, it.name], state not in ("dead", "loading")) for it, state in shown],
         )
         yield gauge(
             "headrace_worker_heartbeat_age_seconds",

@@ -127,7 +127,6 @@ class Heartbeat:
             steps=self.num_steps,
             max_batch_size=self._max_batch_size,
             held_in=self._ledger.count_by_lane(),
-            lease_ms=self._lease_ms,
         )
 
     def _measure_rate(self) -> float:

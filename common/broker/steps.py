@@ -380,7 +380,7 @@ class CountedLane:
     backlog_tokens: int
     oldest_ms: int
     wait_ms: int
-    handed_back: int
+    handed_back: int = 0
     """Of ``depth``, those that a worker had before."""
 
 
