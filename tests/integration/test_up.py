@@ -8,89 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from ops import runfile
+from tests.support.instance import START_S, Instance
 from tests.support.processes import ROOT, free_port
 from tests.support.waiting import wait_until
-
-_START_S = 60.0
-_STOP_S = 30.0
-
-Line = dict[str, Any]
-
-
-class Instance:
-    """One `headrace up`, on a data directory, from its start to its end."""
-
-    def __init__(self, data_dir: Path, *options: str, **settings: object) -> None:
-        self.data_dir = data_dir
-        data_dir.mkdir(parents=True, exist_ok=True)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HEADRACE_")}
-        chosen = {f"HEADRACE_{name.upper()}": str(value) for name, value in settings.items()}
-        self._output = data_dir / "output"
-        command = [sys.executable, "-m", "ops.cli", "up", "--engine", "simulated", "--port", "0"]
-        with self._output.open("wb") as output:
-            self._popen = subprocess.Popen(
-                [*command, "--data-dir", str(data_dir), *options],
-                cwd=ROOT,
-                env=inherited | chosen,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def url(self) -> str:
-        return self.process("gateway 1").address
-
-    def log(self, event: str) -> list[Line]:
-        """Lines that this supervisor itself logged with that event."""
-        path = self.data_dir / "log" / "supervisor.jsonl"
-        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-        return [line for line in lines if (line["event"], line["pid"]) == (event, self.pid)]
-
-    def processes(self) -> dict[str, runfile.ProcessState]:
-        """What it runs now, by name."""
-        state = runfile.read_state(self.data_dir)
-        return {process.name: process for process in state.processes} if state else {}
-
-    def process(self, name: str) -> runfile.ProcessState:
-        return self.processes()[name]
-
-    async def ready(self) -> "Instance":
-        await wait_until(
-            lambda: self.log("supervisor.ready") or self._popen.poll() is not None,
-            timeout_s=_START_S,
-            what="ready",
-        )
-        assert self._popen.poll() is None, self.output
-        return self
-
-    async def ended(self) -> int:
-        """Wait for its end; the exit code."""
-        await wait_until(lambda: self._popen.poll() is not None, timeout_s=_STOP_S, what="its end")
-        return self._popen.wait()
-
-    def send(self, signum: signal.Signals) -> None:
-        self._popen.send_signal(signum)
-
-    def kill(self) -> None:
-        self._popen.kill()
-        self._popen.wait()
-
 
 Start = Callable[..., Instance]
 
@@ -123,7 +49,7 @@ def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=_START_S,
+        timeout=START_S,
         check=False,
     )
 
@@ -167,7 +93,7 @@ async def test_who_is_killed_by_hand_casts_no_blame(start: Start) -> None:
                 instance.process("worker 1").state == "ready"
                 and worker_log.read_text().count('"worker.claimed"') >= n
             ),
-            timeout_s=_START_S,
+            timeout_s=START_S,
             what=f"claim {num_claims}",
         )
         os.kill(instance.process("worker 1").pid, signal.SIGKILL)
@@ -191,7 +117,7 @@ async def test_what_dies_is_started_again(start: Start) -> None:
             process = instance.process(name)
             return process.state == "ready" and process.pid != victim.pid
 
-        await wait_until(is_replaced, timeout_s=_START_S, what=f"a new {name}")
+        await wait_until(is_replaced, timeout_s=START_S, what=f"a new {name}")
         assert instance.process(name).restarts == 1
 
     async def answers() -> bool:
@@ -200,7 +126,7 @@ async def test_what_dies_is_started_again(start: Start) -> None:
         except httpx.TransportError:
             return False
 
-    await wait_until(answers, timeout_s=_START_S, what="an answer")
+    await wait_until(answers, timeout_s=START_S, what="an answer")
     assert {line["name"] for line in instance.log("process.restarted")} == {
         "worker 1", "gateway 1", "background", "exporter", "server"
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What is shipped: the gateway without torch, the containers, the pins."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,18 @@ from typing import Any
 import pytest
 import yaml
 
-from common.settings import BackgroundSettings, GatewaySettings, WorkerSettings
+from common.settings import (
+    BackgroundSettings,
+    ExporterSettings,
+    GatewaySettings,
+    WorkerSettings,
+)
 from ops.cli import cli
 from tests.support.processes import ROOT
 
 Tree = dict[str, Any]
+MONITORING = {"prometheus", "grafana"}
+"""Services of others, which need nothing of ours to start."""
 
 
 @pytest.fixture
@@ -58,19 +66,22 @@ def test_everything_is_pinned(project: Tree) -> None:
 
 
 def test_compose_has_the_parts_of_the_system(compose: Tree) -> None:
-    """One Valkey, two gateways, one worker and one background worker in either profile."""
+    """One Valkey, two gateways, one of everything else in either profile; who wants it, monitoring."""
     for profile, worker in (("cpu", "worker-cpu"), ("gpu", "worker-gpu")):
         running = {
             name for name, service in compose["services"].items() if profile in service["profiles"]
         }
-        assert running == {"valkey", "model", "gateway-1", "gateway-2", worker, "background"}
+        assert running == {
+            "valkey", "model", "gateway-1", "gateway-2", worker, "background", "exporter"
+        }  # fmt: skip
+    assert MONITORING <= compose["services"].keys()
 
 
 def test_compose_opens_nothing_to_the_network(compose: Tree) -> None:
     published = [
         port for service in compose["services"].values() for port in service.get("ports", [])
     ]
-    assert len(published) == 2
+    assert len(published) == 4
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
@@ -78,7 +89,7 @@ def test_everything_that_stays_up_in_compose_has_a_health_check(compose: Tree) -
     """And what waits for another service waits for its health."""
     for name, service in compose["services"].items():
         assert ("healthcheck" in service) == (name != "model")
-        if name not in ("valkey", "model"):
+        if name not in ("valkey", "model", *MONITORING):
             assert service["depends_on"] == {
                 "valkey": {"condition": "service_healthy"},
                 "model": {"condition": "service_completed_successfully"},
@@ -87,10 +98,10 @@ def test_everything_that_stays_up_in_compose_has_a_health_check(compose: Tree) -
 
 def test_compose_runs_commands_that_exist(compose: Tree) -> None:
     """Commands and health checks name subcommands and settings of this version."""
-    known = (GatewaySettings, WorkerSettings, BackgroundSettings)
+    known = (GatewaySettings, WorkerSettings, BackgroundSettings, ExporterSettings)
     variables = {f"HEADRACE_{name.upper()}" for settings in known for name in settings.model_fields}
     for name, service in compose["services"].items():
-        if name == "valkey":
+        if name in ("valkey", *MONITORING):
             continue
         assert service.get("command", ["gateway"])[0] in cli.commands
         assert service["environment"].keys() <= variables
@@ -98,6 +109,32 @@ def test_compose_runs_commands_that_exist(compose: Tree) -> None:
         assert check[1] == "headrace"
         assert check[2] in cli.commands
         assert (ROOT / service["build"]["dockerfile"]).is_file()
+
+
+def test_prometheus_in_compose_asks_whoever_has_figures(compose: Tree) -> None:
+    """Each target is a service there, under its name or its alias, at the port that it has."""
+    ports: dict[str, str] = {}
+    for name, service in compose["services"].items():
+        if name not in ("valkey", "model", *MONITORING):
+            environment = service["environment"]
+            default = environment.get("HEADRACE_PORT", "")
+            aliases = service.get("networks", {}).get("default", {}).get("aliases", [name])
+            ports |= dict.fromkeys(aliases, environment.get("HEADRACE_METRICS_PORT", default))
+    groups = json.loads((ROOT / "ops" / "prometheus" / "compose-targets.json").read_text())
+    assert {target for group in groups for target in group["targets"]} == {
+        f"{name}:{port}" for name, port in ports.items()
+    }
+    assert {group["labels"]["service"] for group in groups} == {
+        "gateway", "worker", "background", "exporter"
+    }  # fmt: skip
+
+
+def test_what_compose_mounts_is_there_and_its_images_are_pinned(compose: Tree) -> None:
+    for name in MONITORING:
+        service = compose["services"][name]
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+        mounted = [volume.split(":")[0] for volume in service["volumes"]]
+        assert all((ROOT / path).exists() for path in mounted if path.startswith("."))
 
 
 @pytest.mark.parametrize("image", ["gateway", "worker"])

@@ -10,6 +10,7 @@ import pytest
 from common.explanations import EXPLANATIONS, INSIDE, SAID_AS
 from common.failures import KINDS
 from ops import batch, cli, doctor
+from ops.explain import alert_pages
 from workers import exit_codes
 
 Explain = Callable[..., tuple[int, str]]
@@ -96,6 +97,15 @@ def test_a_signal_is_named_however_it_is_counted(explain: Explain, code: str) ->
 
 def test_an_exit_code_that_nobody_uses_is_not_explained(explain: Explain) -> None:
     assert explain("99")[0] == 1
+
+
+def test_the_name_of_an_alert_brings_its_page(explain: Explain) -> None:
+    for alert in alert_pages():
+        ended, text = explain(alert.lower())
+        assert ended == 0
+        assert alert in text
+        assert "Call somebody when" in text
+        assert alert in explain()[1]
 
 
 def test_the_table_has_a_line_for_each_code(explain: Explain) -> None:
