@@ -6,7 +6,7 @@ so it does not matter who is first, and the jitter keeps them from always meetin
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from common.broker import Broker, Moved
 from common.failures import Failure
@@ -37,9 +37,22 @@ async def reap_once(broker: Broker) -> bool:
         moves = await broker.reap()
     except Failure:
         return False  # whoever publishes or serves on the same Redis reports that it is away
+    tell_moves(moves)
+    for worker in sorted({moved.cause for moved in moves if _has_died(moved)}):
+        change = {"from": "ready", "to": "dead"}
+        log.warning("worker.state", worker=worker, cause="lease", **change)
+    return bool(moves)
+
+
+def tell_moves(moves: Iterable[Moved]) -> None:
+    """One line for each generation that reap moved."""
     for moved in moves:
         _tell(moved)
-    return bool(moves)
+
+
+def _has_died(moved: Moved) -> bool:
+    """Whether the worker of this generation has: its cause names it then."""
+    return moved.move == "requeued" or moved.code == "POISON_REQUEST"
 
 
 def _tell(moved: Moved) -> None:

@@ -5,6 +5,7 @@ value stops that start with the name of the field. A field's docstring is its he
 """
 
 import ipaddress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
@@ -51,6 +52,22 @@ class Settings(BaseSettings):
     """Where JSON lines go (``<role>.jsonl`` appended); unset: standard output."""
     max_total_tokens: int = Field(default=4096, ge=2)
     """Longest prompt plus answer in tokens; the model's own limit applies below it."""
+
+    otlp_endpoint: str = ""
+    """Collector of OpenTelemetry that spans are sent to, by HTTP: ``http://127.0.0.1:4318``; needs
+    the extra ``otel``. Unset: none are made."""
+    otlp_service_name: str = "headrace"
+    """What the spans call this service."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _refuse_unusable_endpoint(cls, endpoint: str) -> str:
+        url = urlsplit(endpoint)
+        if endpoint and (url.scheme not in ("http", "https") or not url.hostname):
+            raise ValueError(f"otlp_endpoint must be an http:// or https:// URL, got {endpoint!r}")
+        if endpoint and find_spec("opentelemetry") is None:
+            raise ValueError("otlp_endpoint needs the extra otel: pip install 'headrace[otel]'")
+        return endpoint
 
     @field_validator("redis_url")
     @classmethod

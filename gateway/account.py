@@ -1,7 +1,7 @@
 """What became of a request: gathered on its way, told once at its end, as log line and metrics."""
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import ceil
 from typing import Any
 
@@ -27,8 +27,17 @@ class Account:
     ``stream.closed``.
     """
 
-    def __init__(self, metrics: GatewayMetrics, api: str, arrived_at: float, **fields: Any) -> None:
+    def __init__(
+        self,
+        metrics: GatewayMetrics,
+        api: str,
+        arrived_at: float,
+        *,
+        span: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
         self.api = api
+        self._span = span
         self.arrived_at = arrived_at
         self.fields = fields
         self.timing: Timing | None = None
@@ -121,6 +130,8 @@ class Account:
             **self.fields,
         }
         timing = {} if self.timing is None else self._tell_timing(self.timing)
+        if self._span is not None:
+            self._span |= span_attributes(outcome, timing | told)
         if self.api == "resume":
             log.info("stream.closed", reason=outcome, **told)
         else:
@@ -168,3 +179,25 @@ class Account:
 def _p99(samples_s: Collection[float]) -> float | None:
     """The smallest one that at most 1 % are above; None where there are none."""
     return round(sorted(samples_s)[ceil(0.99 * len(samples_s)) - 1], 6) if samples_s else None
+
+
+_FINE = frozenset({"ok", "cancelled", "disconnected"})
+
+
+def span_attributes(outcome: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the span of a request says beside its beginning, from what its log line says.
+
+    The names are those of the GenAI semantic conventions.
+    """
+    reason = told.get("finish_reason")
+    return {
+        "gen_ai.usage.input_tokens": told.get("prompt_tokens"),
+        "gen_ai.usage.output_tokens": told.get("tokens"),
+        "gen_ai.response.finish_reasons": [reason] if reason else None,
+        "gen_ai.response.model": told.get("model_version"),
+        "gen_ai.latency.time_in_queue": told.get("queue_time"),
+        "gen_ai.latency.time_to_first_token": told.get("ttft"),
+        "gen_ai.latency.e2e": told.get("duration"),
+        "headrace.outcome": outcome,
+        "error.type": "" if outcome in _FINE else outcome,
+    }

@@ -1,6 +1,7 @@
 """From a valid order to its answer: the path of every prompt through the gateway."""
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,7 @@ from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Lane
 from common.models.tokenizer import Tokenizer
+from common.spans import Kind
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of, pack_tokens, retention_s
 from gateway.callers import caller_of, permitted
@@ -24,7 +26,7 @@ from gateway.collect import Completion, Reply, body_of, collect_all, reply_of
 from gateway.errors import failure_response, rate_limit_headers, status_of, wire_of
 from gateway.frames import Frames, Interleaved, Subject, frames_for
 from gateway.idempotency import Idempotency, idempotency_of, key_in
-from gateway.middleware import arrival_of, client_request_id, own_trace, request_id_of
+from gateway.middleware import arrival_of, client_request_id, own_trace, request_id_of, span_of
 from gateway.order import TOOLS, Order
 from gateway.responses import ResponseFrames, keep_document, nothing, response_object
 from gateway.services import Offer, Services, services_of
@@ -139,20 +141,36 @@ async def _admit_all(
     admitted: list[_Admitted] = []
     num_choices = 0
     try:
-        first_id, trace = request_id_of(request), own_trace(request).parent
+        first_id, trace = request_id_of(request), own_trace(request)
         for number, order in enumerate(orders):
             request_id = f"{first_id}-{number}" if number else first_id
+            sent, began_s = trace.child(), time.time()
             ticket = await services.admissions.admit(
                 caller_of(request),
                 request_id,
                 order,
                 manner,
                 part_of=first_id,
-                trace=trace,
+                trace=sent.parent,
                 first_choice=num_choices,
                 idempotency=idempotency,
             )
             _tell_enqueued(order, ticket)
+            if services.spans is not None:
+                services.spans.tell(
+                    f"send {services.model.name}",
+                    Kind.PRODUCER,
+                    sent,
+                    parent=trace,
+                    began_s=began_s,
+                    attributes={
+                        "messaging.system": "redis",
+                        "messaging.operation.type": "send",
+                        "messaging.destination.name": services.model.name,
+                        "messaging.message.id": request_id,
+                        "headrace.lane": order.lane,
+                    },
+                )
             version = ticket.admitted.model_version or services.model.version
             subject = subject_of(
                 services, order, ticket.admitted.request_id, ticket.presentation, version
@@ -199,6 +217,18 @@ def _tell_accepted(services: Services, request: Request, orders: Sequence[Order]
     structlog.contextvars.bind_contextvars(lane=order.lane)
     log.info("gateway.accepted", api=order.api, **asked)
     request.scope["headrace.asked"] = asked
+    span = span_of(request)
+    if span is not None:
+        is_chat = order.api in ("chat", "response")
+        span |= {
+            "gen_ai.operation.name": "chat" if is_chat else "text_completion",
+            "gen_ai.provider.name": "headrace",
+            "gen_ai.request.model": services.model.name,
+            "gen_ai.request.id": request_id_of(request),
+            "gen_ai.request.max_tokens": sampling.max_new_tokens,
+            "gen_ai.request.temperature": asked["temperature"],
+            "gen_ai.request.choice.count": asked["n"],
+        }
     return asked
 
 
@@ -352,6 +382,7 @@ def _open_account(
         services.metrics,
         first.order.api,
         arrival_of(request),
+        span=span_of(request),
         stream_id=first.subject.request_id,
         disconnect=manner.text,
         position=first.ticket.admitted.position,

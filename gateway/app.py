@@ -24,7 +24,9 @@ from common.failures import Failure
 from common.files import Files
 from common.logs import get_logger
 from common.metrics import GatewayMetrics
+from common.redis_clock import RedisClock
 from common.settings import GatewaySettings
+from common.spans import open_spans
 from common.storage import open_storage
 from gateway.admission import Admissions
 from gateway.api import (
@@ -54,6 +56,7 @@ from gateway.middleware import (
     arrival_of,
     client_request_id,
     request_id_of,
+    span_of,
 )
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
@@ -115,6 +118,8 @@ _APIS_BELOW = {
 """For the log, of what is no request for a generation; by how paths begin."""
 
 
+_CHATS = ("chat", "response")
+
 _FORM_BYTES = 64 * 1024
 """What a form may hold beside its file."""
 
@@ -146,6 +151,7 @@ def create_app(
     metrics = metrics or GatewayMetrics()
     metrics.model_info.labels(model.name, model.version).set(1)
     recent = RecentAdmissions(brokers.commands)
+    clock = RedisClock()
     relay = Relay(
         name,
         commands=brokers.commands,
@@ -154,6 +160,7 @@ def create_app(
         recent=recent,
         metrics=metrics,
         keep_alive_s=settings.keep_alive_s,
+        clock=clock,
     )
     callers = Callers(settings, brokers.commands.key_store)
     tokens = StreamTokens(brokers.commands)
@@ -177,7 +184,11 @@ def create_app(
         ],
         middleware=[
             *_platform_routes(settings),
-            Middleware(RequestContext, model_version=model.version),
+            Middleware(
+                RequestContext,
+                model_version=model.version,
+                spans=lambda: app.state.services.spans,
+            ),
             Middleware(HeadLimit, refuse=_answer_failure),
             *_cors(settings),
             Middleware(Identification, callers=callers, tokens=tokens, refuse=_answer_failure),
@@ -206,6 +217,7 @@ def create_app(
         admissions=Admissions(brokers.commands, relay, recent, settings),
         metrics=metrics,
         version=build.version(),
+        spans=open_spans(settings, "gateway", name, clock),
     )
     relay.presence = services.presence
     return app
@@ -254,6 +266,8 @@ async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
             await relaying
         await services.relay.leave()
         services.storage.close()
+        if services.spans is not None:
+            await asyncio.to_thread(services.spans.close)
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:
@@ -290,6 +304,10 @@ def _note_rejection(request: Request, failure: Failure, status: int) -> None:
         )
     known = {"client_request_id": told} if (told := client_request_id(request.headers)) else {}
     asked: dict[str, Any] = request.scope.get("headrace.asked", known)
+    span = span_of(request)
+    if span is not None and _APIS.get(path, "file") != "file":
+        span.setdefault("gen_ai.operation.name", "chat" if api in _CHATS else "text_completion")
+        span["error.type"] = failure.code
     log.info(
         "gateway.rejected",
         **asked,

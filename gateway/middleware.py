@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +16,7 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_request_id
 from common.logs import get_logger
+from common.spans import Kind, Spans
 from common.tracing import Trace, trace_of
 from gateway.errors import failure_response, wire_of
 
@@ -45,9 +48,12 @@ class RequestContext:
     caller's if there was a valid ``traceparent``.
     """
 
-    def __init__(self, app: ASGIApp, *, model_version: str) -> None:
+    def __init__(
+        self, app: ASGIApp, *, model_version: str, spans: Callable[[], Spans | None] = lambda: None
+    ) -> None:
         self._app = app
         self._model_version = model_version
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,12 +65,16 @@ class RequestContext:
         told_id = client_request_id(headers) or own_id
         trace, parent = trace_of(headers.getlist("traceparent"), headers.get("x-amzn-trace-id", ""))
         scope["headrace.trace"], scope["headrace.parent"] = trace, parent
+        spans = self._spans()
+        scope["headrace.span"] = span = {} if spans else None
         has_started = False
 
         async def stamped(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
+                if span is not None:
+                    span["http.response.status_code"] = message["status"]
                 self._stamp(MutableHeaders(scope=message), told_id, trace)
             await send(message)
 
@@ -77,6 +87,9 @@ class RequestContext:
                     raise  # the server closes the connection: the client sees a cut, not an end
                 failure = Failure("INTERNAL", f"{type(error).__name__} in the gateway")
                 await failure_response(failure, wire_of(scope["path"]))(scope, receive, stamped)
+            finally:
+                if spans and span and "gen_ai.operation.name" in span:
+                    _tell_span(spans, scope, span)
 
     def _stamp(self, headers: MutableHeaders, request_id: str, trace: Trace) -> None:
         headers["x-request-id"] = request_id
@@ -87,6 +100,25 @@ class RequestContext:
         headers["referrer-policy"] = "no-referrer"
         if headers.get("content-type", "").startswith("text/html"):
             headers["content-security-policy"] = _PAGE_POLICY
+
+
+def _tell_span(spans: Spans, scope: Scope, span: dict[str, Any]) -> None:
+    """Of a request for a generation, whose answer has ended."""
+    error = span.pop("error.type", "")
+    spans.tell(
+        f"{scope['method']} {scope['path']}",
+        Kind.SERVER,
+        scope["headrace.trace"],
+        parent=scope["headrace.parent"],
+        began_s=time.time() - (monotonic_s() - scope["headrace.arrived_at"]),
+        attributes={"http.request.method": scope["method"], "url.path": scope["path"], **span},
+        error=error,
+    )
+
+
+def span_of(request: Request) -> dict[str, Any] | None:
+    """Where attributes of its span are put; None: there are no spans."""
+    return request.scope["headrace.span"]
 
 
 class PlatformRoutes:

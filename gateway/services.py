@@ -17,6 +17,7 @@ from common.models.chat_template import ChatTemplate
 from common.models.store import ModelStore
 from common.models.tokenizer import Tokenizer
 from common.settings import GatewaySettings, OrderSettings, Settings
+from common.spans import Spans
 from common.storage import Storage
 from gateway.admission import Admissions
 from gateway.callers import Callers
@@ -76,6 +77,8 @@ class Services:
     num_followers: int = 0
     """Who reads the feed of the live page here."""
     began_s: float = field(default_factory=monotonic_s)
+    spans: Spans | None = None
+    """None: nobody collects them."""
     is_draining: bool = False
     """SIGTERM came: no new generations; what is open goes on."""
 

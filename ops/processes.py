@@ -38,6 +38,10 @@ class UpSettings(MetricsSettings, StorageSettings):
     """A Redis ≥ 7.0 or Valkey of your own; unset: an embedded Valkey on a private socket."""
     log_dir: Path | None = None
     """Where JSON lines go (``<role>.jsonl``); unset: ``log`` in the data directory."""
+    log_max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    """Size at which a log is moved away and compressed; some 5 kB are written for each request."""
+    log_num_kept: int = Field(default=8, ge=0)
+    """Compressed logs that are kept of each role."""
     host: str = "127.0.0.1"
     """Address the gateways listen on; ``0.0.0.0`` for every network interface."""
     allow_anonymous: bool = False
@@ -222,6 +226,8 @@ class Processes:
             "LOG_DIR": self.log_dir,
             "ALLOW_OPEN_REDIS": self.settings.allow_open_redis,
             "MODEL": self.settings.model,
+            "OTLP_ENDPOINT": self.settings.otlp_endpoint,
+            "OTLP_SERVICE_NAME": self.settings.otlp_service_name,
             "MAX_TOTAL_TOKENS": self.settings.max_total_tokens,
             "METRICS_COMPAT": json.dumps(self.settings.metrics_compat),
         }

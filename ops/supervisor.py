@@ -80,6 +80,8 @@ class Slot:
         self.instance = ""
         self.exit_code = 0
         """Of the last process that ended here; negative: the signal that ended it."""
+        self.outcome = ""
+        """The same in words."""
         self.restarts = 0
         self.started = ""
         self.came_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -145,14 +147,16 @@ class Slot:
         return code, outcome
 
     def _note_start(self, process: asyncio.subprocess.Process) -> None:
-        event = "process.started"
-        if self.started:
-            event = "process.restarted"
-            self.restarts += 1
         self._process, self.pid, self.instance = process, process.pid, ""
         self.state, self._was_ready = State.STARTING, False
+        is_first = not self.started
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        log.info(event, name=self.spec.name, role=self.spec.role, child_pid=process.pid)
+        named = {"name": self.spec.name, "role": self.spec.role, "child_pid": process.pid}
+        if is_first:
+            log.info("process.started", **named)
+        else:
+            self.restarts += 1
+            log.info("process.restarted", cause=self.outcome, **named)
         self._on_change(self, "")
 
     def _note_end(self, code: int, outcome: str) -> None:
@@ -166,7 +170,7 @@ class Slot:
             signal=signal_name(code),
             cause="asked" if self._stop_asked.is_set() else outcome,
         )
-        self._process, self.pid, self.exit_code = None, 0, code
+        self._process, self.pid, self.exit_code, self.outcome = None, 0, code, outcome
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         """Keep what a process says outside its log: the reason when it can not start."""

@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
@@ -17,13 +17,15 @@ from pathlib import Path
 
 import click
 
-from common.broker import Broker, connect
+from common.broker import Broker, Moved, connect
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_process_name
 from common.logs import configure, flush, get_logger
-from common.reaping import reap_once
+from common.reaping import reap_once, tell_moves
+from common.settings import BackgroundSettings, GatewaySettings, WorkerSettings
 from ops import runfile
+from ops.deploys import Deploys, versions_of
 from ops.embedded import answers, remove_socket, server_binary, server_spec, socket_path
 from ops.models import ensure_model
 from ops.probe import (
@@ -42,6 +44,7 @@ from ops.processes import (
     reachable,
     worker_names,
 )
+from ops.rotation import LogRotation
 from ops.supervisor import Slot, State, Supervisor
 from ops.tail import LogTail
 from ops.terminal import Terminal
@@ -122,6 +125,7 @@ class _Run:
         self._handle_signals()
         async with self._tasks:
             following = self._tasks.create_task(self._follow_logs())
+            rotating = self._tasks.create_task(self._rotation().keep_rotating())
             async with self._supervisor:
                 refusal = await self._start_unless_stopped()
                 if refusal is None:
@@ -129,11 +133,20 @@ class _Run:
                 for role in _STOP_ORDER:
                     await self._supervisor.stop(role)
             following.cancel()
+            rotating.cancel()
         runfile.forget_state(self._processes.data_dir)
         log.info("supervisor.stopped", refusal=str(refusal or ""))
         if refusal is not None:
             raise refusal
         self._terminal.note("headrace", "everything has stopped")
+
+    def _rotation(self) -> LogRotation:
+        settings = self._settings
+        return LogRotation(
+            self._processes.log_dir,
+            max_bytes=settings.log_max_bytes,
+            num_kept=settings.log_num_kept,
+        )
 
     def _handle_signals(self) -> None:
         signals = [signal.SIGINT, signal.SIGTERM]
@@ -163,6 +176,8 @@ class _Run:
         processes = self._processes
         self._terminal.heading(version("headrace"), self._facts())
         await ensure_model(self._settings)
+        deploys = self._deploys()
+        deploys.tell_started()
         if self._socket is not None:
             await self._start_server(self._socket)
         await check_redis(processes.redis_url, self._settings.model)
@@ -171,8 +186,16 @@ class _Run:
         await self._until_served()
         seconds = monotonic_s() - self._began_s
         log.info("supervisor.ready", startup_s=round(seconds, 3))
+        deploys.tell_promoted()
         addresses = [processes.address(port) for port in processes.ports]
         self._terminal.ready(seconds, addresses, processes.log_dir)
+
+    def _deploys(self) -> Deploys:
+        data_dir, settings = self._processes.data_dir, self._settings
+        versions = versions_of(data_dir, settings.model)
+        # What its processes read from their environment, and over it what this command was told.
+        given = (GatewaySettings(), WorkerSettings(), BackgroundSettings(), settings)
+        return Deploys(data_dir, versions, *given)
 
     def _facts(self) -> list[tuple[str, str]]:
         settings = self._settings
@@ -238,6 +261,8 @@ class _Run:
         self._write_state()
         if slot.state is State.WAITING and slot.instance:
             if slot.spec.role == "worker":
+                change = {"from": "ready", "to": "dead"}
+                log.warning("worker.state", worker=slot.instance, cause=slot.outcome, **change)
                 self._tasks.create_task(self._bury(slot.instance, slot.exit_code))
             if slot.spec.role == "background":
                 self._tasks.create_task(self._free_batches(slot.instance))
@@ -255,7 +280,10 @@ class _Run:
         was_shot = exit_code == -signal.SIGKILL and not was_oom_killed
         async with self._broker_if_it_answers() as broker:
             if was_shot:
+                workers = (await broker.state()).workers
+                held = [id for known in workers if known.name == worker for id in known.held]
                 await broker.leave_worker(worker)
+                tell_moves(Moved(id, "requeued", worker) for id in held)
             else:
                 await broker.bury_worker(worker)
                 await reap_once(broker)
@@ -311,15 +339,15 @@ class _Run:
 
     async def _follow_logs(self) -> None:
         """Learn from the logs who is ready, and show what matters of them."""
-        tail = LogTail(self._processes.log_dir, _LOGGED)
-        while True:
-            lines = tail.read()
-            for line in lines:
-                if line.get("event") == f"{line.get('service')}.ready":
-                    self._supervisor.mark_ready(int(line["pid"]), str(line["instance"]))
-            names = {slot.pid: slot.spec.name for slot in self._supervisor.slots}
-            self._terminal.log_lines(lines, names)
-            await asyncio.sleep(_LOOK_S)
+        with closing(LogTail(self._processes.log_dir, _LOGGED)) as tail:
+            while True:
+                lines = tail.read()
+                for line in lines:
+                    if line.get("event") == f"{line.get('service')}.ready":
+                        self._supervisor.mark_ready(int(line["pid"]), str(line["instance"]))
+                names = {slot.pid: slot.spec.name for slot in self._supervisor.slots}
+                self._terminal.log_lines(lines, names)
+                await asyncio.sleep(_LOOK_S)
 
 
 def _count(number: int, noun: str) -> str:

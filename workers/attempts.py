@@ -27,7 +27,7 @@ from common.messages import (
     chain_start,
     chain_text,
 )
-from common.tracing import parse_parent
+from common.tracing import Trace, parse_parent
 from workers.engine.port import EngineRequest, StepOutput
 
 _NUM_RANKS = 1 + max(RANKS.values())
@@ -83,6 +83,10 @@ class Attempt:
         self._chains = [int(claimed.chain, 16) if claimed.next else start]
         self._realignments = 0
         self._context: dict[str, str] = {}
+        self.sent: Trace | None = None
+        """Where it was queued, in its caller's trace."""
+        self.trace: Trace | None = None
+        """Where this attempt stands in that trace."""
         self._num_steps = 0
         self._batch_sizes = 0
         self._max_batch_size = 0
@@ -178,9 +182,10 @@ class Attempt:
     def begin(self, spec: GenerationSpec) -> None:
         """Know what it is: from here on lines about it name its trace and its tenant."""
         self.spec = spec
-        parent = parse_parent(spec.trace)
+        self.sent = parse_parent(spec.trace)
+        self.trace = self.sent and self.sent.child()
         told = {"request_id": spec.request_id, "tenant_hash": spec.tenant_hash}
-        told |= {"key_id": spec.key_id} | (parent.child().names() if parent else {})
+        told |= {"key_id": spec.key_id} | (self.trace.names() if self.trace else {})
         self._context = {name: value for name, value in told.items() if value}
 
     def extend(self, output: StepOutput, now_s: float, *, batch_size: int = 1) -> float | None:
@@ -319,6 +324,20 @@ class Attempt:
     def epoch(self) -> int:
         """Which claim of its generation this is, from 1."""
         return int(self.fence.partition(".")[0])
+
+    @property
+    def claimed_s(self) -> float:
+        """When this attempt began, on the monotonic clock."""
+        return self._claimed_s
+
+    @property
+    def admitted_s(self) -> float:
+        """Seconds since 1970 on Redis' clock; as :attr:`first_claimed_s`."""
+        return self._claimed.admitted_ms / 1000
+
+    @property
+    def first_claimed_s(self) -> float:
+        return self._claimed.claimed_ms / 1000
 
     def claim_lag_s(self, redis_now_s: float | None) -> float:
         """From admission to this claim; ``redis_now_s`` is the time on Redis' clock, as far as it

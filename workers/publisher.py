@@ -17,6 +17,7 @@ from common.messages import FinishReason, Lane
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import Joined, StepOutput
 from workers.figures import Figures
+from workers.spans import AttemptSpans
 
 log = get_logger()
 
@@ -66,6 +67,7 @@ class Publisher:
         model_version: str,
         wake: Callable[[], None],
         figures: Figures | None = None,
+        spans: AttemptSpans | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
         self._broker = broker
@@ -75,6 +77,7 @@ class Publisher:
         self._lease_ms = lease_ms
         self._model_version = model_version
         self._wake = wake
+        self._spans = spans
         self._figures = (figures or Figures()).generations
         self._clock = clock
         self._behind_since_s: float | None = None
@@ -272,11 +275,12 @@ class Publisher:
     def _tell(self, event: str, attempt: Attempt, **fields: object) -> None:
         """The canonical line: each attempt ends here in exactly one of its events."""
         summary = attempt.summary(self._clock())
+        summary |= {"worker": self._worker, "model_version": self._model_version}
         write = log.warning if event == "worker.failed" else log.info
         write(
             event,
-            worker=self._worker,
-            model_version=self._model_version,
             **summary,
             **fields,
         )
+        if self._spans is not None:
+            self._spans.tell(event, attempt, summary)

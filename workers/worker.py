@@ -25,6 +25,7 @@ from common.logs import get_logger
 from common.reaping import keep_reaping
 from common.redis_clock import RedisClock
 from common.settings import WorkerSettings
+from common.spans import Spans, open_spans
 from workers import exit_codes
 from workers.adapters import HeldAdapters
 from workers.attempts import Ledger
@@ -36,6 +37,7 @@ from workers.grammars import Grammars, build_grammars
 from workers.heartbeat import EngineStalledError, Heartbeat
 from workers.intake import Intake
 from workers.publisher import Publisher
+from workers.spans import AttemptSpans
 
 log = get_logger()
 
@@ -65,6 +67,8 @@ class Worker:
         lost: asyncio.Future[Exception],
         *,
         load_s: float = 0.0,
+        clock: RedisClock | None = None,
+        spans: Spans | None = None,
     ) -> None:
         """``lost`` is done once the engine can compute no more, be it idle or in a step; ``load_s``
         is how long its model took to load.
@@ -76,7 +80,7 @@ class Worker:
         self._ordered = Broker(connect(settings.redis_url, single=True), settings.model)
         self._beats = Broker(connect(settings.redis_url), settings.model)
         self._bell = Broker(connect(settings.redis_url, blocking=True), settings.model)
-        self._clock = RedisClock()
+        self._clock = clock or RedisClock()
         capacity = engine.load()
         self._wake = asyncio.Event()
         self._wake.set()  # look once for what waited before this worker came
@@ -100,6 +104,7 @@ class Worker:
             model_version=engine.model_version,
             wake=self._wake.set,
             figures=self.figures,
+            spans=spans and AttemptSpans(spans, self._clock, settings.model),
         )
         self._grammars = grammars
         self._intake = Intake(
@@ -308,12 +313,18 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         logs.adopt("transformers", "torch")
         logs.note(model=settings.model, model_version=engine.model_version)
         gc.freeze()  # what was loaded stays: collections need not walk through it
-        worker = Worker(name, settings, engine, grammars, lost, load_s=load_s)
+        clock = RedisClock()
+        spans = open_spans(settings, "worker", name, clock)
+        worker = Worker(
+            name, settings, engine, grammars, lost, load_s=load_s, clock=clock, spans=spans
+        )
         stop.drain = worker.drain
         try:
             await worker.run()
         finally:
             await worker.close()
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
     except* EngineStalledError:
         code = exit_codes.STALLED
     except* DeviceLostError:

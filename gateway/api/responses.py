@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -380,12 +381,16 @@ async def _stream(request: Request, after: int) -> Response:
         services.relay.close(stream)
         raise
     services.metrics.resumes.labels("resumed").inc()
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    if after < 0:
+        log.info("stream.opened", job_id=stream.id)
+    else:
+        log.info("stream.resumed", job_id=stream.id, last_event_id=str(after))
     account = Account(
         services.metrics,
         "resume",
         arrival_of(request),
         stream_id=request_id,
-        stream=True,
         resumed_from=str(after + 1),
         resumed_api="response",
     )

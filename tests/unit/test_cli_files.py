@@ -1,6 +1,7 @@
 """What the command leaves on disk and reads from it: the lock, the state, the logs of others."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -69,25 +70,24 @@ def test_a_tail_reads_whole_lines_from_now_on(tmp_path: Path) -> None:
     """What was there before is not repeated, half a line waits for its rest."""
     path = tmp_path / "worker.jsonl"
     path.write_text('{"event": "old"}\n')
-    tail = LogTail(tmp_path, ["worker", "gateway"])
-    assert tail.read() == []
-    with path.open("a") as file:
+    with closing(LogTail(tmp_path, ["worker", "gateway"])) as tail, path.open("a") as file:
+        assert tail.read() == []
         file.write('{"event": "a"}\n{"ev')
         file.flush()
         assert [line["event"] for line in tail.read()] == ["a"]
         file.write('ent": "b"}\nno json\n')
         file.flush()
         assert [line["event"] for line in tail.read()] == ["b"]
-    (tmp_path / "gateway.jsonl").write_text(json.dumps({"event": "c"}) + "\n")
-    assert [line["event"] for line in tail.read()] == ["c"]
+        (tmp_path / "gateway.jsonl").write_text(json.dumps({"event": "c"}) + "\n")
+        assert [line["event"] for line in tail.read()] == ["c"]
 
 
 def test_a_tail_survives_a_log_that_was_emptied(tmp_path: Path) -> None:
     path = tmp_path / "worker.jsonl"
     path.write_text('{"event": "a long old line"}\n')
-    tail = LogTail(tmp_path, ["worker"])
-    path.write_text('{"event": "new"}\n')
-    assert [line["event"] for line in tail.read()] == ["new"]
+    with closing(LogTail(tmp_path, ["worker"])) as tail:
+        path.write_text('{"event": "new"}\n')
+        assert [line["event"] for line in tail.read()] == ["new"]
 
 
 def test_percentiles_are_of_the_answers_that_came() -> None:
