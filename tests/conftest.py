@@ -20,11 +20,15 @@ def _log_chain() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _events_are_in_the_schema() -> Iterator[None]:
+def _events_are_in_the_schema(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each event of a test, in this process or in one that it started, is as the schema says."""
     event_schema.noted()
     yield
     faults = event_schema.noted()
+    folder = request.node.funcargs.get("tmp_path")
+    if folder is not None:
+        for log in [*folder.rglob("*.jsonl"), *folder.rglob("stdout")]:
+            faults += event_schema.violations_in(log)
     assert not faults, "not as common/events.schema.json says:\n" + "\n".join(faults)
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,7 +37,7 @@ async def test_one_trace_links_gateway_queue_and_both_workers(
     started: Processes, seen: Collector
 ) -> None:
     """A worker that is told to stop hands over; who goes on stands in the same trace."""
-    told = {"otlp_endpoint": seen.url, "otlp_service_name": "mill", "drain_s": 0}
+    told: dict[str, Any] = {"otlp_endpoint": seen.url, "otlp_service_name": "mill", "drain_s": 0}
     gateway = await started.gateway(model="simulated", otlp_endpoint=seen.url).ready()
     first = await started.worker(**told, simulated_inter_token_ms=200).ready()
     headers = {"traceparent": f"00-{CALLER[0]}-{CALLER[1]}-01"}

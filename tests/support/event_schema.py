@@ -88,17 +88,12 @@ def check(line: Line) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def violations_in(path: Path, start: int = 0) -> tuple[list[str], int]:
-    """What is wrong with the lines of a file behind ``start``, and where its last whole line ends.
-
-    Lines that are no events, as those of batch jobs, are let pass.
+def violations_in(path: Path) -> list[str]:
+    """What is wrong with the lines of a file; those that are no events, as those of batch jobs, are
+    let pass.
     """
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read()
-    whole, newline, _ = data.rpartition(b"\n")
-    found = [fault for line in _events(whole.splitlines()) for fault in violations(line)]
-    return found, start + len(whole) + len(newline)
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [fault for line in _events(whole.splitlines()) for fault in violations(line)]
 
 
 def _events(lines: Iterable[bytes]) -> Generator[Line]:

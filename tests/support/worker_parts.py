@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.broker import Broker, WorkerPresence
+from common.clock import monotonic_s
 from common.messages import Finish, Grammar, LogEntry, chain_next, chain_start, chain_text
 from common.settings import PrefixCache
 from workers.adapters import HeldAdapters
@@ -93,7 +94,7 @@ class Parts:
             model_version=VERSION,
             wake=self.wake.set,
             figures=self.figures,
-            **({"clock": clock} if clock else {}),
+            clock=clock or monotonic_s,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self.intake = Intake(

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,3 +259,34 @@ def test_the_schema_is_a_schema_and_takes_a_line_as_it_is_written(log_dir: Path)
     assert not whole.is_valid(bad)
     assert not violations(good)
     assert violations(bad)
+
+
+ENDING = "import common.logs as logs; logs.configure('worker', 'w1', log_dir=None)\n"
+LIBRARIES = {
+    "arq": "from arq.worker import logger; logger.warning('said %s', 'by arq')",
+    "redis": "import redis.asyncio, logging; logging.getLogger('redis').error('said by redis')",
+    "torch": "import torch, logging; logging.getLogger('torch._dynamo').warning('said by torch')",
+    "transformers": """
+from transformers.utils import logging
+logs.adopt('transformers')
+logging.get_logger('transformers.generation').warning('said by transformers')
+""",
+    "uvicorn": """
+import uvicorn
+uvicorn.Config('x:y', log_config=None)
+import logging; logging.getLogger('uvicorn.error').warning('said by uvicorn')
+""",
+    "warnings": "import warnings; warnings.warn('said by warnings', stacklevel=1)",
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_with_its_own_log_says_it_in_ours(library: str) -> None:
+    """A process of which only standard output is kept: each line of it is an event, once."""
+    code = f"{ENDING}{LIBRARIES[library]}\nlogs.flush()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    [line] = [json.loads(text) for text in ended.stdout.splitlines()]
+    assert (line["event"], line["service"]) == ("foreign.logged", "worker")
+    assert f"said by {library}" in line["message"]
+    assert violations(line) == []
+    assert b"said" not in ended.stderr
