@@ -318,11 +318,17 @@ def shut_down(timeout_s: float = 1.0) -> None:
 
 
 def adopt(*libraries: str) -> None:
-    """Fold in libraries that set up own handlers when imported; call it after that import."""
-    for name in libraries:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
+    """Fold in libraries that set up own handlers when imported, for any of their modules; call it
+    after that import.
+    """
+    for library in libraries:
+        modules = [
+            name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.")
+        ]
+        for name in (library, *modules):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 def _open_lines(role: str, log_dir: Path | None) -> tuple[BinaryIO, Path | None]:

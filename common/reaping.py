@@ -26,19 +26,26 @@ async def keep_reaping(
     Use a connection without ordered traffic: a reap may take 2 ms of the server. ``may_reap`` is
     for who has a lease itself: having been away, it must beat first, or it reaps what it holds.
     """
+    told_dead: set[str] = set()
     while True:
-        moved_any = may_reap() and await reap_once(broker)
+        moved_any = may_reap() and await reap_once(broker, told_dead)
         await asyncio.sleep(_MORE_S if moved_any else interval_s * random.uniform(0.75, 1.25))
 
 
-async def reap_once(broker: Broker) -> bool:
-    """Reap, and tell what moved; whether anything did. An unreachable Redis moves nothing."""
+async def reap_once(broker: Broker, told_dead: set[str] | None = None) -> bool:
+    """Reap, and tell what moved; whether anything did. An unreachable Redis moves nothing.
+
+    ``told_dead`` are workers that nobody needs to be told of again: it may take several reaps until
+    nothing is left of one.
+    """
     try:
         moves = await broker.reap()
     except Failure:
         return False  # whoever publishes or serves on the same Redis reports that it is away
     tell_moves(moves)
-    for worker in sorted({moved.cause for moved in moves if _has_died(moved)}):
+    told_dead = set() if told_dead is None else told_dead
+    for worker in sorted({moved.cause for moved in moves if _has_died(moved)} - told_dead):
+        told_dead.add(worker)
         change = {"from": "ready", "to": "dead"}
         log.warning("worker.state", worker=worker, cause="lease", **change)
     return bool(moves)

@@ -34,6 +34,7 @@ def log_dir(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
     logs.shut_down()
     logs.set_up_chain(check=note)
+    (tmp_path / "worker.jsonl").unlink()  # events here are made up
     logging.captureWarnings(False)
     root.handlers, root.level = handlers, level
 
@@ -265,7 +266,11 @@ ENDING = "import common.logs as logs; logs.configure('worker', 'w1', log_dir=Non
 LIBRARIES = {
     "arq": "from arq.worker import logger; logger.warning('said %s', 'by arq')",
     "redis": "import redis.asyncio, logging; logging.getLogger('redis').error('said by redis')",
-    "torch": "import torch, logging; logging.getLogger('torch._dynamo').warning('said by torch')",
+    "torch": """
+import torch, logging
+logs.adopt('torch')
+logging.getLogger('torch._dynamo').warning('said by torch')
+""",
     "transformers": """
 from transformers.utils import logging
 logs.adopt('transformers')
