@@ -22,6 +22,8 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.ids import new_process_name
 from common.logs import get_logger
+from common.metrics_port import metrics_port
+from common.models.store import ModelStore
 from common.reaping import keep_reaping
 from common.redis_clock import RedisClock
 from common.settings import WorkerSettings
@@ -36,6 +38,7 @@ from workers.figures import Figures
 from workers.grammars import Grammars, build_grammars
 from workers.heartbeat import EngineStalledError, Heartbeat
 from workers.intake import Intake
+from workers.metrics import Served, WorkerMetrics
 from workers.publisher import Publisher
 from workers.spans import AttemptSpans
 
@@ -140,6 +143,27 @@ class Worker:
             lease_ms=settings.lease_ms,
             free_tokens=lambda: self._intake.free_tokens,
             max_batch_size=settings.max_batch_size,
+        )
+
+    def metrics(self) -> WorkerMetrics:
+        """All that it has to show."""
+        settings = self._settings
+        manifest = ModelStore(settings.data_dir).get(settings.model).manifest
+        return WorkerMetrics(
+            Served(
+                model=settings.model,
+                model_version=self._engine.model_version,
+                worker=self.name,
+                revision=manifest.revision,
+                weights_sha256=manifest.weights_sha256,
+                dtype=manifest.dtype,
+                quant=settings.quantize,
+                max_adapters=settings.max_adapters,
+            ),
+            self.figures,
+            settings.metrics_compat,
+            num_held=lambda: sum(it.is_in_engine for it in self._ledger.running()),
+            adapters=self._ledger.adapters,
         )
 
     async def run(self) -> None:
@@ -320,7 +344,8 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         )
         stop.drain = worker.drain
         try:
-            await worker.run()
+            with metrics_port(settings, worker.metrics().text):
+                await worker.run()
         finally:
             await worker.close()
             if spans is not None:

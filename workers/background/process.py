@@ -16,6 +16,7 @@ import uvloop
 from arq.connections import ArqRedis
 from arq.jobs import Job
 from arq.worker import Worker
+from prometheus_client import CollectorRegistry
 
 from common import logs
 from common.broker import BatchStore, BatchWatch, Broker, connect
@@ -23,7 +24,10 @@ from common.broker.connection import mapped_errors
 from common.failures import Failure
 from common.files import Files
 from common.ids import new_process_name
+from common.instruments import exposition
 from common.logs import get_logger
+from common.metrics import process_collectors
+from common.metrics_port import metrics_port
 from common.reaping import keep_reaping
 from common.redis_clock import RedisClock
 from common.settings import BackgroundSettings
@@ -68,7 +72,8 @@ async def _run(settings: BackgroundSettings, name: str) -> int:
     broker = Broker(connect(settings.redis_url), settings.model)
     try:
         await broker.load_patiently()
-        await _serve(settings, name, broker)
+        with metrics_port(settings, _metrics):
+            await _serve(settings, name, broker)
     except Failure as failure:
         log.error(  # noqa: TRY400 - the failure says all, its traceback would hide it
             "background.failed", code=failure.code, message=failure.message
@@ -80,6 +85,13 @@ async def _run(settings: BackgroundSettings, name: str) -> int:
             await broker.close()
     log.info("background.stopped", exit_code=exit_codes.OK)
     return exit_codes.OK
+
+
+def _metrics() -> bytes:
+    """What is true of any process; what batches do stands in their own records."""
+    registry = CollectorRegistry()
+    process_collectors(registry)
+    return exposition(registry)
 
 
 async def _serve(settings: BackgroundSettings, name: str, broker: Broker) -> None:
