@@ -19,8 +19,26 @@ from workers.attempts import Ledger
 
 log = get_logger()
 
+_ANNOUNCE_S = 3.0
 _SMOOTHING = 0.3
 """Weight of the newest interval in the rate of work."""
+
+
+async def keep_announcing(broker: Broker, name: str) -> None:
+    """Say that this worker loads its model, until cancelled: it is there, and takes nothing yet."""
+    began_s = monotonic_s()
+    while True:
+        presence = WorkerPresence(
+            model_version="",
+            max_cost=0,
+            state="loading",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            up_s=round(monotonic_s() - began_s, 3),
+        )
+        with suppress(Failure):
+            await broker.announce_worker(name, presence)
+        await asyncio.sleep(_ANNOUNCE_S)
 
 
 class EngineStalledError(Exception):
@@ -36,10 +54,23 @@ class EngineProgress(Protocol):
     def last_step_age_s(self) -> float: ...
 
 
+class BeatFigures(Protocol):
+    """What of the worker's figures goes with each beat."""
+
+    batch_size: int
+    generated_tokens: int
+
+    @property
+    def kv_used(self) -> float: ...
+    @property
+    def rss_bytes(self) -> int: ...
+
+
 class Heartbeat:
     """Beats every ``beat_ms`` for the worker ``name``.
 
-    ``free_tokens`` is asked at each beat; ``state`` is what others read: ``ready`` or ``draining``.
+    ``free_tokens`` and ``figures`` are asked at each beat; ``state`` is what others read. ``heed``
+    is told who wants this worker to rest, empty: nobody.
     """
 
     def __init__(
@@ -55,6 +86,8 @@ class Heartbeat:
         lease_ms: int,
         free_tokens: Callable[[], int],
         max_batch_size: int = 0,
+        figures: BeatFigures | None = None,
+        heed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._broker = broker
         self._name = name
@@ -66,6 +99,9 @@ class Heartbeat:
         self._lease_ms = lease_ms
         self._free_tokens = free_tokens
         self._max_batch_size = max_batch_size
+        self._figures = figures
+        self._heed = heed
+        self._began_s = monotonic_s()
         self._rate = 0.0
         self._rated = (monotonic_s(), 0)
         self._beaten_s = 0.0
@@ -109,6 +145,7 @@ class Heartbeat:
         for generation_id in answer.returned:
             log.warning("claim.recovered", job_id=generation_id, seen=seen)
             log.info("job.requeued", job_id=generation_id, cause="beat", worker=self._name)
+        self._heed(answer.drain_cause)
 
     def _stalled(self) -> EngineStalledError:
         age_s = round(self._engine.last_step_age_s, 3)
@@ -116,6 +153,7 @@ class Heartbeat:
         return EngineStalledError()
 
     def _presence(self) -> WorkerPresence:
+        figures = self._figures
         return WorkerPresence(
             model_version=self._model_version,
             max_cost=self._max_cost,
@@ -127,6 +165,11 @@ class Heartbeat:
             steps=self.num_steps,
             max_batch_size=self._max_batch_size,
             held_in=self._ledger.count_by_lane(),
+            batch_size=figures.batch_size if figures else 0,
+            kv_used=round(figures.kv_used, 4) if figures else 0.0,
+            generated_tokens=figures.generated_tokens if figures else 0,
+            rss_bytes=figures.rss_bytes if figures else 0,
+            up_s=round(monotonic_s() - self._began_s, 3),
         )
 
     def _measure_rate(self) -> float:

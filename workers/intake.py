@@ -206,6 +206,12 @@ class Intake:
         """Claim nothing any more."""
         self._is_open = False
 
+    def open(self) -> None:
+        """Claim again."""
+        self._is_open = True
+        self._room_changed.set()
+        self._claim_soon()
+
     def should_claim(self, waiting: Mapping[Lane, int]) -> bool:
         """Whether the bell rang, or something waits that was not just seen to be too large.
 

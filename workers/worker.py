@@ -10,8 +10,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import NoReturn
 
 import uvloop
@@ -36,11 +36,12 @@ from workers.engine.loop import EngineLoop, StepReport, set_result
 from workers.engine.port import DeviceLostError, Engine
 from workers.figures import Figures
 from workers.grammars import Grammars, build_grammars
-from workers.heartbeat import EngineStalledError, Heartbeat
+from workers.heartbeat import EngineStalledError, Heartbeat, keep_announcing
 from workers.intake import Intake
 from workers.metrics import Served, WorkerMetrics
 from workers.publisher import Publisher
 from workers.spans import AttemptSpans
+from workers.standby import Standby
 
 log = get_logger()
 
@@ -131,6 +132,14 @@ class Worker:
             figures=self.figures,
             clock=self._clock,
         )
+        self._standby = Standby(
+            self._ledger,
+            self._intake,
+            self._publisher,
+            drain_s=settings.drain_s,
+            change_state=self._change_state,
+            wake=self._wake.set,
+        )
         self._heartbeat = Heartbeat(
             self._beats,
             name,
@@ -143,6 +152,8 @@ class Worker:
             lease_ms=settings.lease_ms,
             free_tokens=lambda: self._intake.free_tokens,
             max_batch_size=settings.max_batch_size,
+            figures=self.figures,
+            heed=self._standby.heed,
         )
 
     def metrics(self) -> WorkerMetrics:
@@ -194,6 +205,11 @@ class Worker:
     def _tell_state(self, before: str, after: str, cause: str) -> None:
         log.info("worker.state", worker=self.name, cause=cause, **{"from": before, "to": after})
 
+    def _change_state(self, state: str, cause: str) -> None:
+        """To what others read with the next beat."""
+        before, self._heartbeat.state = self._heartbeat.state, state
+        self._tell_state(before, state, cause)
+
     async def close(self) -> None:
         """Close the connections and end what runs beside, however :meth:`run` ended."""
         self._grammars.close()
@@ -216,6 +232,7 @@ class Worker:
                     await self._intake.claim()
                 too_many = self._intake.first_to_give_way()
                 await self._publisher.release(too_many, event="generation.yielded")
+                await self._standby.settle()
             except Failure as failure:
                 await self._outlast(failure)
 
@@ -272,12 +289,12 @@ class Worker:
     def drain(self) -> None:
         """Stop claiming; what runs may end within ``drain_s``, the rest is handed over."""
         self._drain_until_s = monotonic_s() + self._settings.drain_s
+        self._standby.end()
         self._intake.close()
-        self._heartbeat.state = "draining"
         log.info(
             "worker.draining", holding=len(self._ledger.running()), drain_s=self._settings.drain_s
         )
-        self._tell_state("ready", "draining", "asked")
+        self._change_state("draining", "asked")
         self._wake.set()
         asyncio.get_running_loop().call_later(self._settings.drain_s, self._wake.set)
 
@@ -331,7 +348,8 @@ async def _run(name: str, settings: WorkerSettings) -> int:
         await _check_redis(settings)
         lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         began_s = monotonic_s()
-        engine = await _build_engine(settings, lost)
+        async with _announced(name, settings):
+            engine = await _build_engine(settings, lost)
         load_s = monotonic_s() - began_s
         grammars = await asyncio.to_thread(build_grammars, settings, vocab_size=engine.vocab_size)
         logs.adopt("transformers", "torch")
@@ -379,6 +397,19 @@ async def _build_engine(settings: WorkerSettings, lost: asyncio.Future[Exception
         log.error("engine.failed", exc_info=lost.result())
         raise lost.result()
     return await building
+
+
+@asynccontextmanager
+async def _announced(name: str, settings: WorkerSettings) -> AsyncGenerator[None]:
+    """Meanwhile others can see that this worker comes."""
+    broker = Broker(connect(settings.redis_url), settings.model)
+    announcing = asyncio.create_task(keep_announcing(broker, name))
+    try:
+        yield
+    finally:
+        announcing.cancel()
+        await asyncio.gather(announcing, return_exceptions=True)
+        await broker.close()
 
 
 async def _check_redis(settings: WorkerSettings) -> None:

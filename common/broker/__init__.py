@@ -3,6 +3,7 @@
 from common.broker.batch_store import BatchStore, BatchWatch
 from common.broker.broker import MAX_CHOICES, MAX_LOOKS, Broker
 from common.broker.connection import Client, connect
+from common.broker.dead_letter_store import DeadLetter, DeadLetterStore, Evidence, Requeued
 from common.broker.key_store import KeyStore
 from common.broker.overview_store import OverviewStore
 from common.broker.steps import (
@@ -62,8 +63,11 @@ __all__ = [
     "CountedGateway",
     "CountedLane",
     "CountedWorker",
+    "DeadLetter",
+    "DeadLetterStore",
     "DeadLetters",
     "Ended",
+    "Evidence",
     "FailureNote",
     "GatewayBeat",
     "GatewayPresence",
@@ -85,6 +89,7 @@ __all__ = [
     "Quota",
     "QuotaState",
     "Refusal",
+    "Requeued",
     "Reserve",
     "Restoration",
     "Room",

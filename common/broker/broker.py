@@ -17,6 +17,7 @@ from redis.exceptions import ResponseError
 from common.broker import keys, library
 from common.broker.batch_store import BatchStore
 from common.broker.connection import Client, mapped_errors
+from common.broker.dead_letter_store import DeadLetterStore
 from common.broker.file_store import FileStore
 from common.broker.key_store import KeyStore
 from common.broker.overview_store import OverviewStore
@@ -130,6 +131,11 @@ class Broker:
     def batch_store(self) -> BatchStore:
         """The batches on the same server, of all its pools."""
         return BatchStore(self._redis)
+
+    @property
+    def dead_letter_store(self) -> DeadLetterStore:
+        """What was set aside because workers died of it."""
+        return DeadLetterStore(self._redis, self._prefix, self._call, self.admit)
 
     @property
     def overview_store(self) -> OverviewStore:

@@ -70,6 +70,10 @@ def overview_lease(prefix: str) -> str:
     return f"{prefix}overview:lease"
 
 
+def dead_letter(prefix: str, generation_id: str) -> str:
+    return f"{prefix}dead:{generation_id}"
+
+
 def errors_of(prefix: str, code: str) -> str:
     """list: requests that lately failed with the code, the newest first."""
     return f"{prefix}errors:{code}"

@@ -69,8 +69,9 @@ class TenantStore:
         with mapped_errors():
             async for names in self._pages("hr:{*/*}:clock"):
                 found.pools += [_pool_of(name) for name in names]
-            async for names in self._pages("hr:{*/*}:gen:*"):
-                found.generations += await self._owned_generations(names, tenant)
+            for family in ("gen", "dead"):  # a dead letter outlives its generation
+                async for names in self._pages(f"hr:{{*/*}}:{family}:*"):
+                    found.generations += await self._owned_generations(names, tenant)
             async for names in self._pages("hr:{*/*}:doc:*"):
                 found.documents += await self._owned_documents(names, tenant)
             async for names in self._pages(f"hr:{{*/*}}:idem:{len(tenant)}:{tenant}:*"):
@@ -81,7 +82,7 @@ class TenantStore:
         """End what runs of ``found`` and remove all of it, also what its keys have used; the keys
         themselves stay.
         """
-        for (pool, partition), id in found.generations:
+        for (pool, partition), id in dict.fromkeys(found.generations):
             await Broker(self._client, pool, partition).forget(id, found.tenant)
         with mapped_errors():
             await self._unlink([*found.documents, *found.idempotency_keys])
@@ -118,7 +119,7 @@ class TenantStore:
     ) -> list[tuple[tuple[str, int], str]]:
         owners = await self._read("hget", names, "tenant")
         return [
-            (_pool_of(name), name.rpartition(b":gen:")[2].decode())
+            (_pool_of(name), name.rpartition(b":")[2].decode())
             for name, owner in zip(names, owners, strict=True)
             if owner == tenant.encode()
         ]

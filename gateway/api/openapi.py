@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from common.broker import MAX_CHOICES
+from common.broker import MAX_CHOICES, Evidence, Requeued
 from common.failures import KINDS, Failure
 from common.files import MAX_LIFE_S, MIN_LIFE_S
 from common.overview import Overview
@@ -357,6 +357,53 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             ("Last-Event-ID", "header", "Where to go on: the `id` of the last event."),
             ("from", "query", "The same, for clients that can send no header."),
         ),
+    ),
+    ("POST", "/ops/workers/{name}/drain"): Operation(
+        tag="Operation",
+        summary="Let a worker finish or hand over what it holds and rest, without ending it.",
+        answer=operations.WorkerAction,
+        codes=("NOT_FOUND",),
+    ),
+    ("POST", "/ops/workers/{name}/resume"): Operation(
+        tag="Operation",
+        summary="Let a worker that rests take work again.",
+        answer=operations.WorkerAction,
+        codes=("NOT_FOUND",),
+    ),
+    ("GET", "/ops/dead"): Operation(
+        tag="Operation",
+        summary="What was set aside because workers died of it, the newest first.",
+        answer=operations.DeadLetters,
+    ),
+    ("GET", "/ops/dead/{id}"): Operation(
+        tag="Operation",
+        summary="How such a request was asked and how it went; never its text.",
+        answer=Evidence,
+        codes=("NOT_FOUND",),
+    ),
+    ("POST", "/ops/dead/{id}/requeue"): Operation(
+        tag="Operation",
+        summary="Ask it anew, once, as a new request; its tenant can read the answer under that.",
+        answer=Requeued,
+        codes=("NOT_FOUND", "STREAM_EXPIRED", "QUEUE_FULL", "NO_WORKERS",
+               "CONTEXT_LENGTH_EXCEEDED", "BROKER_FULL"),
+    ),
+    ("POST", "/ops/dead/{id}/discard"): Operation(
+        tag="Operation",
+        summary="Remove it, prompt and all.",
+        answer=operations.Discarded,
+        codes=("NOT_FOUND",),
+    ),
+    ("GET", "/ops/streams"): Operation(
+        tag="Operation",
+        summary="Generations that run and wait: ids, ages, tokens, workers and lanes; no texts.",
+        answer=operations.LiveStreams,
+    ),
+    ("GET", "/ops/errors/{code}"): Operation(
+        tag="Operation",
+        summary="The last requests that failed with a code, and the commands that show them.",
+        answer=operations.LastFailures,
+        codes=("NOT_FOUND",),
     ),
     ("GET", "/"): Operation(
         tag="Operation",
