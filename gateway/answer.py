@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from common.broker import Presentation
 from common.failures import Failure
 from common.logs import get_logger
-from common.messages import Lane
+from common.messages import Lane, Sampling
 from common.models.tokenizer import Tokenizer
 from common.spans import Kind
 from gateway.account import Account
@@ -45,6 +45,8 @@ _PRODUCT = re.compile(r"[\w.+-]+(/[\w.+-]+)?", re.ASCII)
 """The first product token of a user agent (RFC 9110, 10.1.5): comments may hold anything."""
 _MAX_PRODUCT = 40
 _MAX_RETRY_DIGITS = 4
+_TOLD_APART = ("do_sample", "max_new_tokens", "seed", "temperature")
+"""Parameters that have a field of their own in the log."""
 
 
 async def answer(request: Request, *orders: Order) -> Response:
@@ -205,6 +207,8 @@ def _tell_accepted(services: Services, request: Request, orders: Sequence[Order]
         "grammar": sampling.grammar.kind if sampling.grammar else None,
         "sampling": "sample" if sampling.do_sample else "greedy",
         "temperature": sampling.temperature if sampling.do_sample else None,
+        "seed": sampling.seed,
+        **_numbers_of(sampling),
         "adapter": order.adapter,
         "tools": bool(order.flags & TOOLS),
     }
@@ -230,6 +234,19 @@ def _tell_accepted(services: Services, request: Request, orders: Sequence[Order]
             "gen_ai.request.choice.count": asked["n"],
         }
     return asked
+
+
+def _numbers_of(sampling: Sampling) -> dict[str, Any]:
+    """What else it takes to make the same answer again, as far as it holds no words of a user;
+    ``unlogged`` names the rest.
+    """
+    told = msgspec.to_builtins(sampling).items()
+    numbers = {name: v for name, v in told if isinstance(v, bool | int | float)}
+    for name in _TOLD_APART:
+        numbers.pop(name, None)
+    unlogged = [name for name, v in told if not isinstance(v, bool | int | float)]
+    shown = {"parameters": numbers, "unlogged": unlogged}
+    return {name: value for name, value in shown.items() if value}
 
 
 def _tell_enqueued(order: Order, ticket: Ticket) -> None:

@@ -408,6 +408,7 @@ def batch_group() -> None:
 
 _INCIDENT = {
     "changes": "ops.incident.changes:main",
+    "replay": "ops.incident.replay:main",
     "show": "ops.incident.show:main",
     "spike": "ops.incident.spike:main",
     "top": "ops.incident.top:main",

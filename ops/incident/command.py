@@ -56,6 +56,7 @@ class Question(msgspec.Struct, frozen=True):
     since: float | None = None
     until: float | None = None
     as_json: bool = False
+    data_dir: Path = _DATA_DIR
 
     def open(self) -> Logs:
         """Raises: Failure BAD_REQUEST, OSError."""
@@ -102,7 +103,7 @@ def question_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if since is not None and until is not None and since >= until:
             raise click.BadParameter("--since must be before --until")
         asked = sources or _default_sources(data_dir)
-        return command(question=Question(asked, since, until, as_json), **given)
+        return command(question=Question(asked, since, until, as_json, data_dir), **given)
 
     return ask
 
