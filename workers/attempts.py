@@ -79,6 +79,8 @@ class Attempt:
         self._prompt: PromptLogprobs | None = None
         self.cached_tokens = 0
         """Tokens of the prompt that the engine did not have to compute."""
+        self.num_guessed = 0
+        """Tokens that came with others in one step, since they had been guessed right."""
         start = chain_start(self.id, model_version)
         self._chains = [int(claimed.chain, 16) if claimed.next else start]
         self._realignments = 0
@@ -197,6 +199,7 @@ class Attempt:
         self._max_batch_size = max(self._max_batch_size, batch_size)
         gap_s = None
         if output.tokens:
+            self.num_guessed += len(output.tokens) - 1
             if self._last_token_s is None:
                 self._first_token_s = now_s
             else:

@@ -101,6 +101,8 @@ class GenerationFigures:
         self.answer_sizes = Distribution(sizes)
         self.allowed_sizes = Distribution(sizes)
         """The ``max_new_tokens`` that were asked for."""
+        self.guessed_sizes = Distribution((0, *sizes))
+        """Tokens that were guessed and came out right."""
         self.num_resumed = 0
         """Generations that were gone on with behind tokens of another attempt."""
         self.recovered_tokens = 0
@@ -140,6 +142,7 @@ class GenerationFigures:
         self.num_corrupted += finish.code == "NAN_LOGITS"
         self.inference_s.observe(passed.generation_s)
         self.whole_s.observe(passed.queue_s + passed.generation_s)
+        self.guessed_sizes.observe(attempt.num_guessed)
         if attempt.request is not None:
             self.prompt_sizes.observe(len(attempt.request.prompt))
             self.answer_sizes.observe(attempt.end)

@@ -219,6 +219,26 @@ class WorkerMetrics(Collector):
         yield self._count(
             "prefix_cache_hits_total", "Of these, those that were there.", figures.found_tokens
         )
+        sources = {
+            "local_compute": figures.prompt_tokens - figures.found_tokens,
+            "local_cache_hit": figures.found_tokens,
+            "external_kv_transfer": 0,
+        }
+        yield counter(
+            "vllm:prompt_tokens_by_source_total",
+            "Prompt tokens, by where their keys and values came from.",
+            [*_VLLM, "source"],
+            [([*labels, source], count) for source, count in sources.items()],
+        )
+        yield gauge(
+            "vllm:engine_sleep_state",
+            "Whether the engine is awake; none of ours ever sleeps.",
+            [*_VLLM, "sleep_state"],
+            [
+                ([*labels, state], state == "awake")
+                for state in ("awake", "weights_offloaded", "discard_all")
+            ],
+        )
         yield self._spread(
             "iteration_tokens_total", "Number of tokens per engine step.", figures.step_tokens
         )
@@ -310,6 +330,12 @@ class WorkerMetrics(Collector):
             "Requests that came into the batch together.",
             [],
             [([], figures.joined_sizes)],
+        )
+        yield histogram(
+            "tgi_request_skipped_tokens",
+            "Tokens of a request that were guessed right, and so took no step of their own.",
+            [],
+            [([], figures.generations.guessed_sizes)],
         )
         yield counter(
             "tgi_batch_concat",
