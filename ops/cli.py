@@ -439,6 +439,7 @@ _BENCHMARKS = {
     "incidents": "ops.bench.incidents.command:main",
     "latency": "ops.bench.latency:latency",
     "malformed": "ops.bench.malformed:main",
+    "observability": "ops.bench.observability:main",
     "peers": "ops.bench.peers:peers",
     "speculation": "ops.bench.speculation:main",
     "upload": "ops.bench.upload:main",
