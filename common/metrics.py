@@ -29,7 +29,6 @@ from common.instruments import (
     exposition,
     gauge,
 )
-from common.redeliveries import REDELIVERIES
 from common.tally import Tally
 
 disable_created_metrics()  # a series more for each one, of use to nobody here
@@ -44,7 +43,6 @@ def process_collectors(registry: CollectorRegistry) -> None:
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     registry.register(_Process())
-    registry.register(REDELIVERIES)
 
 
 class _Process(Collector):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from common.broker import Broker, Moved
 from common.failures import Failure
 from common.logs import get_logger
-from common.redeliveries import REDELIVERIES
 
 log = get_logger()
 
@@ -66,7 +65,6 @@ def _has_died(moved: Moved) -> bool:
 def _tell(moved: Moved) -> None:
     job_id = moved.id
     if moved.move == "requeued":
-        REDELIVERIES.add(1, "lease")
         log.info("job.requeued", job_id=job_id, cause="lease", worker=moved.cause)
     elif moved.code == "POISON_REQUEST":
         log.warning("job.dead", job_id=job_id, code=moved.code, worker=moved.cause)

@@ -15,7 +15,6 @@ from common.broker import Broker, WorkerPresence
 from common.clock import monotonic_s
 from common.failures import Failure
 from common.logs import get_logger
-from common.redeliveries import REDELIVERIES
 from workers.attempts import Ledger
 
 log = get_logger()
@@ -145,7 +144,6 @@ class Heartbeat:
         self._beaten_s = began_s
         for generation_id in answer.returned:
             log.warning("claim.recovered", job_id=generation_id, seen=seen)
-            REDELIVERIES.add(1, "beat")
             log.info("job.requeued", job_id=generation_id, cause="beat", worker=self._name)
         self._heed(answer.drain_cause)
 

@@ -14,7 +14,6 @@ from common.clock import awake_or_not_s, monotonic_s
 from common.failures import KINDS
 from common.logs import get_logger
 from common.messages import FinishReason, Lane
-from common.redeliveries import REDELIVERIES
 from workers.attempts import Attempt, Ledger
 from workers.engine.port import Joined, StepOutput
 from workers.figures import Figures
@@ -145,7 +144,6 @@ class Publisher:
         for attempt in attempts:
             self._drop(attempt, event, **fields)
         await self._broker.release(self._worker, [(it.id, it.fence) for it in attempts])
-        REDELIVERIES.add(len(attempts), _CAUSES[event])
         for it in attempts:
             log.info(
                 "job.requeued",
