@@ -90,7 +90,7 @@ class Terminal:
             self.note("", f"and {len(wanted) - _MAX_LINES_PER_LOOK} more lines, see the logs")
 
     def ready(self, seconds: float, addresses: Sequence[str], log_dir: Path) -> None:
-        """Where the page is, and a command to try."""
+        """Where the pages are, and a command to try."""
         first, *others = addresses
         prompt = '{"inputs": "A river is", "parameters": {"max_new_tokens": 60}}'
         self._print(
@@ -101,6 +101,7 @@ class Terminal:
                 (f"{first}/ui/", "bold underline"),
                 "\n\n",
                 *(f"  also at {other}\n" for other in others),
+                f"  Watch it work: {first}/ops/\n\n",
                 f"  curl -N {first}/generate_stream \\\n",
                 "    -H 'content-type: application/json' \\\n",
                 f"    -d '{prompt}'\n\n",

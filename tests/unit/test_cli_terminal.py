@@ -86,5 +86,6 @@ def test_every_gateway_is_named_when_all_is_ready() -> None:
     file = io.StringIO()
     addresses = ["http://127.0.0.1:8080", "http://127.0.0.1:8081"]
     Screen(file).terminal.ready(1.5, addresses, Path("var/log"))
-    for part in (*addresses, "http://127.0.0.1:8080/ui/", "curl -N", "var/log"):
+    pages = ("http://127.0.0.1:8080/ui/", "http://127.0.0.1:8080/ops/")
+    for part in (*addresses, *pages, "curl -N", "var/log"):
         assert part in file.getvalue()

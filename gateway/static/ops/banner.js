@@ -49,7 +49,9 @@ export class Banner {
     this.#showMore(more);
     // The worst comes first, and what was set stays.
     this.severities = new Map(
-      diagnosis.toReversed().flatMap((one) => (STATIONS[one.code] ?? []).map((station) => [station, one.severity])),
+      diagnosis
+        .toReversed()
+        .flatMap((one) => (STATIONS[one.code] ?? []).map((station) => [station, one.severity])),
     );
   }
 
@@ -57,7 +59,9 @@ export class Banner {
   #turnTo(code, severity, what) {
     if (this.#code || severity !== "ok") announce(what);
     this.#code = code;
-    $("banner").querySelector(".banner-sign path").setAttribute("d", SIGNS[severity] ?? SIGNS.unknown);
+    $("banner")
+      .querySelector(".banner-sign path")
+      .setAttribute("d", SIGNS[severity] ?? SIGNS.unknown);
     document.title = `${TITLES[severity] ?? "Operations"} – Headrace`;
   }
 

@@ -18,14 +18,15 @@ const QUANTILES = (of) => () => [
 ];
 const ONE = (name, column) => () => [{ name, column, colour: 1 }];
 
+/** `least`: as far as the axis goes in any case, so that next to nothing does not look like much. */
 const KINDS = [
   { title: "Requests per second", write: figure, lines: ONE("requests/s", "requests.per_s") },
   { title: "Tokens per second", write: figure, lines: ONE("tokens/s", "stats.tokens_per_second") },
   { title: "Time to first token", write: seconds, lines: QUANTILES("ttft") },
   { title: "Time between tokens", write: seconds, lines: QUANTILES("inter_token") },
-  { title: "Waiting, by lane", write: number, lines: lanesOf("depth"), isCount: true },
-  { title: "Age of the oldest, by lane", write: age, lines: lanesOf("oldest_age_s") },
-  { title: "Errors in a minute", write: number, lines: errorLines, isCount: true },
+  { title: "Waiting, by lane", write: number, lines: lanesOf("depth"), least: 4 },
+  { title: "Age of the oldest, by lane", write: age, lines: lanesOf("oldest_age_s"), least: 1 },
+  { title: "Errors in a minute", write: number, lines: errorLines, least: 4 },
 ];
 
 export class Charts {
@@ -40,9 +41,18 @@ export class Charts {
       }
     });
     for (const { card } of this.#charts) seen.observe(card);
-    new ResizeObserver(() => this.#draw(this.#charts)).observe(place);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#renew());
-    addEventListener("beforeprint", () => this.#charts.forEach((chart) => this.#history && chart.draw(this.#history)));
+    // Asked for here, not at each drawing: that would have the page laid out for each chart anew.
+    const sized = new ResizeObserver((entries) => {
+      for (const { target, contentRect } of entries) {
+        const chart = this.#charts.find(({ canvas }) => canvas === target);
+        chart.width = Math.floor(contentRect.width);
+        if (chart.isSeen) this.#draw([chart]);
+      }
+    });
+    for (const { canvas } of this.#charts) sized.observe(canvas);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#renew(false));
+    // Paper shows them all, in its own colours.
+    matchMedia("print").addEventListener("change", ({ matches }) => this.#renew(matches));
   }
 
   #charts;
@@ -58,17 +68,25 @@ export class Charts {
     for (const chart of charts) if (chart.isSeen) chart.draw(this.#history);
   }
 
-  #renew() {
-    for (const chart of this.#charts) chart.forget();
-    this.#draw(this.#charts);
+  #renew(isForAll) {
+    if (!this.#history) return;
+    for (const chart of this.#charts) {
+      chart.forget();
+      if (isForAll || chart.isSeen) chart.draw(this.#history);
+    }
   }
 }
 
 /** A lane that nobody used needs no line; those that are left keep their colours. */
 function lanesOf(figure) {
-  const all = LANES.map((lane, index) => ({ name: lane, column: `lanes.${lane}.${figure}`, colour: index + 1 }));
+  const all = LANES.map((lane, index) => ({
+    name: lane,
+    column: `lanes.${lane}.${figure}`,
+    colour: index + 1,
+  }));
   return (history) => {
-    const isUsed = ({ name, column }) => name === "default" || history.column(column).some((value) => value > 0);
+    const isUsed = ({ name, column }) =>
+      name === "default" || history.column(column).some((value) => value > 0);
     return all.filter(isUsed);
   };
 }
@@ -76,16 +94,23 @@ function lanesOf(figure) {
 /** All together, and the codes with the most; by name, so that lines keep their colours. */
 function errorLines(history) {
   const codes = history.codes.slice(0, NUM_COLOURS - 1).sort();
-  const ofCodes = codes.map((code, index) => ({ name: code, column: `errors.${code}`, colour: index + 2 }));
+  const ofCodes = codes.map((code, index) => ({
+    name: code,
+    column: `errors.${code}`,
+    colour: index + 2,
+  }));
   return [{ name: "failed", column: "requests.failed", colour: 1 }, ...ofCodes];
 }
 
 class Chart {
   isSeen = false;
+  width = 0;
   #kind;
-  #canvas;
   #legend;
   #plot = null;
+  /** Times, and a column for each line. */
+  #data = [[]];
+  #drawnAt = 0;
   #lines = [];
   #values = [];
 
@@ -97,24 +122,28 @@ class Chart {
     caption.append(kind.title);
     this.#legend = this.card.appendChild(document.createElement("ul"));
     this.#legend.setAttribute("role", "list");
-    this.#canvas = this.card.appendChild(document.createElement("div"));
-    this.#canvas.className = "chart-canvas";
-    this.#canvas.setAttribute("role", "img");
-    this.#canvas.setAttribute("aria-label", kind.title);
+    this.canvas = this.card.appendChild(document.createElement("div"));
+    this.canvas.className = "chart-canvas";
+    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("aria-label", kind.title);
   }
 
   draw(history) {
-    const width = this.#canvas.clientWidth;
-    if (!width) return;
+    if (!this.width) return;
     const lines = this.#kind.lines(history);
-    const isSame = lines.length === this.#lines.length && lines.every(({ name }, at) => name === this.#lines[at].name);
+    const isSame =
+      lines.length === this.#lines.length &&
+      lines.every(({ name }, at) => name === this.#lines[at].name);
     if (!isSame) this.forget();
     this.#lines = lines;
-    const data = [history.times, ...lines.map(({ column }) => history.column(column))];
-    if (!this.#plot) this.#begin(width, data);
-    else {
-      if (this.#plot.width !== width) this.#plot.setSize({ width, height: HEIGHT });
-      this.#plot.setData(data);
+    this.#data = [history.times, ...lines.map(({ column }) => history.column(column))];
+    if (!this.#plot) this.#begin();
+    else if (this.#plot.width !== this.width) this.#plot.setSize({ width: this.width, height: HEIGHT });
+    const [first, last] = [history.times[0], history.times.at(-1)];
+    // Before the line has moved by a pixel there is nothing new to be seen.
+    if (last - this.#drawnAt >= (last - first) / this.width || last < this.#drawnAt) {
+      this.#drawnAt = last;
+      this.#plot.setData(this.#data);
     }
     this.#showValues(this.#plot.cursor.idx);
   }
@@ -125,7 +154,7 @@ class Chart {
     this.#plot = null;
   }
 
-  #begin(width, data) {
+  #begin() {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
     const axis = {
@@ -134,16 +163,31 @@ class Chart {
       grid: { stroke: colour("--line"), width: 1 },
       ticks: { show: false },
     };
-    const { write, isCount } = this.#kind;
+    const { write, least = 0 } = this.#kind;
     const options = {
-      width,
+      width: this.width,
       height: HEIGHT,
       legend: { show: false },
       padding: [8, 8, 0, 0],
-      scales: { x: { time: true, range: spanOf }, y: { range: (_, low, high) => [0, roomAbove(high, isCount)] } },
+      scales: {
+        x: { time: true, range: spanOf },
+        y: { range: (_, low, high) => [0, roomAbove(high, least)] },
+      },
       axes: [
-        { ...axis, size: 24, space: 64, grid: { show: false }, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, 5)), incrs: [30, 60, 120, 300, 600] },
-        { ...axis, size: 52, space: 28, values: (_, ticks) => ticks.map((tick) => (isCount && tick % 1 ? "" : write(tick))) },
+        {
+          ...axis,
+          size: 24,
+          space: 64,
+          grid: { show: false },
+          values: (_, ticks) => ticks.map((at) => clock(at).slice(0, 5)),
+          incrs: [60, 120, 300],
+        },
+        {
+          ...axis,
+          size: 52,
+          space: 28,
+          values: (_, ticks) => ticks.map(write),
+        },
       ],
       series: [
         {},
@@ -163,7 +207,8 @@ class Chart {
       },
       hooks: { setCursor: [(plot) => this.#showValues(plot.cursor.idx)] },
     };
-    this.#plot = new uPlot(options, data, this.#canvas);
+    this.#plot = new uPlot(options, this.#data, this.canvas);
+    this.#drawnAt = 0;
     this.#fillLegend();
   }
 
@@ -181,16 +226,15 @@ class Chart {
   /** What the lines are at the cursor, or now. */
   #showValues(index) {
     if (!this.#plot) return;
-    const { data } = this.#plot;
-    const at = index ?? data[0].length - 1;
+    const at = index ?? this.#data[0].length - 1;
     const told = this.#values.map((node, line) => {
-      const value = data[line + 1][at];
+      const value = this.#data[line + 1][at];
       const text = value === null || value === undefined ? NOTHING : this.#kind.write(value);
       if (node.textContent !== text) node.textContent = text;
       return `${this.#lines[line].name} ${text}`;
     });
     const label = `${this.#kind.title}: ${told.join(", ")}`;
-    if (this.#canvas.ariaLabel !== label) this.#canvas.ariaLabel = label;
+    if (this.canvas.ariaLabel !== label) this.canvas.ariaLabel = label;
   }
 }
 
@@ -199,7 +243,6 @@ function spanOf(_, low, high) {
 }
 
 /** An axis that ends a little above its line, and is never a point. */
-function roomAbove(high, isCount) {
-  if (!high || high <= 0) return isCount ? 4 : 1;
-  return Math.max(high * 1.15, isCount ? 4 : 0);
+function roomAbove(high, least) {
+  return Math.max((high ?? 0) * 1.15, least) || 1;
 }

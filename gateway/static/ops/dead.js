@@ -2,9 +2,9 @@
 
 import { announce } from "../page.js";
 import { call, showProblem } from "./calls.js";
-import { ask, newCommand, newFacts, paragraph, showDetails } from "./dialogs.js";
+import { ask, newCommand, newFacts, showDetails } from "./dialogs.js";
 import { Sheet } from "./sheet.js";
-import { date, number } from "./words.js";
+import { age, date, NOTHING, number } from "./words.js";
 
 const LIST_EVERY_MS = 15_000;
 
@@ -23,14 +23,24 @@ export class DeadLetters {
       columns: [
         { name: "Request", kind: "name", text: ({ id }) => id },
         { name: "Since", kind: "figure", text: ({ at }) => date(at) },
-        { name: "Code", kind: "code", text: ({ code }) => code },
+        { name: "Lane", text: ({ lane }) => lane },
+        { name: "Last worker", kind: "code", text: ({ worker }) => worker || NOTHING },
         { name: "Workers lost", kind: "figure", text: ({ deaths }) => number(deaths) },
+        { name: "Tokens shown", kind: "figure", text: ({ tokens }) => number(tokens) },
         {
           name: "",
           buttons: [
             { text: () => "Inspect", label: ({ id }) => `Inspect ${id}`, act: inspect },
-            { text: () => "Requeue", label: ({ id }) => `Requeue ${id}`, act: (letter) => this.#requeue(letter) },
-            { text: () => "Discard", label: ({ id }) => `Discard ${id}`, act: (letter) => this.#discard(letter) },
+            {
+              text: () => "Requeue",
+              label: ({ id }) => `Requeue ${id}`,
+              act: (letter) => this.#requeue(letter),
+            },
+            {
+              text: () => "Discard",
+              label: ({ id }) => `Discard ${id}`,
+              act: (letter) => this.#discard(letter),
+            },
           ],
         },
       ],
@@ -48,27 +58,32 @@ export class DeadLetters {
   async #list() {
     this.#listedAt = performance.now();
     try {
-      this.#sheet.show(this.#count ? (await call("GET", "/ops/dead")).data : []);
+      this.#sheet.show(this.#count ? (await call("GET", "/ops/dead")).dead : []);
     } catch (error) {
       showProblem(error);
     }
   }
 
   async #requeue({ id }) {
-    const told = "A worker takes it up again. If that one dies of it as well, it comes back here.";
-    if (await ask("Requeue this request?", told, "Requeue")) await this.#act(id, "requeue", "is queued again");
+    const told = "It is asked anew, under a new id. Should workers die of it again, it comes back here.";
+    if (!(await ask("Requeue this request?", told, "Requeue"))) return;
+    await this.#act(
+      id,
+      "requeue",
+      ({ request_id: again }) => `Request ${id} is asked anew as ${again}.`,
+    );
   }
 
   async #discard({ id }) {
-    const told = "It can not be asked again from here.";
-    if (await ask("Discard this request?", told, "Discard")) await this.#act(id, "discard", "is discarded");
+    const told = "It goes for good, with the prompt that it would take to ask it anew.";
+    if (!(await ask("Discard this request?", told, "Discard"))) return;
+    await this.#act(id, "discard", () => `Request ${id} is discarded.`);
   }
 
-  async #act(id, deed, done) {
+  async #act(id, deed, said) {
     showProblem(null);
     try {
-      await call("POST", `/ops/dead/${encodeURIComponent(id)}/${deed}`);
-      announce(`Request ${id} ${done}.`);
+      announce(said(await call("POST", `/ops/dead/${encodeURIComponent(id)}/${deed}`)));
     } catch (error) {
       showProblem(error);
     }
@@ -78,7 +93,33 @@ export class DeadLetters {
 
 function inspect({ id }) {
   return showDetails(id, async () => {
-    const { command, ...facts } = await call("GET", `/ops/dead/${encodeURIComponent(id)}`);
-    return [newCommand(command ?? `headrace incident show ${id}`), newFacts(facts)];
+    const evidence = await call("GET", `/ops/dead/${encodeURIComponent(id)}`);
+    return [newCommand(`headrace incident show ${requestOf(id)}`), newFacts(factsOf(evidence))];
   });
+}
+
+/** How it was asked and what became of it; what was asked, nobody shows. */
+function factsOf({ letter, parameters, ...evidence }) {
+  return {
+    "Set aside": date(letter.at),
+    "Asked at": evidence.asked_at && date(evidence.asked_at),
+    "By the tenant": letter.tenant,
+    "Over the API": evidence.api,
+    "In the lane": letter.lane,
+    "Model version": letter.model_version,
+    "Workers that died": evidence.workers.join(", "),
+    "Prompt, in tokens": number(evidence.prompt_tokens),
+    "Tokens shown": number(letter.tokens),
+    Waited: age(evidence.waited),
+    "First token after": age(evidence.first_token),
+    Lasted: age(evidence.lasted),
+    "Can be asked anew": evidence.is_kept ? "yes" : "no, its prompt is no longer kept",
+    "Asked anew as": evidence.requeued_as,
+    ...parameters,
+  };
+}
+
+/** A choice of a request is named `<request>.<choice>`. */
+function requestOf(id) {
+  return id.slice(0, id.lastIndexOf("."));
 }

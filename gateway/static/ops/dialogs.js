@@ -61,22 +61,25 @@ export function newCommand(text) {
 /** Copies what stands in `code`; where the browser has no clipboard for us it is selected instead. */
 export function connectCopy(button, code) {
   button.addEventListener("click", async () => {
-    const copied = await navigator.clipboard?.writeText(code.textContent).then(() => true, () => false);
+    const copied = await navigator.clipboard?.writeText(code.textContent).then(
+      () => true,
+      () => false,
+    );
     if (!copied) getSelection()?.selectAllChildren(code);
     button.textContent = copied ? "Copied" : "Selected";
     setTimeout(() => (button.textContent = "Copy"), 2000);
   });
 }
 
-/** What is known of something, as names and values, in the order in which it was told. */
+/** What is known of something, as names and values in this order; what is not known is left out. */
 export function newFacts(facts) {
   const list = document.createElement("dl");
   list.className = "facts";
   for (const [name, value] of Object.entries(facts)) {
-    const term = list.appendChild(document.createElement("dt"));
-    term.textContent = name.replaceAll("_", " ");
-    const description = list.appendChild(document.createElement("dd"));
-    description.textContent = typeof value === "object" ? JSON.stringify(value, null, 1) : String(value);
+    if (value === null || value === undefined || value === "") continue;
+    list.appendChild(document.createElement("dt")).textContent = name.replaceAll("_", " ");
+    const text = typeof value === "object" ? JSON.stringify(value) : String(value);
+    list.appendChild(document.createElement("dd")).textContent = text;
   }
   return list;
 }

@@ -18,7 +18,9 @@ export class Errors {
         { name: "In all", kind: "figure", text: ({ total }) => number(total) },
         {
           name: "",
-          buttons: [{ text: () => "Show", label: ({ code }) => `Show requests with ${code}`, act: showIncident }],
+          buttons: [
+            { text: () => "Show", label: ({ code }) => `Show requests with ${code}`, act: showIncident },
+          ],
         },
       ],
     });
@@ -33,20 +35,23 @@ export class Errors {
 
 function showIncident({ code }) {
   return showDetails(code, async () => {
-    const { meaning, command, data } = await call("GET", `/ops/errors/${encodeURIComponent(code)}`);
-    return [
-      paragraph(meaning),
-      newCommand(command),
-      ...(data.length ? data.map(newRequest) : [paragraph("No such request is remembered.", "hint")]),
-    ];
+    const { meaning, explain, failures, commands } = await call(
+      "GET",
+      `/ops/errors/${encodeURIComponent(code)}`,
+    );
+    const none = paragraph("No request is remembered that ended with it.", "hint");
+    const shown = failures.map((failure, index) => newFailure(failure, commands[index]));
+    return [paragraph(meaning), newCommand(explain), ...(shown.length ? shown : [none])];
   });
 }
 
 /** One request: when and where it failed, and the command that tells its story. */
-function newRequest({ request_id: id, at, worker, command }) {
+function newFailure({ at, worker }, command) {
   const box = document.createElement("section");
-  box.className = "request";
-  box.append(paragraph(`${date(at)}${worker ? ` · worker ${worker}` : ""}`, "hint"));
-  box.append(newCommand(command ?? `headrace incident show ${id}`));
+  box.className = "failure";
+  box.append(
+    paragraph(`${date(at)}${worker ? ` · worker ${worker}` : ""}`, "hint"),
+    newCommand(command),
+  );
   return box;
 }

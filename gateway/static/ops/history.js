@@ -30,7 +30,8 @@ export class History {
 
   constructor() {
     for (const name of Object.keys(FIGURES)) this.#columns.set(name, []);
-    for (const lane of LANES) for (const figure of LANE_FIGURES) this.#columns.set(`lanes.${lane}.${figure}`, []);
+    for (const lane of LANES)
+      for (const figure of LANE_FIGURES) this.#columns.set(`lanes.${lane}.${figure}`, []);
   }
 
   /** The gateway's columns take the place of what is here; errors by code are kept. */
@@ -43,18 +44,17 @@ export class History {
     at.forEach((time, index) => {
       const values = new Map([...columns.keys()].map((name) => [name, told[name]?.[index] ?? null]));
       for (const name of kept) values.set(name, columns.get(name)[places.get(time)] ?? null);
-      this.#take(time, values);
+      this.#take(time, values, null);
     });
   }
 
-  /** Takes an overview; one that is no newer than what is there is left out. */
+  /** Takes an overview; what is not older than it was measured by a clock that was set back since. */
   add(overview) {
     const at = Math.round(overview.at * 1000) / 1000; // as exact as the gateway's columns
-    if (at <= (this.times.at(-1) ?? 0)) return;
-    this.#take(at, valuesOf(overview));
+    while (this.times.at(-1) >= at) for (const column of this.#all) column.pop();
+    this.#take(at, valuesOf(overview), 0);
     const dropped = this.times.findIndex((time) => time >= at - KEPT_S);
-    if (dropped <= 0) return;
-    for (const column of [this.times, ...this.#columns.values()]) column.splice(0, dropped);
+    if (dropped > 0) for (const column of this.#all) column.splice(0, dropped);
   }
 
   /** @returns {(number|null)[]} */
@@ -66,22 +66,39 @@ export class History {
   get codes() {
     const sums = [...this.#columns.keys()]
       .filter((name) => name.startsWith(ERRORS))
-      .map((name) => [name.slice(ERRORS.length), this.column(name).reduce((sum, count) => sum + count, 0)]);
-    return sums.filter(([, sum]) => sum > 0).sort(([, a], [, b]) => b - a).map(([code]) => code);
+      .map((name) => [
+        name.slice(ERRORS.length),
+        this.column(name).reduce((sum, count) => sum + count, 0),
+      ]);
+    return sums
+      .filter(([, sum]) => sum > 0)
+      .sort(([, a], [, b]) => b - a)
+      .map(([code]) => code);
   }
 
-  #take(time, values) {
+  get #all() {
+    return [this.times, ...this.#columns.values()];
+  }
+
+  /** `noErrors`: what a code has of which nothing is said. */
+  #take(time, values, noErrors) {
     const last = this.times.at(-1) ?? time;
-    if (time - last > GAP_S) this.#append(last + 1, new Map());
-    this.#append(time, values);
+    if (time - last > GAP_S) this.#append(last + 1, new Map(), null);
+    this.#append(time, values, noErrors);
   }
 
-  #append(time, values) {
+  #append(time, values, noErrors) {
     for (const name of values.keys()) {
-      if (!this.#columns.has(name)) this.#columns.set(name, this.times.map(() => null));
+      if (!this.#columns.has(name))
+        this.#columns.set(
+          name,
+          this.times.map(() => null),
+        );
     }
     this.times.push(time);
-    for (const [name, column] of this.#columns) column.push(values.get(name) ?? null);
+    for (const [name, column] of this.#columns) {
+      column.push(values.get(name) ?? (name.startsWith(ERRORS) ? noErrors : null));
+    }
   }
 }
 

@@ -3,7 +3,7 @@
 // One connection, `/ops/feed`, brings an overview a second. While the tab is hidden it is closed; it
 // goes on behind the last event, as after a lost connection.
 
-import { followFeed, HeadraceError } from "../headrace.js";
+import { followFeed } from "../headrace.js";
 import { $, announce, authorization, BASE_URL } from "../page.js";
 import { openKey } from "../store.js";
 import { describeBatchState } from "../wording.js";
@@ -17,7 +17,7 @@ import { History } from "./history.js";
 import { Picture } from "./picture.js";
 import { Sheet } from "./sheet.js";
 import { Streams } from "./streams.js";
-import { age, bytes, clock, count, figure, NOTHING, number, percent, seconds, workerState } from "./words.js";
+import { age, bytes, clock, count, figure, NOTHING, number, percent, seconds } from "./words.js";
 
 /** The gateway sends something at least every 15 s; a connection that is silent for longer is dead. */
 const SILENCE_MS = 20_000;
@@ -87,7 +87,7 @@ async function connect() {
     if (own.signal.aborted) return;
     state = "refused";
     showState();
-    showProblem(error);
+    showProblem(error, "feed");
   }
 }
 
@@ -122,22 +122,25 @@ function showModel({ model, model_version: version }) {
   $("model").title = text;
 }
 
-/** Whether what is shown is now, and if not, why not. */
+/** Says whether what is shown is now, and if not, why not. */
 function showState() {
-  const quietMs = performance.now() - newestAt;
-  const isStale = newest && quietMs > STALE_MS;
-  const since = newest ? ` Shown is ${clock(newest.at)}.` : "";
-  const [name, text] =
-    state === "refused" ? ["lost", `Not connected.${since}`]
-    : state === "reconnecting" ? ["lost", `Connection lost, trying again…${since}`]
-    : isStale ? ["stale", `Nothing new for ${age(Math.floor(quietMs / 1000))}.${since}`]
-    : newest ? ["live", "Live"]
-    : ["connecting", "Connecting…"];
+  const [name, text] = describeState();
   const feed = $("feed");
   if (feed.dataset.state !== name) feed.dataset.state = name;
   document.body.classList.toggle("is-old", name === "lost" || name === "stale");
   const shown = feed.firstElementChild;
   if (shown.textContent !== text) shown.textContent = text;
+}
+
+/** @returns {[name: "live"|"stale"|"lost"|"connecting", text: string]} */
+function describeState() {
+  const since = newest ? ` Shown is ${clock(newest.at)}.` : "";
+  if (state === "refused") return ["lost", `Not connected.${since}`];
+  if (state === "reconnecting") return ["lost", `Connection lost, trying again…${since}`];
+  if (!newest) return ["connecting", "Connecting…"];
+  const quietMs = performance.now() - newestAt;
+  if (quietMs <= STALE_MS) return ["live", "Live"];
+  return ["stale", `Nothing new for ${age(Math.floor(quietMs / 1000))}.${since}`];
 }
 
 // Figures -----------------------------------------------------------------------------------------
@@ -173,15 +176,31 @@ function newWorkers() {
     key: ({ name }) => name,
     state: ({ state }) => state,
     columns: [
-      { name: "Worker", kind: "name", text: ({ name }) => name, hint: ({ host, pid }) => `on ${host}, process ${pid}` },
-      { name: "State", kind: "state", text: ({ state }) => workerState(state) },
-      { name: "Model version", kind: "code", text: ({ model_version: version }) => version || NOTHING, hint: ({ model_version: version }) => version },
       {
-        name: "Batch", kind: "figure",
+        name: "Worker",
+        kind: "name",
+        text: ({ name }) => name,
+        hint: ({ host, pid }) => `on ${host}, process ${pid}`,
+      },
+      { name: "State", kind: "state", text: ({ state }) => state },
+      {
+        name: "Model version",
+        kind: "code",
+        text: ({ model_version: version }) => version || NOTHING,
+        hint: ({ model_version: version }) => version,
+      },
+      {
+        name: "Batch",
+        kind: "figure",
         text: (worker) => `${figure(worker.batch_size)} of ${worker.max_batch_size}`,
         level: (worker) => worker.batch_size / worker.max_batch_size,
       },
-      { name: "KV cache", kind: "figure", text: ({ kv_used: used }) => percent(used), level: ({ kv_used: used }) => used },
+      {
+        name: "KV cache",
+        kind: "figure",
+        text: ({ kv_used: used }) => percent(used),
+        level: ({ kv_used: used }) => used,
+      },
       { name: "Tokens/s", kind: "figure", text: (worker) => figure(worker.tokens_per_second) },
       { name: "Memory", kind: "figure", text: ({ rss_bytes: rss }) => (rss ? bytes(rss) : NOTHING) },
       { name: "Heartbeat", kind: "figure", text: ({ heartbeat_age_s: since }) => `${age(since)} ago` },
@@ -201,14 +220,21 @@ function newWorkers() {
 }
 
 async function drain({ name, held }) {
-  const holds = held ? `What it holds (${count(held, "generation", "generations")}) goes on to its end.` : "It holds nothing.";
-  const isSure = await ask(`Drain worker ${name}?`, `It takes nothing new until it is resumed. ${holds}`, "Drain");
+  const holds = held
+    ? `What it holds (${count(held, "generation", "generations")}) goes on to its end, if need be on another worker.`
+    : "It holds nothing.";
+  const isSure = await ask(
+    `Drain worker ${name}?`,
+    `It takes nothing new until it is resumed. ${holds}`,
+    "Drain",
+  );
   if (isSure) await act(`/ops/workers/${encodeURIComponent(name)}/drain`, `Worker ${name} is drained.`);
 }
 
 async function resume({ name }) {
   const isSure = await ask(`Resume worker ${name}?`, "It takes requests again.", "Resume");
-  if (isSure) await act(`/ops/workers/${encodeURIComponent(name)}/resume`, `Worker ${name} takes requests again.`);
+  if (isSure)
+    await act(`/ops/workers/${encodeURIComponent(name)}/resume`, `Worker ${name} takes requests again.`);
 }
 
 async function act(path, done) {
@@ -231,7 +257,8 @@ function newBatches() {
       { name: "Batch", kind: "name", text: ({ id }) => id },
       { name: "State", kind: "state", text: ({ status }) => describeBatchState(status) },
       {
-        name: "Lines", kind: "figure",
+        name: "Lines",
+        kind: "figure",
         text: (batch) => `${number(finished(batch))} of ${number(batch.total)}`,
         level: (batch) => (batch.total ? finished(batch) / batch.total : 0),
       },

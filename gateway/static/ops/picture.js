@@ -4,7 +4,7 @@
 // One unit of the drawing is one pixel, so its text has the size of the page's; on a narrow screen the
 // stations stand below each other. The same figures stand beside it in words, for who can not see it.
 
-import { age, bytes, count, figure, number, percent, seconds, workerState } from "./words.js";
+import { age, bytes, count, figure, number, percent, seconds } from "./words.js";
 
 const GAP = 30;
 const PADDING = 14;
@@ -24,7 +24,14 @@ const LAYOUTS = [
 ];
 
 /** Refusals for want of room or of a budget: nothing is broken, but somebody was sent away. */
-const REJECTIONS = ["QUEUE_FULL", "RATE_LIMITED", "QUOTA_EXHAUSTED", "BROKER_FULL", "NO_WORKERS", "DRAINING"];
+const REJECTIONS = [
+  "QUEUE_FULL",
+  "RATE_LIMITED",
+  "QUOTA_EXHAUSTED",
+  "BROKER_FULL",
+  "NO_WORKERS",
+  "DRAINING",
+];
 
 export class Picture {
   /**
@@ -34,9 +41,7 @@ export class Picture {
   constructor(place, words) {
     this.#svg = element("svg", { class: "drawing", role: "img", "aria-labelledby": "picture-title" });
     this.#pipes = this.#svg.appendChild(element("g", { class: "pipes", "aria-hidden": "true" }));
-    this.#stations = new Map(
-      STATIONS.map((make) => make()).map((station) => [station.name, station]),
-    );
+    this.#stations = new Map(STATIONS.map((make) => make()).map((station) => [station.name, station]));
     for (const station of this.#stations.values()) this.#svg.append(station.group);
     place.append(this.#svg);
     this.#words = new Words(words, this.#stations.values());
@@ -52,7 +57,10 @@ export class Picture {
   #height = 0;
 
   show(overview) {
-    this.#svg.toggleAttribute("data-flows", overview.requests.per_s > 0 || overview.requests.running > 0);
+    this.#svg.toggleAttribute(
+      "data-flows",
+      overview.requests.per_s > 0 || overview.requests.running > 0,
+    );
     let moved = false;
     for (const station of this.#stations.values()) moved = station.show(overview) || moved;
     if (moved && this.#width) this.#lay();
@@ -115,11 +123,22 @@ function pipe(from, to) {
   const centre = (box) => box.x + box.width / 2;
   const isBeside = to.x > from.x + from.width;
   const points = isBeside
-    ? [[from.x + from.width + 3, middle(from)], [to.x - 5, middle(to)]]
-    : [[centre(from), from.y + from.height + 3], [centre(from), to.y - GAP / 2], [centre(to), to.y - GAP / 2], [centre(to), to.y - 5]];
+    ? [
+        [from.x + from.width + 3, middle(from)],
+        [to.x - 5, middle(to)],
+      ]
+    : [
+        [centre(from), from.y + from.height + 3],
+        [centre(from), to.y - GAP / 2],
+        [centre(to), to.y - GAP / 2],
+        [centre(to), to.y - 5],
+      ];
   const [x, y] = points.at(-1);
   const head = isBeside ? `M${x - 5} ${y - 5}l5 5l-5 5` : `M${x - 5} ${y - 5}l5 5l5 -5`;
-  return element("path", { class: "pipe", d: `M${points.map((point) => point.join(" ")).join("L")}${head}` });
+  return element("path", {
+    class: "pipe",
+    d: `M${points.map((point) => point.join(" ")).join("L")}${head}`,
+  });
 }
 
 // Stations ----------------------------------------------------------------------------------------
@@ -138,7 +157,10 @@ class Station {
     this.heading = this.addText("heading", title);
     this.headline = unit ? this.addText("headline") : null;
     this.unit = unit ? this.addText("unit", unit) : null;
-    this.rows = rows.map((label) => ({ label: this.addText("label", label), value: this.addText("value") }));
+    this.rows = rows.map((label) => ({
+      label: this.addText("label", label),
+      value: this.addText("value"),
+    }));
     this.labels = rows;
   }
 
@@ -209,13 +231,24 @@ class Request extends Station {
 
 class Router extends Station {
   constructor() {
-    super("router", "Router", { unit: "requests/s", rows: ["Errors/min", "Rejected/min", "Running"] });
+    super("router", "Router", {
+      unit: "requests/s",
+      rows: ["Errors/min", "Rejected/min", "Running", "Gateways"],
+    });
   }
 
-  show({ requests, errors }) {
+  show({ requests, errors, gateways }) {
     const sum = (wanted) =>
-      errors.reduce((total, { code, count_1m: n }) => total + (REJECTIONS.includes(code) === wanted ? n : 0), 0);
-    this.write(figure(requests.per_s), [number(sum(false)), number(sum(true)), number(requests.running)]);
+      errors.reduce(
+        (total, { code, count_1m: n }) => total + (REJECTIONS.includes(code) === wanted ? n : 0),
+        0,
+      );
+    this.write(figure(requests.per_s), [
+      number(sum(false)),
+      number(sum(true)),
+      number(requests.running),
+      number(gateways.length),
+    ]);
     return false;
   }
 }
@@ -227,7 +260,9 @@ class Queue extends Station {
   constructor() {
     super("queue", "Queue", { unit: "waiting" });
     const kinds = ["name", "name value", "name value", "name value"];
-    this.names = kinds.map((kind, index) => this.addText(kind, ["Lane", "Waiting", "Oldest", "Wait"][index]));
+    this.names = kinds.map((kind, index) =>
+      this.addText(kind, ["Lane", "Waiting", "Oldest", "Wait"][index]),
+    );
   }
 
   show({ lanes }) {
@@ -238,7 +273,12 @@ class Queue extends Station {
     while (this.#lanes.length > lanes.length) this.#lanes.pop().forEach((node) => node.remove());
     setText(this.headline, number(lanes.reduce((sum, { depth }) => sum + depth, 0)));
     this.facts = lanes.map((lane, index) => {
-      const told = [lane.lane, number(lane.depth), lane.depth ? age(lane.oldest_age_s) : "–", age(lane.est_wait_s)];
+      const told = [
+        lane.lane,
+        number(lane.depth),
+        lane.depth ? age(lane.oldest_age_s) : "–",
+        age(lane.est_wait_s),
+      ];
       told.forEach((text, column) => setText(this.#lanes[index][column], text));
       return `${told[0]}: ${told[1]} waiting, oldest ${told[2]}, estimated wait ${told[3]}`;
     });
@@ -254,7 +294,9 @@ class Queue extends Station {
     const inner = this.box.width - 2 * PADDING;
     const ends = [0, 0.54, 0.78, 1].map((part) => PADDING + part * inner);
     [this.names, ...this.#lanes].forEach((row, line) =>
-      row.forEach((node, column) => set(node, { x: ends[column], y: this.bodyTop + line * ROW_HEIGHT + 13 })),
+      row.forEach((node, column) =>
+        set(node, { x: ends[column], y: this.bodyTop + line * ROW_HEIGHT + 13 }),
+      ),
     );
   }
 }
@@ -282,7 +324,7 @@ class Workers extends Station {
     setText(this.rest, this.#numHidden ? `and ${this.#numHidden} more, in the table below` : "");
     const told = workers.map(
       (worker) =>
-        `${worker.name}: ${workerState(worker.state)}, ${worker.batch_size} of ${worker.max_batch_size} in the batch, ` +
+        `${worker.name}: ${worker.state}, ${batchOf(worker)} in the batch, ` +
         `KV cache ${percent(worker.kv_used)}, ${figure(worker.tokens_per_second)} tokens/s`,
     );
     this.facts = [`${rate} tokens/s`, ...told];
@@ -327,17 +369,29 @@ class Workers extends Station {
   }
 }
 
+function batchOf(worker) {
+  return `${figure(worker.batch_size)} of ${worker.max_batch_size}`;
+}
+
 class Tile {
   #width = 0;
   #worker = null;
 
   constructor(name) {
     this.group = element("g", { class: "tile" });
-    this.frame = this.group.appendChild(element("rect", { class: "tile-frame", rx: 7, height: TILE.height }));
+    this.frame = this.group.appendChild(
+      element("rect", { class: "tile-frame", rx: 7, height: TILE.height }),
+    );
     this.name = this.group.appendChild(element("text", { class: "tile-name", x: TILE.inset, y: 17 }));
-    this.figures = this.group.appendChild(element("text", { class: "tile-figures", x: TILE.inset, y: 33 }));
-    this.track = this.group.appendChild(element("rect", { class: "track", x: TILE.inset, y: 40, height: 4, rx: 2 }));
-    this.level = this.group.appendChild(element("rect", { class: "level", x: TILE.inset, y: 40, height: 4, rx: 2 }));
+    this.figures = this.group.appendChild(
+      element("text", { class: "tile-figures", x: TILE.inset, y: 33 }),
+    );
+    this.track = this.group.appendChild(
+      element("rect", { class: "track", x: TILE.inset, y: 40, height: 4, rx: 2 }),
+    );
+    this.level = this.group.appendChild(
+      element("rect", { class: "level", x: TILE.inset, y: 40, height: 4, rx: 2 }),
+    );
     this.hint = this.group.appendChild(element("title"));
     this.title = name;
   }
@@ -347,8 +401,14 @@ class Tile {
     setAttribute(this.group, "data-state", worker.state);
     const isReady = worker.state === "ready";
     const batchShown = `${Math.round(worker.batch_size)}/${worker.max_batch_size}`;
-    setText(this.figures, isReady ? `${batchShown} · ${figure(worker.tokens_per_second)}/s` : workerState(worker.state));
-    setText(this.hint, `${worker.name} on ${worker.host}: ${workerState(worker.state)}, ${figure(worker.batch_size)} of ${worker.max_batch_size} in the batch, KV cache ${percent(worker.kv_used)}`);
+    setText(
+      this.figures,
+      isReady ? `${batchShown} · ${figure(worker.tokens_per_second)}/s` : worker.state,
+    );
+    setText(
+      this.hint,
+      `${worker.name} on ${worker.host}: ${worker.state}, ${batchOf(worker)} in the batch, KV cache ${percent(worker.kv_used)}`,
+    );
     this.#showLevel();
   }
 
@@ -358,7 +418,10 @@ class Tile {
     set(this.frame, { width });
     set(this.track, { width: width - 2 * TILE.inset });
     const fitting = Math.floor((width - 2 * TILE.inset) / LETTER);
-    setText(this.name, this.title.length > fitting ? `${this.title.slice(0, fitting - 1)}…` : this.title);
+    setText(
+      this.name,
+      this.title.length > fitting ? `${this.title.slice(0, fitting - 1)}…` : this.title,
+    );
     this.#showLevel();
   }
 
@@ -371,11 +434,16 @@ class Tile {
 
 class TokenStream extends Station {
   constructor() {
-    super("stream", "Token stream", { unit: "streams", rows: ["Relay lag p99", "Redis answers in", "Redis memory", "of its limit"] });
+    super("stream", "Token stream", {
+      unit: "streams",
+      rows: ["Relay lag p99", "Redis answers in", "Redis memory", "of its limit"],
+    });
   }
 
   show({ streams, gateways, redis }) {
-    const lag = gateways.length ? Math.max(...gateways.map(({ relay_lag_p99_s: lag }) => lag ?? 0)) : null;
+    const lag = gateways.length
+      ? Math.max(...gateways.map(({ relay_lag_p99_s: lag }) => lag ?? 0))
+      : null;
     const part = redis.max_bytes ? percent(redis.used_bytes / redis.max_bytes) : "no limit";
     const rtt = redis.is_up ? seconds(redis.rtt_s) : "not at all";
     this.write(number(streams), [seconds(lag), rtt, bytes(redis.used_bytes), part]);

@@ -141,7 +141,7 @@ function newBar(cell) {
   const bar = track.appendChild(document.createElement("span"));
   let shown = "";
   return (part) => {
-    const scale = `scaleX(${Math.min(1, Math.max(0, part ?? 0)).toFixed(3)})`;
+    const scale = `scaleX(${Math.min(1, Math.max(0, part || 0)).toFixed(3)})`;
     if (scale !== shown) bar.style.transform = shown = scale;
   };
 }

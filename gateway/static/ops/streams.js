@@ -2,18 +2,23 @@
 
 import { call } from "./calls.js";
 import { Sheet } from "./sheet.js";
-import { age, NOTHING, number } from "./words.js";
+import { age, number } from "./words.js";
 
 const LIST_EVERY_MS = 3000;
 
 export class Streams {
   #sheet;
+  /** How many of all are shown. */
+  #hint;
   #isSeen = false;
   #isAsking = false;
+  #count = 0;
   #listedAt = -Infinity;
 
   /** @param {HTMLElement} place */
   constructor(place) {
+    this.#hint = place.appendChild(document.createElement("p"));
+    this.#hint.className = "hint";
     this.#sheet = new Sheet(place, {
       label: "Live streams",
       empty: "Nobody is reading.",
@@ -21,9 +26,10 @@ export class Streams {
       columns: [
         { name: "Request", kind: "name", text: ({ id }) => id },
         { name: "Lane", text: ({ lane }) => lane },
-        { name: "Worker", kind: "code", text: ({ worker }) => worker || NOTHING },
+        { name: "Worker", kind: "code", text: ({ worker }) => worker || "waiting" },
+        { name: "Prompt", kind: "figure", text: ({ prompt_tokens: tokens }) => number(tokens) },
         { name: "Tokens", kind: "figure", text: ({ tokens }) => number(tokens) },
-        { name: "Open for", kind: "figure", text: ({ age_s: since }) => age(since) },
+        { name: "Since", kind: "figure", text: ({ age_ms: since }) => age(since / 1000) },
       ],
     });
     new IntersectionObserver(([{ isIntersecting }]) => {
@@ -32,8 +38,9 @@ export class Streams {
     }).observe(place);
   }
 
-  /** Looks again once it is time to. */
-  show() {
+  /** Looks again once it is time to. @param {number} count  Of all that are open. */
+  show(count) {
+    this.#count = count;
     if (this.#isSeen && performance.now() - this.#listedAt > LIST_EVERY_MS) this.#list();
   }
 
@@ -41,7 +48,10 @@ export class Streams {
     if (this.#isAsking) return;
     this.#isAsking = true;
     try {
-      this.#sheet.show((await call("GET", "/ops/streams")).data);
+      const { streams } = await call("GET", "/ops/streams");
+      this.#sheet.show(streams);
+      this.#hint.textContent =
+        streams.length < this.#count ? `${number(streams.length)} of ${number(this.#count)}` : "";
     } catch {
       // the feed's own state says what is wrong, and the next second tries again
     } finally {

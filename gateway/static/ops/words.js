@@ -1,23 +1,22 @@
 // How the operations page writes figures and states.
 
-export { number, seconds } from "../wording.js";
-import { number } from "../wording.js";
+import { number, seconds as longer } from "../wording.js";
+
+export { number };
 
 export const NOTHING = "–";
-
-const WORKER_STATES = {
-  loading: "loading",
-  ready: "ready",
-  draining: "draining",
-  drained: "drained",
-  degraded: "degraded",
-  dead: "dead",
-};
 
 /** A rate or an amount: few digits, so that it can be read while it moves. */
 export function figure(value) {
   if (value === null || value === undefined) return NOTHING;
-  return value !== 0 && Math.abs(value) < 99.95 ? String(Number(value.toFixed(1))) : number(Math.round(value));
+  return value !== 0 && Math.abs(value) < 99.95
+    ? String(Number(value.toFixed(1)))
+    : number(Math.round(value));
+}
+
+/** A measured time, down to tenths of a millisecond. */
+export function seconds(value) {
+  return value > 0 && value < 0.00095 ? `${(value * 1000).toFixed(1)} ms` : longer(value);
 }
 
 export function percent(ratio) {
@@ -63,8 +62,4 @@ export function date(at) {
 /** `one` or `many` of something, with the number before it. */
 export function count(value, one, many) {
   return `${number(value)} ${value === 1 ? one : many}`;
-}
-
-export function workerState(state) {
-  return WORKER_STATES[state] ?? state;
 }
