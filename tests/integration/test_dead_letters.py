@@ -1,48 +1,12 @@
 """What workers died of: kept as evidence, asked anew once, or discarded; never shown."""
 
-from dataclasses import dataclass, replace
-
 import pytest
 
 from common.broker import Broker
 from common.failures import Failure
-from common.ids import new_request_id
-from common.messages import GenerationSpec, Grammar, Sampling
-from tests.support.generations import ScriptedClaims, admission
-
-PROMPT = b"\x07\0\0\0" * 6
-
-
-@dataclass
-class Killer:
-    """A request that three workers died of."""
-
-    broker: Broker
-    id: str
-    workers: list[str]
-
-
-async def killed(broker: Broker, *, num_choices: int = 1, choice: int = 0) -> Killer:
-    request_id = new_request_id()
-    spec = GenerationSpec(
-        PROMPT,
-        Sampling(9, seed=5, stop=("secret words",), grammar=Grammar("regex", "sesame")),
-        request_id,
-    )
-    plain = admission(prompt_tokens=6, max_new_tokens=9, request_id=request_id)
-    asked = replace(plain, spec=spec, num_choices=num_choices)
-    await broker.beat_gateway("g1")
-    await ScriptedClaims(broker, "w0").beat()
-    await broker.admit(asked)
-    id, workers = f"{request_id}.{choice}", list[str]()
-    for number in range(3):
-        worker = ScriptedClaims(broker, f"w{number}")
-        await worker.beat()
-        assert id in {attempt.id for attempt in await worker.claim()}
-        workers.append(worker.name)
-        await broker.bury_worker(worker.name)
-        await broker.reap()
-    return Killer(broker, id, workers)
+from common.messages import Sampling
+from tests.support.dead_letters import PROMPT, Killer, killed
+from tests.support.generations import ScriptedClaims
 
 
 @pytest.fixture
