@@ -174,6 +174,24 @@ def status_command(*, as_json: bool, expect_worker: bool, **given: Any) -> None:
     status(build(Settings, given), as_json=as_json, expect_worker=expect_worker)
 
 
+@cli.command("top")
+@click.option("--url", help="A gateway to ask, as http://host:8080; else Redis is asked.")
+@click.option("--api-key", envvar="HEADRACE_API_KEY", help="With --url: a key of scope admin.")
+@click.option("--once", is_flag=True, help="Print it once and end.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON each second.")
+@options_of(Settings)
+def top_command(
+    *, url: str | None, api_key: str | None, once: bool, as_json: bool, **given: Any
+) -> None:
+    """Show the whole pool, second by second: what is wrong, who works, who waits. Ends by Ctrl-C.
+
+    Without --url, the pool of the `headrace up` that runs on DATA_DIR, or the one at --redis-url.
+    """
+    from ops.top import top
+
+    top(build(Settings, given), url=url, api_key=api_key, once=once, as_json=as_json)
+
+
 @cli.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
 @click.option(
@@ -363,6 +381,37 @@ def keys_group() -> None:
 
     Without --redis-url, those of the `headrace up` that runs on DATA_DIR. Gateways on loopback ask
     for keys as soon as there is one, others always.
+    """
+
+
+_WORKERS = {
+    "drain": "ops.pool:drain",
+    "list": "ops.pool:list_workers",
+    "resume": "ops.pool:resume",
+}
+
+
+@cli.group("workers", cls=LazyGroup, places=_WORKERS)
+def workers_group() -> None:
+    """Workers: let one rest without ending it, and take it back.
+
+    Without --redis-url, those of the `headrace up` that runs on DATA_DIR.
+    """
+
+
+_DEAD = {
+    "discard": "ops.pool:discard",
+    "list": "ops.pool:list_dead",
+    "requeue": "ops.pool:requeue",
+    "show": "ops.pool:show_dead",
+}
+
+
+@cli.group("dead", cls=LazyGroup, places=_DEAD)
+def dead_group() -> None:
+    """Dead letters: requests that were set aside because workers died of them.
+
+    The list is kept for seven days, what it takes to ask one anew for a day.
     """
 
 

@@ -1,0 +1,192 @@
+"""`headrace top`, `workers` and `dead`: what the live page shows and does, at a terminal."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+from rich.console import Console
+
+from common.broker import Broker, Census, WorkerPresence, connect
+from common.diagnosis import well
+from common.ids import generation_id
+from common.overview import ErrorCount, LaneView, Overview
+from common.settings import Settings
+from ops.top import picture
+from tests.support.command import Headrace, headrace_of
+from tests.support.gateway_app import Stand
+from tests.support.generations import ScriptedClaims, admission
+from tests.support.overviews import overview, worker_view
+from tests.support.processes import ROOT
+from tests.support.redis_server import RedisServer
+
+T = TypeVar("T")
+
+workers = headrace_of("workers")
+dead = headrace_of("dead")
+top = headrace_of("top")
+
+
+def on_pool(server: RedisServer, act: Callable[[Broker], Awaitable[T]]) -> T:
+    """On the pool that commands look at unless they are told otherwise."""
+
+    async def run() -> T:
+        broker = Broker(connect(server.url), Settings.model_fields["model"].default)
+        try:
+            await broker.load()
+            return await act(broker)
+        finally:
+            await broker.close()
+
+    return asyncio.run(run())
+
+
+async def beat(broker: Broker) -> None:
+    for name in ("w11aa", "w11bb", "w22cc"):
+        presence = WorkerPresence("m@1", 1000, host="host-a")
+        await broker.beat_worker(name, presence, seen=0, holding=(), lease_ms=60_000)
+
+
+def causes(census: Census) -> dict[str, str]:
+    return {worker.name: worker.drain_cause for worker in census.workers}
+
+
+def test_a_worker_is_drained_and_resumed_by_its_name_or_the_beginning_of_it(
+    workers: Headrace, redis_server: RedisServer
+) -> None:
+    on_pool(redis_server, beat)
+    assert workers("drain", "w22").code == 0
+    assert workers("drain", "w11aa").code == 0
+    told = causes(on_pool(redis_server, lambda broker: broker.census()))
+    assert told["w22cc"] == told["w11aa"] == "operator at the command line"
+    assert told["w11bb"] == ""
+    listed = workers("list")
+    assert "w22cc" in listed.out
+    assert "operator at the command line" in listed.out
+    assert {it["name"] for it in json.loads(workers("list", "--json").out)} == set(told)
+    assert workers("resume", "w22cc").code == 0
+    assert causes(on_pool(redis_server, lambda broker: broker.census()))["w22cc"] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("w9", "no worker's name begins"), ("w11", "several workers begin")]
+)
+def test_who_is_meant_must_be_clear(
+    workers: Headrace, redis_server: RedisServer, name: str, words: str
+) -> None:
+    on_pool(redis_server, beat)
+    said = workers("drain", name)
+    assert said.code == 1
+    assert words in said.err
+    assert "w11aa" in said.err, "the names there are"
+
+
+async def kill(broker: Broker) -> str:
+    await broker.beat_gateway("g1")
+    await ScriptedClaims(broker, "w0").beat()
+    id = generation_id((await broker.admit(admission(prompt_tokens=6))).request_id)
+    for number in range(3):
+        worker = ScriptedClaims(broker, f"w{number}")
+        await worker.beat()
+        await worker.claim_one()
+        await broker.bury_worker(worker.name)
+        await broker.reap()
+    return id
+
+
+def test_a_dead_letter_is_listed_shown_and_asked_anew(
+    dead: Headrace, redis_server: RedisServer
+) -> None:
+    id = on_pool(redis_server, kill)
+    assert id in dead("list").out
+    assert [it["id"] for it in json.loads(dead("list", "--json").out)] == [id]
+    shown = dead("show", id).out
+    for words in ("3: w0, w1, w2", "prompt tokens  6", "max_new_tokens=8"):
+        assert words in shown
+    first, again = dead("requeue", id), dead("requeue", id)
+    assert first.code == again.code == 0
+    assert first.out == again.out, "once"
+    assert "nothing was done now" in again.err
+    assert "Nothing was set aside" in dead("list").out
+
+
+def test_a_dead_letter_is_discarded(dead: Headrace, redis_server: RedisServer) -> None:
+    id = on_pool(redis_server, kill)
+    assert dead("discard", id).code == 0
+    refused = dead("discard", id)
+    assert refused.code == 1
+    assert "NOT_FOUND" in refused.err
+
+
+# top ---------------------------------------------------------------------------------------------
+
+
+def drawn(shown: Overview, width: int = 80) -> list[str]:
+    console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(picture(shown))
+    return captured.get().splitlines()
+
+
+def busy() -> Overview:
+    now = overview(at=time.time())
+    changes: dict[str, Any] = {
+        "workers": [worker_view(f"w{number:011d}") for number in range(20)],
+        "lanes": [LaneView(lane="default", depth=500, oldest_age_s=12.3, backlog_tokens=10**6,
+                           est_wait_s=33.0)],
+        "errors": [ErrorCount(code="MODEL_VERSION_GONE", count_1m=12345, total=99999)],
+        "diagnosis": [well(now)],
+    }  # fmt: skip
+    return overview(at=now.at, **changes)
+
+
+def test_it_fits_eighty_columns_and_says_all_there_is() -> None:
+    lines = drawn(busy())
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for words in (
+        "Everything is well.",
+        "headrace top",
+        "w00000000019",
+        "8/32",
+        "25 %",
+        "500",
+        "33.0 s",
+        "MODEL_VERSION_GONE",
+        "12345",
+        "first token",
+        "Redis 95 of 954 MiB",
+    ):
+        assert words in text
+    assert "…" not in text, "nothing is cut off"
+
+
+def test_once_prints_the_newest_second(top: Headrace, redis_server: RedisServer) -> None:
+    on_pool(redis_server, lambda broker: broker.overview_store.append(busy()))
+    said = top("--once")
+    assert said.code == 0
+    assert "Everything is well." in said.out
+    told = json.loads(top("--once", "--json").out)
+    assert len(told["workers"]) == 20
+
+
+def test_without_an_exporter_it_says_so(top: Headrace, redis_server: RedisServer) -> None:
+    on_pool(redis_server, beat)
+    said = top("--once")
+    assert "nobody is looking" in said.out
+
+
+async def test_it_asks_a_gateway_as_well(stand: Stand) -> None:
+    gateway = await stand.gateway()
+    await stand.broker.overview_store.append(busy())
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ops.cli", "top", "--once", "--json", "--url", gateway.url),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    out, _ = await asyncio.wait_for(command.communicate(), 30)
+    assert command.returncode == 0
+    assert len(json.loads(out)["workers"]) == 20
