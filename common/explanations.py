@@ -207,8 +207,9 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Three workers in a row died while they ran this request, so it is quarantined with its"
         " evidence, and no fourth is risked.",
         "Do not send it again. Look at what the workers said as they died, keep the bundle for"
-        " whoever develops the engine.",
-        (_SHOW, "headrace incident bundle"),
+        " whoever develops the engine. If they died of something else:"
+        " `headrace dead requeue REQUEST_ID`.",
+        ("headrace dead list", _SHOW, "headrace incident bundle"),
         "dead-letters",
     ),
     "MODEL_VERSION_GONE": Explanation(
