@@ -282,7 +282,7 @@ class _Run:
             if was_shot:
                 workers = (await broker.state()).workers
                 held = [id for known in workers if known.name == worker for id in known.held]
-                await broker.leave_worker(worker)
+                await broker.leave_worker(worker, has_died=True)
                 tell_moves(Moved(id, "requeued", worker) for id in held)
             else:
                 await broker.bury_worker(worker)

@@ -474,9 +474,12 @@ class Broker:
         """Let a worker claim again; False: no such worker has a lease."""
         return await self._call("drain_worker", _pack((worker, ""))) is not None
 
-    async def leave_worker(self, worker: str) -> None:
-        """End the lease at once; what is still held goes back."""
-        await self._call("leave_worker", _pack((worker,)))
+    async def leave_worker(self, worker: str, *, has_died: bool = False) -> None:
+        """End the lease at once; what is still held goes back, and bears no blame.
+
+        ``has_died``: it took no leave itself, as people are to be told.
+        """
+        await self._call("leave_worker", _pack((worker, has_died)))
 
     async def bury_worker(self, worker: str) -> None:
         """End the lease of a worker that somebody saw die; the next reap hands back what it held.

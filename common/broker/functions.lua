@@ -1126,10 +1126,11 @@ local function drain_worker(keys, args)
   return 'OK'
 end
 
--- ARGV: [worker]
+-- ARGV: [worker, somebody saw it die, for which nothing that it held is to blame]
 local function leave_worker(keys, args)
   local P, now = prefix_of(keys), now_ms()
-  local worker = cmsgpack.unpack(args[1])[1]
+  local worker, has_died = unpack(cmsgpack.unpack(args[1]))
+  if has_died then note_lost(P, 'worker', worker, 'seen', redis.call('HGET', P .. 'worker:' .. worker, 'blob')) end
   for _, id in ipairs(redis.call('ZRANGE', P .. 'held:' .. worker, 0, MAX_LEASES - 1)) do
     local g = load(P, id)
     if g and g.st == 'R' and g.own == worker then hand_back(P, id, g, now) end

@@ -116,6 +116,14 @@ async def test_a_dead_worker_is_told_with_its_name_and_host(stand: Stand) -> Non
     assert "worker_lost" in codes
 
 
+async def test_a_worker_that_somebody_killed_is_told_too(stand: Stand) -> None:
+    """What it held bears no blame, but people are to know."""
+    killed = await stand.worker()
+    await stand.broker.leave_worker(killed.name, has_died=True)
+    [lost] = (await stand.broker.census()).lost
+    assert (lost.role, lost.name, lost.is_seen) == ("worker", killed.name, True)
+
+
 async def test_a_worker_that_loads_is_shown_and_nothing_is_queued_for_it(stand: Stand) -> None:
     presence = WorkerPresence("", 0, state="loading", host="host-c")
     await stand.broker.announce_worker("w-loading", presence)
