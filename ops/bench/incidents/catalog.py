@@ -534,27 +534,12 @@ def _of_clients() -> list[Incident]:
             ),
         ),
         Incident(
-            "slow-readers",
-            "slow readers",
-            310,
-            "slow",
-            _of_tenant(Cause("user_agent", "modem/56")),
-            _from_tenant(
-                rate=2.0,
-                reads="slowly",
-                streams=1.0,
-                user_agent="modem/56",
-                apis=("chat",),
-                new_tokens=(200, 300),
-            ),
-        ),
-        Incident(
             "clients-leave",
             "disconnect wave",
             311,
             "disconnected",
             _of_tenant(Cause("user_agent", "mobile-app/7"), Cause("code", "disconnected")),
-            _from_tenant(rate=8.0, reads="little", streams=1.0, user_agent="mobile-app/7"),
+            _from_tenant(rate=8.0, leaves=True, streams=1.0, user_agent="mobile-app/7"),
         ),
         Incident(
             "bad-requests",

@@ -35,8 +35,7 @@ SCHEMA = {
     "required": ["mill", "wheels"],
 }
 _PATIENCE_S = 30.0
-_SLOW_BYTES = 256
-_SLOW_PAUSE_S = 0.25
+_READ_BYTES = 65_536
 
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -59,8 +58,8 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     words: str = ""
     """At the start of each prompt."""
     schema: dict[str, Any] = msgspec.field(default_factory=lambda: SCHEMA)
-    reads: Literal["all", "slowly", "little"] = "all"
-    """``little``: it leaves after the first bytes of the answer."""
+    leaves: bool = False
+    """After the first bytes of the answer."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -196,21 +195,16 @@ async def _talk(host: str, port: int, request: bytes, source: Source, seen: Exch
     """Send the request and read as much of the answer as this client does."""
     link = socket.socket()
     link.setblocking(False)
-    if source.reads == "slowly":
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     with contextlib.closing(link):
         loop = asyncio.get_running_loop()
         await loop.sock_connect(link, (host, port))
         await loop.sock_sendall(link, request)
-        size = _SLOW_BYTES if source.reads == "slowly" else 65_536
-        while piece := await loop.sock_recv(link, size):
+        while piece := await loop.sock_recv(link, _READ_BYTES):
             if not seen.status:
                 seen.status = _status(piece)
             seen.num_bytes += len(piece)
-            if source.reads == "little":
+            if source.leaves:
                 return
-            if source.reads == "slowly":
-                await asyncio.sleep(_SLOW_PAUSE_S)
 
 
 def _status(head: bytes) -> int:
