@@ -137,8 +137,11 @@ def test_a_finding_is_right_if_it_names_the_cause_or_another_name_of_it() -> Non
     assert findings_in({}) == []
 
 
-def test_the_onset_is_the_first_change() -> None:
-    assert onset_in({"spikes": [{"start": 9.0}, {"start": 4.5}, {"start": None}]}) == 4.5
+def test_the_onset_is_that_of_the_first_finding_or_else_of_the_first_symptom() -> None:
+    symptoms = [{"start": 9.0}, {"start": 4.5}, {"start": None}]
+    findings = [{"data": {"since": 6.0}}, {"data": {"since": 1.0}}]
+    assert onset_in({"symptoms": symptoms, "findings": findings}) == 6.0
+    assert onset_in({"symptoms": symptoms, "findings": [{"data": {"since": None}}]}) == 4.5
     assert onset_in({}) is None
 
 

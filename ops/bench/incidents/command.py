@@ -73,11 +73,16 @@ def main(
         raise click.UsageError("--again and --produce-only need --logs")
     with nullcontext(logs) if logs else tempfile.TemporaryDirectory(prefix="headrace-bench-") as at:
         folder = Path(str(at))
-        if not again:
-            _produce_all(chosen, folder, jobs, _say)
-        if produce_only:
-            return
-        scores = [_scored(folder / one.name, _say) for one in chosen if _is_there(folder, one)]
+
+        def carried_out(incident: Incident) -> Score | None:
+            place = folder / incident.name
+            is_there = (place / truth.FILE).exists() if again else _produced(incident, place, _say)
+            return _scored(place, _say) if is_there and not produce_only else None
+
+        with ThreadPoolExecutor(jobs) as executor:
+            scores = [one for one in executor.map(carried_out, chosen) if one is not None]
+    if produce_only:
+        return
     report = summarise(scores, machine.describe(), _revision())
     page = markdown(report)
     click.echo(page)
@@ -108,23 +113,15 @@ def _chosen(patterns: Sequence[str]) -> list[Incident]:
     return [one for one in runs if any(fnmatch.fnmatch(one.name, name) for name in wanted)]
 
 
-def _produce_all(chosen: Sequence[Incident], folder: Path, jobs: int, tell: Tell) -> None:
-    """Each into a folder of its name. One that fails is told, and has no truth."""
-
-    def one(incident: Incident) -> None:
-        try:
-            told = produce(incident, folder / incident.name)
-        except (click.ClickException, OSError) as error:
-            tell(f"{incident.name}: could not be produced: {error}")
-        else:
-            tell(f"{incident.name}: {told.requests} requests, load {told.load_average}")
-
-    with ThreadPoolExecutor(jobs) as executor:
-        list(executor.map(one, chosen))
-
-
-def _is_there(folder: Path, incident: Incident) -> bool:
-    return (folder / incident.name / truth.FILE).exists()
+def _produced(incident: Incident, folder: Path, tell: Tell) -> bool:
+    """Whether it could be; one that could not is told, and has no truth."""
+    try:
+        told = produce(incident, folder)
+    except (click.ClickException, OSError) as error:
+        tell(f"{incident.name}: could not be produced: {error}")
+        return False
+    tell(f"{incident.name}: {told.requests} requests, load {told.load_average}")
+    return True
 
 
 def _scored(folder: Path, tell: Tell) -> Score:

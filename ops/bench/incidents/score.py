@@ -1,6 +1,6 @@
 """The score: what `headrace incident` says of each run's logs, beside what really happened.
 
-The command is asked as a person would ask it, a process for each question. Right is a first finding
+The command is asked as a person would ask it, in a process of its own. Right is a first finding
 that names the cause or one of its equivalents; on the logs of a healthy run, any named cause is
 wrong.
 """
@@ -52,7 +52,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     blames: bool
     """Whether the first finding names a cause at all."""
     onset_error_s: float | None
-    """Of `spike`; positive: it is told later than it was."""
+    """Positive: it is told later than it was."""
     seconds: float
     """That `why` took, with the start of the command."""
     exit_code: int
@@ -88,7 +88,7 @@ def score(folder: Path) -> Score:
     seconds = monotonic_s() - began_s
     named = findings_in(answer)
     rank = next((n for n, one in enumerate(named, start=1) if one.is_right(told)), 0)
-    onset = onset_in(ask("spike", log)[1])
+    onset = onset_in(answer)
     first = named[0] if named else None
     return Score(
         name=told.name,
@@ -136,9 +136,11 @@ def findings_in(answer: Any) -> list[Named]:
 
 
 def onset_in(answer: Any) -> float | None:
-    """When the first change began, of the JSON that `spike` prints."""
-    begun = [change.get("start") for change in answer.get("spikes", [])]
-    return min((float(at) for at in begun if at is not None), default=None)
+    """Since when the first finding holds, or else the first symptom shows, of the same JSON."""
+    told = [finding.get("data", {}).get("since") for finding in answer.get("findings", [])[:1]]
+    shown = [symptom.get("start") for symptom in answer.get("symptoms", [])]
+    known = [at for at in told if at is not None] or [at for at in shown if at is not None]
+    return min(map(float, known), default=None)
 
 
 def _shown(causes: Sequence[Cause]) -> str:
