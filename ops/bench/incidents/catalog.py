@@ -159,7 +159,7 @@ def _all_stalled(seconds: float) -> Act:
             thread.start()
         for thread in threads:
             thread.join()
-        return [Cause("kind", "workers_lost"), *causes]
+        return [Cause("component", "workers"), Cause("kind", "workers_lost"), *causes]
 
     return act
 
