@@ -1,4 +1,4 @@
-"""Runs of the bench of incidents: the system really breaks, its logs say so, and its truth fits."""
+"""Runs of the bench of incidents: the system really breaks, its logs say so, its truth fits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +10,7 @@ import pytest
 from ops.bench.incidents import truth
 from ops.bench.incidents.catalog import all_incidents, healthy_runs
 from ops.bench.incidents.produce import LOG, produce, read_lines
+from ops.bench.incidents.score import score
 from ops.bench.incidents.truth import Truth
 
 
@@ -41,6 +42,8 @@ def test_a_key_that_is_used_up_fails_one_tenant_alone(tmp_path: Path) -> None:
     assert told.names("code", "RATE_LIMITED")
     assert "RATE_LIMITED" in codes_of(lines)
     assert told.onset is not None
+    scored = score(tmp_path / "run")
+    assert scored.is_right, scored
 
 
 @pytest.mark.timeout(180)
