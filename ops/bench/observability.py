@@ -3,7 +3,7 @@
 Both are `headrace up` with the simulated engine that takes no time, so that gateway, Redis and
 worker are all there is; they get the same load in turns. Of the quiet one every process drops its
 events where they are logged, but for those by which it is known to be ready, and nobody asks it for
-figures; of the other one, whose logs go to files, somebody asks every second.
+figures; of the other one, whose logs go to files, somebody asks as a Prometheus does.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ from ops.supervisor import ProcessSpec
 from ops.up import up
 
 _MODULE = "ops.bench.observability"
-_SCRAPE_S = 1.0
+_SCRAPE_S = 5.0
+"""As `ops/prometheus/prometheus.yml` says."""
 _EVERYTHING_AT_ONCE = {
     "HEADRACE_SIMULATED_FIRST_TOKEN_MS": "0",
     "HEADRACE_SIMULATED_INTER_TOKEN_MS": "0",
@@ -62,7 +63,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @click.command()
-@click.option("--rounds", default=5, show_default=True, help="Turns of each.")
+@click.option("--rounds", default=3, show_default=True, help="Of two turns of each.")
 @click.option("--clients", default=16, show_default=True, help="At once.")
 @click.option("--new-tokens", default=64, show_default=True, help="Of each answer.")
 @click.option("--requests", default=8, show_default=True, help="Of each client in each turn.")
@@ -113,12 +114,11 @@ async def _turns(
     for session in sessions:
         await session.warm_up(clients)
     turns: list[list[Turn]] = [[], []]
-    for number in range(rounds):
-        for which in (0, 1) if number % 2 == 0 else (1, 0):  # whoever is first is not always
+    async with _scraped(places[0][0]):
+        for which in [0, 1, 1, 0] * rounds:  # whoever is first is not always
             pid = _supervisor(places[which][0])
             before_s = sum(use_of(pid).cpu_s.values())
-            async with _scraped(places[which][0] if which == 0 else None):
-                level = await sessions[which].closed_loop(clients)
+            level = await sessions[which].closed_loop(clients)
             turns[which].append(_turn(level, sum(use_of(pid).cpu_s.values()) - before_s))
     return turns
 
@@ -137,11 +137,8 @@ def _supervisor(data_dir: Path) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _scraped(data_dir: Path | None) -> AsyncGenerator[None]:
+async def _scraped(data_dir: Path) -> AsyncGenerator[None]:
     """Meanwhile all its processes are asked for their figures, as a Prometheus would ask."""
-    if data_dir is None:
-        yield
-        return
     asking = asyncio.create_task(_keep_scraping(_targets(data_dir)))
     try:
         yield
