@@ -5,7 +5,7 @@ Figures of the whole pool are the exporter's (``ops/pool_metrics.py``), those of
 worker's (``workers/metrics.py``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,15 +20,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from common import build, logs
-from common.instruments import (
-    FIRST_TOKEN_BUCKETS_S,
-    INTER_TOKEN_BUCKETS_S,
-    PHASE_BUCKETS_S,
-    Distributions,
-    counter,
-    exposition,
-    gauge,
-)
+from common.instruments import counter, exposition, gauge
+from common.request_metrics import RequestMetrics
+from common.settings import Compat
 from common.tally import Tally
 
 disable_created_metrics()  # a series more for each one, of use to nobody here
@@ -62,55 +56,30 @@ class _Process(Collector):
 
 
 class GatewayMetrics:
-    """Instruments of one gateway process."""
+    """Instruments of one gateway process, which serves ``model``; ``max_tokens`` is the longest
+    prompt plus answer.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        model: str = "",
+        model_version: str = "",
+        max_tokens: int = 4096,
+        compat: Sequence[Compat] = ("vllm-current", "tgi"),
+    ) -> None:
         self.tally = Tally()
         self.registry = registry = CollectorRegistry()
         process_collectors(registry)
-        self.requests = Counter(
-            "headrace_requests_total",
-            "Requests for a generation that came to their end, by API and outcome: ok,"
-            " cancelled, disconnected, or a failure code.",
-            ["api", "code"],
-            registry=registry,
-        )
-        self.request_s = Histogram(
-            "headrace_request_duration_seconds",
-            "From the arrival of a request to the last byte of its answer.",
-            ["api"],
-            buckets=PHASE_BUCKETS_S,
-            registry=registry,
-        )
-        self.first_token_s = Histogram(
-            "headrace_time_to_first_token_seconds",
-            "From the arrival of a request to its first token at the gateway.",
-            ["api"],
-            buckets=FIRST_TOKEN_BUCKETS_S,
-            registry=registry,
-        )
-        self.inter_token_s = Distributions(
-            "headrace_inter_token_latency_seconds",
-            "Between two arrivals of tokens of one streamed answer, per token.",
-            ["api"],
-            INTER_TOKEN_BUCKETS_S,
-        )
-        registry.register(self.inter_token_s)
-        self.queue_s = Histogram(
-            "headrace_queue_time_seconds",
-            "From admission to the first claim by a worker, by one clock: that of Redis.",
-            ["lane"],
-            buckets=PHASE_BUCKETS_S,
-            registry=registry,
-        )
-        self.tokens = Counter(
-            "headrace_tokens_total",
-            "Tokens of finished generations, kind prompt or generated.",
-            ["kind"],
-            registry=registry,
+        self.requests = RequestMetrics(
+            registry,
+            model=model,
+            model_version=model_version,
+            max_tokens=max_tokens,
+            compat=compat,
         )
         self.streams = Gauge(
-            "headrace_streams",
+            "headrace_stream_subscribers",
             "Answers that this gateway is relaying now, streamed or not.",
             registry=registry,
         )
@@ -121,7 +90,7 @@ class GatewayMetrics:
             registry=registry,
         )
         self.lags = Counter(
-            "headrace_slow_reader_drops_total",
+            "headrace_slow_consumer_drops_total",
             "Buffers dropped because a client was too slow; it reads the log instead.",
             registry=registry,
         )
@@ -157,6 +126,7 @@ class GatewayMetrics:
             ["model", "model_version"],
             registry=registry,
         )
+        self.model_info.labels(model, model_version).set(1)
 
     def text(self) -> bytes:
         """The exposition, in Prometheus' text format."""

@@ -10,6 +10,7 @@ from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Finish, FinishReason, Timing
 from common.metrics import GatewayMetrics
+from common.request_metrics import RequestEnd
 from gateway.stream import Batch, Reader
 
 log = get_logger()
@@ -34,6 +35,9 @@ class Account:
         arrived_at: float,
         *,
         span: dict[str, Any] | None = None,
+        lane: str = "",
+        tenant_class: str = "",
+        model_version: str = "",
         **fields: Any,
     ) -> None:
         self.api = api
@@ -42,7 +46,11 @@ class Account:
         self.fields = fields
         self.timing: Timing | None = None
         self._metrics = metrics
-        self._inter_token_s = metrics.inter_token_s.labels(api)
+        self._lane = lane
+        self._tenant_class = tenant_class
+        self._model_version = model_version
+        self._validate_s = monotonic_s() - arrived_at
+        self._inter_token_s = metrics.requests.inter_token_s.labels(api)
         self._num_tokens = 0
         """Of all choices, with those before the cursors of a stream that is resumed."""
         self._first_token_at: float | None = None
@@ -79,7 +87,8 @@ class Account:
         if self._first_token_at is None:
             self._first_token_at = now = monotonic_s()
             if batch.start == 0:
-                self._metrics.first_token_s.labels(self.api).observe(now - self.arrived_at)
+                after_s = now - self.arrived_at
+                self._metrics.requests.note_first_token(after_s, self._model_version)
                 self._metrics.tally.figures.ttft.observe(now - self.arrived_at)
 
     @property
@@ -112,9 +121,8 @@ class Account:
             return
         self._is_closed = True
         outcome = self._outcome()
-        self._metrics.requests.labels(self.api, outcome).inc()
+        self._metrics.requests.note_end(self._end(outcome))
         self._tell_tally(outcome)
-        self._metrics.request_s.labels(self.api).observe(self.age_s)
         first = self._first_token_at
         told: dict[str, Any] = {
             "status": status,
@@ -149,10 +157,23 @@ class Account:
                 num_tokens=self._num_tokens,
             )
 
+    def _end(self, outcome: str) -> RequestEnd:
+        fields = self.fields
+        return RequestEnd(
+            api=self.api,
+            code=outcome,
+            lane=self.timing.lane if self.timing else self._lane,
+            tenant_class=self._tenant_class,
+            age_s=self.age_s,
+            validate_s=self._validate_s,
+            timing=self.timing,
+            num_prompt=fields.get("prompt_tokens", 0),
+            num_tokens=self._num_tokens,
+            max_new_tokens=fields.get("max_tokens", 0),
+            num_choices=fields.get("n", 1),
+        )
+
     def _tell_timing(self, timing: Timing) -> dict[str, Any]:
-        self._metrics.queue_s.labels(timing.lane).observe(timing.queue_time_s)
-        self._metrics.tokens.labels("generated").inc(self._num_tokens)
-        self._metrics.tokens.labels("prompt").inc(self.fields.get("prompt_tokens", 0))
         return {
             "queue_time": timing.queue_time_s,
             "generation_time": timing.generation_time_s,

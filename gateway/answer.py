@@ -17,6 +17,7 @@ from common.failures import Failure
 from common.logs import get_logger
 from common.messages import Lane, Sampling
 from common.models.tokenizer import Tokenizer
+from common.request_metrics import tenant_class_of
 from common.spans import Kind
 from gateway.account import Account
 from gateway.admission import Manner, Ticket, manner_of, pack_tokens, retention_s
@@ -400,6 +401,9 @@ def _open_account(
         first.order.api,
         arrival_of(request),
         span=span_of(request),
+        lane=first.order.lane,
+        tenant_class=tenant_class_of(caller_of(request).key_id, first.order.lane),
+        model_version=first.subject.model_version,
         stream_id=first.subject.request_id,
         disconnect=manner.text,
         position=first.ticket.admitted.position,

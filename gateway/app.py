@@ -25,6 +25,7 @@ from common.files import Files
 from common.logs import get_logger
 from common.metrics import GatewayMetrics
 from common.redis_clock import RedisClock
+from common.request_metrics import RequestEnd
 from common.settings import GatewaySettings
 from common.spans import open_spans
 from common.storage import open_storage
@@ -148,8 +149,12 @@ def create_app(
     metrics: GatewayMetrics | None = None,
 ) -> Starlette:
     """The ASGI application of the gateway ``name``; its parts hang at ``app.state.services``."""
-    metrics = metrics or GatewayMetrics()
-    metrics.model_info.labels(model.name, model.version).set(1)
+    metrics = metrics or GatewayMetrics(
+        model=model.name,
+        model_version=model.version,
+        max_tokens=model.max_total_tokens,
+        compat=settings.metrics_compat,
+    )
     recent = RecentAdmissions(brokers.commands)
     clock = RedisClock()
     relay = Relay(
@@ -298,7 +303,7 @@ def _note_rejection(request: Request, failure: Failure, status: int) -> None:
         services.metrics.resumes.labels(failure.code).inc()
     elif request.method == "POST" and path in _APIS:
         api = _APIS[path]
-        services.metrics.requests.labels(api, failure.code).inc()
+        services.metrics.requests.note_end(RequestEnd(api=api, code=failure.code))
         services.metrics.tally.note_end(
             failure.code, request_id=request_id_of(request), api=api, at_s=wall_ms() / 1000
         )

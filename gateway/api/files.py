@@ -26,6 +26,7 @@ from common.files import (
     UploadPurpose,
 )
 from common.logs import get_logger
+from common.request_metrics import RequestEnd
 from gateway.api.lists import is_newest_first, page_limit, shown_page
 from gateway.bodies import is_number, number_in
 from gateway.callers import caller_of
@@ -72,7 +73,7 @@ async def upload_file(request: Request) -> Response:
     except BaseException:
         await services.files.drop(content)
         raise
-    services.metrics.requests.labels("file", "ok").inc()
+    services.metrics.requests.note_end(RequestEnd(api="file", code="ok"))
     log.info(
         "file.created",
         file_id=file.id,

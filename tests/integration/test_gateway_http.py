@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from common.models.adapters import AdapterStore
 from common.tracing import parse_parent
 from tests.support.adapters import write_adapter
+from tests.support.expositions import complaints, figures_in
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import EOS, saying
 from tests.support.waiting import wait_until
@@ -437,18 +439,27 @@ async def test_metrics_say_what_happened(stand: Stand) -> None:
         await gateway.client.post("/v1/chat/completions", json=CHAT)
     scraped = await gateway.client.get("/metrics")
     assert scraped.headers["content-type"].startswith("text/plain; version=0.0.4")
-    lines = set(scraped.text.splitlines())
-    assert {
-        'headrace_requests_total{api="tgi",code="NO_WORKERS"} 1.0',
-        'headrace_requests_total{api="tgi",code="ok"} 1.0',
-        'headrace_requests_total{api="chat",code="ok"} 1.0',
-        'headrace_time_to_first_token_seconds_count{api="tgi"} 1.0',
-        'headrace_request_duration_seconds_count{api="chat"} 1.0',
-        'headrace_queue_time_seconds_count{lane="priority"} 1.0',
-        'headrace_tokens_total{kind="generated"} 6.0',
-        "headrace_streams 0.0",
-        f'headrace_model_info{{model="simulated",model_version="{stand.version}"}} 1.0',
-    } <= lines
+    figures = figures_in(scraped.text)
+    seen = {"model": "simulated", "model_version": stand.version, "tenant_class": "anonymous"}
+    requests = partial(figures.total, "headrace_requests_total")
+    assert requests(api="tgi", code="NO_WORKERS", outcome="rejected") == 1
+    assert requests(api="tgi", code="ok", outcome="ok", lane="default", **seen) == 1
+    assert requests(api="chat", code="ok", outcome="ok", lane="priority", **seen) == 1
+    assert figures.get("headrace_time_to_first_token_seconds_count") == 2
+    assert figures.get("headrace_request_duration_seconds_count", api="chat") == 1
+    assert figures.get("headrace_queue_time_seconds_count", lane="priority") == 1
+    assert figures.get("headrace_tokens_total", kind="generated") == 6
+    for phase in ("validate", "queue", "prefill", "decode", "relay"):
+        assert figures.get("headrace_request_phase_seconds_count", phase=phase) == 2
+    assert figures.get("headrace_stream_subscribers") == 0
+    assert figures.total("headrace_model_info", model="simulated", model_version=stand.version) == 1
+    assert figures.get("tgi_request_count") == 3
+    assert figures.get("tgi_request_success") == 2
+    assert figures.get("tgi_request_failure", err="overloaded") == 1
+    assert figures.get("tgi_request_generated_tokens_sum") == 6
+    assert figures.get("tgi_request_queue_duration_count") == 2
+    assert figures.get("vllm:admission_rejections_total") == 1
+    assert complaints(scraped.text) == []
     assert "headrace_relay_lag_seconds_count" in scraped.text
     assert "headrace_queue_depth" not in scraped.text, "figures of the pool are the exporter's"
 
