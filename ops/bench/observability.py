@@ -46,7 +46,7 @@ class Turn(msgspec.Struct, frozen=True):
 
     tokens_per_second: float
     cpu_us_per_token: float
-    """Processor time of all its processes."""
+    """Processor time of its gateway and worker: a supervisor that shows requests has its own."""
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,10 +116,10 @@ async def _turns(
     turns: list[list[Turn]] = [[], []]
     async with _scraped(places[0][0]):
         for which in [0, 1, 1, 0] * rounds:  # whoever is first is not always
-            pid = _supervisor(places[which][0])
-            before_s = sum(use_of(pid).cpu_s.values())
+            pids = _serving(places[which][0])
+            before_s = _cpu_s(pids)
             level = await sessions[which].closed_loop(clients)
-            turns[which].append(_turn(level, sum(use_of(pid).cpu_s.values()) - before_s))
+            turns[which].append(_turn(level, _cpu_s(pids) - before_s))
     return turns
 
 
@@ -129,11 +129,16 @@ def _turn(level: Level, cpu_s: float) -> Turn:
     return Turn(level.tokens_per_second, cpu_s * 1e6 / level.output_tokens)
 
 
-def _supervisor(data_dir: Path) -> int:
+def _serving(data_dir: Path) -> list[int]:
+    """Process ids of gateway and worker."""
     state = read_state(data_dir)
     if state is None:
         raise click.ClickException("the instance to measure ended")
-    return state.pid
+    return [it.pid for it in state.processes if it.role in ("gateway", "worker")]
+
+
+def _cpu_s(pids: Sequence[int]) -> float:
+    return sum(sum(use_of(pid).cpu_s.values()) for pid in pids)
 
 
 @contextlib.asynccontextmanager
