@@ -263,6 +263,7 @@ class Logs:
         """Read ``stretches`` of the files, or all that can hold lines of ``[since, until)``, and
         make the tables.
         """
+        is_excerpt = stretches is not None
         if stretches is None:
             stretches = [find_stretch(file, since, until) for file in self.work.files]
         for stretch in stretches:
@@ -272,7 +273,7 @@ class Logs:
             self._loaded.append(_Loaded(first, stretch, rejected))
         tables.make(self.db, since, until)
         self._count_malformed()
-        self.incomplete += tables.find_missing(self.db)
+        self.incomplete += tables.find_missing(self.db, is_excerpt=is_excerpt)
         if self.malformed.count > _MAX_MALFORMED_SHARE * tables.count_lines(self.db):
             self.incomplete.append(f"{self.malformed.count} lines are no events")
 

@@ -452,8 +452,12 @@ def _make_changes(db: DuckDBPyConnection) -> None:
     )
 
 
-def find_missing(db: DuckDBPyConnection) -> list[str]:
-    """What the log does not hold although it should, in words."""
+def find_missing(db: DuckDBPyConnection, *, is_excerpt: bool = False) -> list[str]:
+    """What the log does not hold although it should, in words.
+
+    An excerpt holds parts of files that need not be of one stretch of time: there only lines that
+    are known to be lost are told.
+    """
     missing: list[str] = []
     if not _number(db, "SELECT count(*) FROM events"):
         return ["there are no events"]
@@ -464,6 +468,8 @@ def find_missing(db: DuckDBPyConnection) -> list[str]:
         """
     ).fetchall()
     missing += [f"{service} {name} lost {lines} lines" for service, name, lines in dropped]
+    if is_excerpt:
+        return missing
     silent = db.execute(
         f"""
         WITH heard AS (
@@ -482,7 +488,7 @@ def find_missing(db: DuckDBPyConnection) -> list[str]:
 
 def _missing_services(db: DuckDBPyConnection) -> list[str]:
     """Gateways and workers tell of one another's work: one side alone is half of a log."""
-    services = {row[0] for row in db.execute("SELECT DISTINCT service FROM events").fetchall()}
+    services = {row[0] for row in db.execute("SELECT DISTINCT service FROM lines").fetchall()}
     missing: list[str] = []
     served = _number(db, "SELECT count(*) FROM requests WHERE worker IS NOT NULL")
     if served and "worker" not in services:
@@ -493,8 +499,8 @@ def _missing_services(db: DuckDBPyConnection) -> list[str]:
         """
         SELECT DISTINCT worker FROM requests
         WHERE worker NOT IN (
-            SELECT instance FROM events WHERE service = 'worker' AND instance IS NOT NULL)
-          AND (SELECT count(*) FROM events WHERE service = 'worker') > 0
+            SELECT instance FROM lines WHERE service = 'worker' AND instance IS NOT NULL)
+          AND (SELECT count(*) FROM lines WHERE service = 'worker') > 0
         ORDER BY ALL
         """
     ).fetchall()

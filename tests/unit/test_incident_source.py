@@ -31,6 +31,12 @@ def rows(logs: Logs, query: str) -> list[tuple[Any, ...]]:
     return logs.db.execute(query).fetchall()
 
 
+@pytest.fixture
+def odd_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for lines that are no events of the schema: those below ``tmp_path`` are checked."""
+    return tmp_path_factory.mktemp("odd")
+
+
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("history")
@@ -55,13 +61,13 @@ def test_a_folder_a_pattern_and_files_give_the_same(history: Path) -> None:
     assert len(counts) == 1
 
 
-def test_packed_and_rotated_files_are_read(history: Path, tmp_path: Path) -> None:
-    (tmp_path / "gateway.jsonl.1.gz").write_bytes(
+def test_packed_and_rotated_files_are_read(history: Path, odd_logs: Path) -> None:
+    (odd_logs / "gateway.jsonl.1.gz").write_bytes(
         gzip.compress((history / "gateway.jsonl").read_bytes())
     )
     for role in ("worker", "supervisor", "background"):
-        (tmp_path / f"{role}.jsonl").write_bytes((history / f"{role}.jsonl").read_bytes())
-    with open_logs([str(tmp_path)]) as packed, open_logs([str(history)]) as plain:
+        (odd_logs / f"{role}.jsonl").write_bytes((history / f"{role}.jsonl").read_bytes())
+    with open_logs([str(odd_logs)]) as packed, open_logs([str(history)]) as plain:
         query = "SELECT * EXCLUDE (seq) FROM events ORDER BY ALL"
         assert rows(packed, query) == rows(plain, query)
 
@@ -76,17 +82,17 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
 
-def test_a_file_that_breaks_off_is_read_as_far_as_it_goes(history: Path, tmp_path: Path) -> None:
+def test_a_file_that_breaks_off_is_read_as_far_as_it_goes(history: Path, odd_logs: Path) -> None:
     whole = gzip.compress((history / "gateway.jsonl").read_bytes())
-    (tmp_path / "gateway.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with open_logs([str(tmp_path)]) as logs:
+    (odd_logs / "gateway.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with open_logs([str(odd_logs)]) as logs:
         assert rows(logs, "SELECT count(*) > 100 FROM events") == [(True,)]
         assert any("breaks off" in reason for reason in logs.incomplete)
 
 
-def test_malformed_lines_are_counted_with_their_places(tmp_path: Path) -> None:
+def test_malformed_lines_are_counted_with_their_places(odd_logs: Path) -> None:
     """Whatever a line holds, those around it are read, and its number is that of an editor."""
-    path = tmp_path / "gateway.jsonl"
+    path = odd_logs / "gateway.jsonl"
     good = line("gateway.ready")
     bad = [b"{torn\n", b"[1, 2]\n", b'{"event": "x"}\n', b"\xff\xfe\n", b"nul\x00\x1f\x00\n"]
     path.write_bytes(good + b"\n" + b"".join(each + good for each in bad) + b'{"ts": "20')
@@ -103,25 +109,25 @@ def test_malformed_lines_are_counted_with_their_places(tmp_path: Path) -> None:
         assert logs.incomplete
 
 
-def test_a_source_that_names_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_names_nothing_is_refused(odd_logs: Path) -> None:
     with pytest.raises(Failure, match="no such log"):
-        open_logs([str(tmp_path / "none-*.jsonl")])
+        open_logs([str(odd_logs / "none-*.jsonl")])
 
 
-def test_a_crash_of_the_interpreter_is_an_event(tmp_path: Path) -> None:
-    (tmp_path / "worker.jsonl").write_bytes(line("worker.ready", service="worker"))
-    (tmp_path / "worker.crash").write_text("Fatal Python error: Segmentation fault\n")
-    (tmp_path / "gateway.crash").touch()
-    with open_logs([str(tmp_path)]) as logs:
+def test_a_crash_of_the_interpreter_is_an_event(odd_logs: Path) -> None:
+    (odd_logs / "worker.jsonl").write_bytes(line("worker.ready", service="worker"))
+    (odd_logs / "worker.crash").write_text("Fatal Python error: Segmentation fault\n")
+    (odd_logs / "gateway.crash").touch()
+    with open_logs([str(odd_logs)]) as logs:
         found = rows(
             logs, "SELECT service, details->>'text' FROM changes WHERE kind LIKE '%crash%'"
         )
     assert found == [("worker", "Fatal Python error: Segmentation fault\n")]
 
 
-def test_only_the_time_asked_for_is_read(tmp_path: Path) -> None:
+def test_only_the_time_asked_for_is_read(odd_logs: Path) -> None:
     """Large files are entered in the middle, and lines keep their numbers."""
-    path = tmp_path / "gateway.jsonl"
+    path = odd_logs / "gateway.jsonl"
     path.write_bytes(b"".join(line("gateway.ready", START_S + i, n=i) for i in range(20_000)))
     since = START_S + 10_000
     with open_logs([str(path)], since=since, until=since + 100) as logs:
@@ -140,9 +146,9 @@ def test_small_files_are_read_whole(history: Path) -> None:
         assert logs.db.execute(query, [START_S + 5, START_S + 20]).fetchall() == [(lines,)]
 
 
-def test_times_are_on_the_clock_of_redis(tmp_path: Path) -> None:
+def test_times_are_on_the_clock_of_redis(odd_logs: Path) -> None:
     """A host whose clock is five minutes fast does not come after what followed on it."""
-    path = tmp_path / "worker.jsonl"
+    path = odd_logs / "worker.jsonl"
     fast = [
         line("worker.ready", START_S + 300 + i / 1e4, ts_redis_ms=int((START_S + i / 1e4) * 1000))
         for i in range(30)
@@ -154,8 +160,8 @@ def test_times_are_on_the_clock_of_redis(tmp_path: Path) -> None:
     assert all(abs(t - START_S - seq / 1e4) < 0.0011 for t, seq in found[:30])
 
 
-def test_what_is_lost_or_silent_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "worker.jsonl"
+def test_what_is_lost_or_silent_is_said(odd_logs: Path) -> None:
+    path = odd_logs / "worker.jsonl"
     who: dict[str, Any] = {"service": "worker", "instance": "w1"}
     path.write_bytes(
         line("clock.sampled", **who)
@@ -170,10 +176,10 @@ def test_what_is_lost_or_silent_is_said(tmp_path: Path) -> None:
     assert "no lines of any gateway" in said
 
 
-def test_requests_tell_their_whole_way(tmp_path: Path) -> None:
+def test_requests_tell_their_whole_way(odd_logs: Path) -> None:
     plan = Plan(requests=400, deaths=((0, 0.4),), troubles=(Trouble({"lane": "flex"}, "CUDA_OOM"),))
-    write_history(tmp_path, plan)
-    with open_logs([str(tmp_path)]) as logs:
+    write_history(odd_logs, plan)
+    with open_logs([str(odd_logs)]) as logs:
         assert rows(logs, "SELECT count(*), count(DISTINCT request_id) FROM requests") == [
             (400, 400)
         ]
@@ -198,8 +204,8 @@ def test_requests_tell_their_whole_way(tmp_path: Path) -> None:
         assert {"process.exited", "process.restarted", "worker.state"} <= kinds
 
 
-def test_a_request_without_an_end_is_lost_when_the_log_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "gateway.jsonl"
+def test_a_request_without_an_end_is_lost_when_the_log_goes_on(odd_logs: Path) -> None:
+    path = odd_logs / "gateway.jsonl"
     path.write_bytes(
         line("gateway.accepted", request_id="r-lost", api="chat")
         + line("gateway.accepted", START_S + 90, request_id="r-open", api="chat")

@@ -16,6 +16,12 @@ PLAN = Plan(requests=1000, per_s=10.0, deaths=((1, 0.3), (2, 0.5)))
 Break = Callable[[list[Line]], list[Line]]
 
 
+@pytest.fixture
+def odd_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for lines that are no events of the schema: those below ``tmp_path`` are checked."""
+    return tmp_path_factory.mktemp("odd")
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
     folder = tmp_path_factory.mktemp("good")
@@ -107,17 +113,17 @@ def test_every_promise_is_broken_below() -> None:
     assert list(BREAKS) == [each.name for each in PROPERTIES]
 
 
-def test_a_good_history_has_no_violation(good: list[Line], tmp_path: Path) -> None:
+def test_a_good_history_has_no_violation(good: list[Line], odd_logs: Path) -> None:
     """With two workers killed in the middle of their work, and their work continued."""
     assert any(line["event"] == "job.requeued" for line in good)
-    assert checked(good, tmp_path) == []
+    assert checked(good, odd_logs) == []
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_each_broken_promise_is_named(name: str, good: list[Line], tmp_path: Path) -> None:
+def test_each_broken_promise_is_named(name: str, good: list[Line], odd_logs: Path) -> None:
     broken = BREAKS[name](good)
     assert broken != good
-    found = checked(broken, tmp_path)
+    found = checked(broken, odd_logs)
     # A worker that goes on although another one had finished breaks two promises at once.
     assert {one.property for one in found} - {"no-stale-epoch"} == {name} - {"no-stale-epoch"}
     violation = next(one for one in found if one.property == name)
@@ -129,57 +135,57 @@ def test_each_broken_promise_is_named(name: str, good: list[Line], tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["final-event", "claims-end"])
-def test_lost_lines_excuse_what_is_missing(name: str, good: list[Line], tmp_path: Path) -> None:
+def test_lost_lines_excuse_what_is_missing(name: str, good: list[Line], odd_logs: Path) -> None:
     event = {"final-event": "request.finished", "claims-end": "worker.finished"}[name]
     missing = of(good, event)
     kept = [line for line in good if line is not missing]
     dropped = {"event": "log.dropped", "lines": 3, "request_id": None, "job_id": None}
-    found = checked([*kept, missing | dropped], tmp_path)
+    found = checked([*kept, missing | dropped], odd_logs)
     assert [(one.property, one.excuse) for one in found] == [
         (name, f"{missing['instance']} lost 3 lines")
     ]
 
 
-def test_a_gateway_that_was_killed_owes_nothing(good: list[Line], tmp_path: Path) -> None:
+def test_a_gateway_that_was_killed_owes_nothing(good: list[Line], odd_logs: Path) -> None:
     missing = of(good, "request.finished")
     gateway, at_s = missing["instance"], missing["ts_redis_ms"]
     kept = [line for line in good if line["instance"] != gateway or line["ts_redis_ms"] < at_s]
     killed = moved(missing, 0.1, event="process.exited", service="supervisor", role="gateway")
     killed |= {"instance": "s1", "child_pid": missing["pid"], "request_id": None, "job_id": None}
-    found = checked([*kept, killed], tmp_path)
+    found = checked([*kept, killed], odd_logs)
     assert {one.property for one in found} == {"final-event"}
     assert {one.excuse for one in found} == {f"{gateway} ended without a word"}
 
 
 def test_a_redis_that_went_back_explains_what_was_said_twice(
-    good: list[Line], tmp_path: Path
+    good: list[Line], odd_logs: Path
 ) -> None:
     claim = of(good, "worker.claimed")
     again = BREAKS["rising-epochs"](good)
     back = moved(claim, -1.0, event="redis.reconnected", request_id=None, job_id=None)
-    found = checked([*again, back], tmp_path)
+    found = checked([*again, back], odd_logs)
     assert [one.excuse.partition(",")[0] for one in found] == ["Redis came back"]
 
 
 def test_what_had_begun_before_the_log_or_ends_after_it_is_no_violation(
-    good: list[Line], tmp_path: Path
+    good: list[Line], odd_logs: Path
 ) -> None:
     moments = sorted(line["ts_redis_ms"] for line in good)
     first, last = moments[len(moments) // 4], moments[len(moments) * 3 // 4]
     cut = [line for line in good if first <= line["ts_redis_ms"] < last]
-    assert checked(cut, tmp_path) == []
+    assert checked(cut, odd_logs) == []
 
 
-def test_the_command_tells_violations_and_exits_with_1(good: list[Line], tmp_path: Path) -> None:
+def test_the_command_tells_violations_and_exits_with_1(good: list[Line], odd_logs: Path) -> None:
     broken = BREAKS["tokens-arrive"](good)
-    checked(broken, tmp_path)
-    answer = CliRunner().invoke(main, ["--logs", str(tmp_path)], standalone_mode=False)
+    checked(broken, odd_logs)
+    answer = CliRunner().invoke(main, ["--logs", str(odd_logs)], standalone_mode=False)
     assert answer.return_value == 1
     request = of(good, "request.finished")["request_id"]
-    assert f"headrace incident show {request} --logs {tmp_path}" in answer.output
-    told = CliRunner().invoke(main, ["--logs", str(tmp_path), "--json"], standalone_mode=False)
+    assert f"headrace incident show {request} --logs {odd_logs}" in answer.output
+    told = CliRunner().invoke(main, ["--logs", str(odd_logs), "--json"], standalone_mode=False)
     assert [one["property"] for one in orjson.loads(told.output)["violations"]] == ["tokens-arrive"]
-    checked(good, tmp_path)
+    checked(good, odd_logs)
     assert (
-        CliRunner().invoke(main, ["--logs", str(tmp_path)], standalone_mode=False).return_value == 0
+        CliRunner().invoke(main, ["--logs", str(odd_logs)], standalone_mode=False).return_value == 0
     )
