@@ -125,6 +125,16 @@ class Attempt:
         return self._claimed.lane
 
     @property
+    def deaths(self) -> int:
+        """Workers that died of it or with it."""
+        return self._claimed.deaths
+
+    @property
+    def is_redelivery(self) -> bool:
+        """Another worker had it before."""
+        return not self.fence.startswith("1.")
+
+    @property
     def rank(self) -> int:
         """Whom it gives way to: those of a lower rank."""
         return RANKS[self._claimed.lane]

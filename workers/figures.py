@@ -103,6 +103,9 @@ class GenerationFigures:
         """The ``max_new_tokens`` that were asked for."""
         self.guessed_sizes = Distribution((0, *sizes))
         """Tokens that were guessed and came out right."""
+        self.redeliveries: Counter[str] = Counter()
+        """Claims of what another worker had, by cause: lease (a worker died with it, now or before)
+        or release (it was handed back)."""
         self.num_resumed = 0
         """Generations that were gone on with behind tokens of another attempt."""
         self.recovered_tokens = 0
@@ -116,6 +119,8 @@ class GenerationFigures:
         passed = attempt.passed()
         if passed.is_first:
             self.queue_s.observe(passed.queue_s)
+        if attempt.is_redelivery:
+            self.redeliveries["lease" if attempt.deaths else "release"] += 1
         if attempt.base:
             self.num_resumed += 1
             self.recovered_tokens += attempt.base

@@ -139,6 +139,13 @@ class WorkerMetrics(Collector):
             [([served.model], figures.num_steps)],
         )
         yield counter(
+            "headrace_redeliveries_total",
+            "Claims of what another worker had: lease (a worker died with it), or release (it was"
+            " handed back).",
+            ["cause"],
+            [([cause], gone.redeliveries[cause]) for cause in ("lease", "release")],
+        )
+        yield counter(
             "headrace_migrations_total",
             "Generations with tokens of another attempt: resumed here, or diverged and given back.",
             ["result"],

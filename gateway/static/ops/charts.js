@@ -8,8 +8,6 @@ import { age, clock, figure, NOTHING, number, seconds } from "./words.js";
 const HEIGHT = 132;
 /** A young pool has few minutes to show; they still fill this much of the axis. */
 const MIN_SPAN_S = 120;
-/** Before a line has moved this far to the left it is not drawn again. */
-const MIN_MOVE_PX = 2;
 const NUM_COLOURS = 6;
 const CURSOR = "operations";
 
@@ -142,9 +140,8 @@ class Chart {
     if (!this.#plot) this.#begin();
     else if (this.#plot.width !== this.width) this.#plot.setSize({ width: this.width, height: HEIGHT });
     const [first, last] = [history.times[0], history.times.at(-1)];
-    // A line of many minutes need not be drawn for each of its hairs; its value is written anyhow.
-    const worthwhile = (MIN_MOVE_PX * (last - first)) / this.width;
-    if (last - this.#drawnAt >= worthwhile || last < this.#drawnAt) {
+    // Before the line has moved by a pixel there is nothing new to be seen.
+    if (last - this.#drawnAt >= (last - first) / this.width || last < this.#drawnAt) {
       this.#drawnAt = last;
       this.#plot.setData(this.#data);
     }
