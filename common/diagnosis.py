@@ -158,11 +158,11 @@ def _worker_lost(now: Overview, _: Past) -> Iterator[Diagnosis]:
     ready = sum(worker.state == "ready" for worker in now.workers)
     replaced = any(it.up_s < now.at - newest.at for it in now.workers if it.state == "ready")
     after = "another one has taken its place" if replaced else "none has taken its place yet"
-    many = f"{len(lost)} workers died" if len(lost) > 1 else "A worker died"
+    many = f"{len(lost)} workers died, the last one" if len(lost) > 1 else "A worker died"
     yield Diagnosis(
         severity="warning",
         code="worker_lost",
-        what=f"{many}, the last one {_ago(now.at - newest.at)}; its work was handed to others.",
+        what=f"{many} {_ago(now.at - newest.at)}; what it did was handed to others.",
         why=f"{newest.name}{f' on {newest.host}' if newest.host else ''} "
         f"{'ended' if newest.cause == 'seen' else 'fell silent'} without taking leave; {after}, "
         f"{_count(ready, 'worker')} ready.",
