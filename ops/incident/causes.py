@@ -276,7 +276,7 @@ def _losses(log: _Log) -> list[_Loss]:
     for event in log.all(*_UNEXPECTED, "job.requeued", "worker.state"):
         if event.event == "job.requeued" and not _is_by_loss(event):
             continue
-        if event.event == "worker.state" and event.fields.get("to") not in {"dead", "degraded"}:
+        if event.event == "worker.state" and event.fields.get("to") != "dead":
             continue
         if event.event == "job.requeued" and not event.worker:
             continue
@@ -323,6 +323,7 @@ def _lost(log: _Log, slot: str, role: str, losses: list[_Loss]) -> Cause:
     start = losses[0].t
     end = max(_back(log, loss) for loss in losses)
     places = sorted({loss.place for loss in losses})
+    touched = _touched(log, losses)
     how = _how(signs)
     times = "" if len(losses) == 1 else f", {len(losses)} times"
     return Cause(
@@ -331,7 +332,7 @@ def _lost(log: _Log, slot: str, role: str, losses: list[_Loss]) -> Cause:
         subject={role or "process": places[0] if len(places) == 1 else slot, "slot": slot},
         start=start,
         end=end,
-        exposed=(_touched(losses), f"({_touched(losses)} OR {_alive(start, end)})"),
+        exposed=(touched, f"({touched} OR {_alive(start, end)})"),
         command=f"changes --since {start - 60:.0f}",
         inherent=15.0 if any(sign.event != "job.requeued" for sign in signs) else 6.0,
         facts=tuple(_facts(signs)),
@@ -341,13 +342,17 @@ def _lost(log: _Log, slot: str, role: str, losses: list[_Loss]) -> Cause:
 def _lost_together(log: _Log, losses: list[_Loss]) -> Cause:
     slots = sorted({loss.slot for loss in losses})
     start, end = losses[0].t, max(_back(log, loss) for loss in losses)
+    touched = _touched(log, losses)
     return Cause(
         kind="workers_lost",
         words=f"{len(slots)} processes were lost at about the same time: {', '.join(slots)}",
-        subject={"workers": ", ".join(sorted({loss.place for loss in losses}))},
+        subject={
+            "component": "workers",
+            "workers": ", ".join(sorted({loss.place for loss in losses})),
+        },
         start=start,
         end=end,
-        exposed=(_touched(losses), f"({_touched(losses)} OR {_alive(start, end)})"),
+        exposed=(touched, f"({touched} OR {_alive(start, end)})"),
         command=f"changes --since {start - 60:.0f}",
         plausibility=0.97,
         inherent=15.0,
@@ -355,20 +360,24 @@ def _lost_together(log: _Log, losses: list[_Loss]) -> Cause:
     )
 
 
-def _touched(losses: Sequence[_Loss]) -> str:
+def _touched(log: _Log, losses: Sequence[_Loss]) -> str:
     """Requests that the lost process was working on, or had open, at its end."""
-    parts: list[str] = []
+    ids: set[str] = set()
     for loss in losses:
-        place, t, last = quoted(loss.place), loss.t, loss.last
-        held = (
-            f"SELECT request_id FROM attempts WHERE worker = {place}"
-            f" AND claimed <= {last!r} AND coalesce(ended, 1e18) >= {t - 1!r}"
-        )
-        open_there = (
-            f"gateway = {place} AND arrived <= {last!r} AND (ended IS NULL OR gone >= {t!r})"
-        )
-        parts.append(f"request_id IN ({held}) OR ({open_there})")
-    return f"({' OR '.join(parts)})"
+        rows = log.db.execute(
+            """SELECT request_id FROM attempts
+               WHERE worker = $place AND claimed <= $last AND coalesce(ended, 1e18) >= $t - 1
+               UNION SELECT request_id FROM judged
+               WHERE gateway = $place AND arrived <= $last AND (ended IS NULL OR gone >= $t)""",
+            {"place": loss.place, "t": loss.t, "last": loss.last},
+        ).fetchall()
+        ids |= {str(row[0]) for row in rows}
+    return _among(ids)
+
+
+def _among(ids: Iterable[str]) -> str:
+    listed = ", ".join(map(quoted, sorted(ids)))
+    return f"(request_id IN ({listed}))" if listed else "false"
 
 
 def _back(log: _Log, loss: _Loss) -> float:
@@ -418,33 +427,35 @@ def _facts(signs: Sequence[Event]) -> list[str]:
 
 
 def _of_poison(log: _Log) -> Iterator[Cause]:
-    dead = log.all("job.dead")
+    dead = {event.job_id.split(".")[0]: event.t for event in log.all("job.dead") if event.job_id}
+    rows = log.db.execute(
+        "SELECT request_id, gone, tenant_hash FROM judged WHERE code = 'POISON_REQUEST'"
+    ).fetchall()
+    dead |= {str(row[0]): float(row[1]) for row in rows}
     if not dead:
         return
-    jobs = sorted({event.job_id for event in dead if event.job_id})
-    losses = [
-        loss
-        for loss in _losses(log)
-        if any(loss.t <= event.t + 1 and loss.last >= log.start for event in dead)
-    ]
-    requests = ", ".join(quoted(job.split(".")[0]) for job in jobs) or "''"
-    own = f"request_id IN ({requests})"
-    start = min([event.t for event in dead] + [loss.t for loss in losses])
-    end = max([start, *(event.t for event in dead), *(_back(log, loss) for loss in losses)])
-    first = jobs[0].split(".")[0] if jobs else ""
-    more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-    touched = f"({own} OR {_touched(losses)})" if losses else own
+    last = max(dead.values())
+    losses = [loss for loss in _losses(log) if loss.t <= last + 1]
+    own = _among(dead)
+    start = min([*dead.values(), *(loss.t for loss in losses)])
+    end = max([last, *(_back(log, loss) for loss in losses)])
+    first = min(dead, key=lambda id: dead[id])
+    more = f" and {len(dead) - 1} more" if len(dead) > 1 else ""
+    askers = {str(row[2]) for row in rows if row[2]}
+    asker = {"tenant_hash": askers.pop()} if len(askers) == 1 else {}
+    whose = f", all of tenant {asker['tenant_hash']}" if asker and more else ""
+    touched = f"({own} OR {_touched(log, losses)})" if losses else own
     yield Cause(
         kind="poison_request",
-        words=f"request {first}{more} ends every worker that runs it",
-        subject={"request_id": first},
+        words=f"request {first}{more}{whose}: each worker that runs it ends",
+        subject={"request_id": first} | asker,
         start=start,
         end=end,
         exposed=(own, touched, f"({touched} OR {_alive(start, end)})"),
         command=f"show {first}",
         plausibility=1.1,  # it brings about the losses of workers, which stand beside it
         inherent=22.0,
-        facts=(f"job.dead ×{len(dead)}", f"workers lost: {len(losses)}"),
+        facts=(f"requests given up as poison: {len(dead)}", f"workers lost: {len(losses)}"),
     )
 
 
@@ -509,20 +520,24 @@ def _of_storage(log: _Log) -> Iterator[Cause]:
     kinds = (
         ("storage.failed", "storage", "the storage of files failed", 15.0),
         ("webhook.dead", "webhook", "events could not be delivered to a webhook", 8.0),
-        ("log.dropped", "log_lost", "log lines were lost: what follows may be incomplete", 5.0),
+        ("log.dropped", "log_lost", "", 0.0),
         ("engine.memory_refused", "memory", "the device had no memory for a step", 8.0),
     )
     for name, kind, words, inherent in kinds:
         for cluster in _clusters(log.all(name), 60.0):
             start, end = cluster[0].t, cluster[-1].t
             places = sorted({event.place for event in cluster})
-            alone = len(places) == 1 and kind == "memory"
+            place = {cluster[0].service: places[0]} if len(places) == 1 else {}
+            alone = bool(place) and kind == "memory"
+            if kind == "log_lost":
+                yield from _of_lost_lines(log, cluster)
+                continue
             limits = f" AND worker = {quoted(places[0])}" if alone else ""
             codes = {"storage": "code LIKE 'STORAGE_%'", "memory": "code = 'CUDA_OOM'"}.get(kind)
             yield Cause(
                 kind=kind,
                 words=words,
-                subject={"component": kind} | ({"worker": places[0]} if alone else {}),
+                subject={"component": kind} | place,
                 start=start,
                 end=end,
                 exposed=(
@@ -530,10 +545,36 @@ def _of_storage(log: _Log) -> Iterator[Cause]:
                     *((f"({codes})",) if codes and kind == "storage" else ()),
                 ),
                 command=f"changes --since {start - 60:.0f}",
-                plausibility=0.4 if kind == "log_lost" else 0.9,
+                plausibility=0.9,
                 inherent=inherent,
                 facts=(f"{name} ×{len(cluster)} of {', '.join(places[:3])}",),
             )
+
+
+def _of_lost_lines(log: _Log, dropped: Sequence[Event]) -> Iterator[Cause]:
+    """The requests whose end is missing because a process could not write its lines."""
+    for event in dropped:
+        row = log.db.execute(
+            """SELECT max(t) FROM events WHERE instance = ? AND t < ? AND event <> 'log.dropped'""",
+            [event.instance, event.t - 0.001],
+        ).fetchone()
+        start = row[0] if row and row[0] is not None else log.start
+        lines = event.fields.get("lines", "some")
+        yield Cause(
+            kind="log_lost",
+            words=f"{event.instance} lost {lines} log lines: what it did then is not known",
+            subject={"component": "log_lost", event.service or "instance": event.instance},
+            start=start,
+            end=event.t,
+            exposed=(
+                f"(gateway = {quoted(event.instance)} AND ended IS NULL)",
+                f"(gateway = {quoted(event.instance)} AND {_alive(start, event.t)})",
+            ),
+            command="verify",
+            inherent=6.0,
+            facts=(f"log.dropped lines={lines}",),
+            explains=frozenset({"unfinished"}),
+        )
 
 
 # Capacity and load -----------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from ops.incident.conditions import Condition
 from ops.incident.statistics import Interval, scan
 
 TRAITS: dict[str, str] = {
-    "model_version": "model_version",
-    "git_sha": "git_sha",
+    # Of what ran: a refused request has the version that its gateway knew, and ran nowhere.
+    "model_version": "CASE WHEN worker IS NOT NULL THEN model_version END",
+    "git_sha": "CASE WHEN worker IS NOT NULL THEN git_sha END",
     "adapter": "adapter",
     "grammar": "grammar",
     "worker": "worker",

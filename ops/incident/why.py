@@ -500,7 +500,7 @@ def _adds(
 ) -> bool:
     """Whether it explains bad requests that the chosen ones do not touch."""
     if one.cause is not None and one.cause.inherent >= 10:
-        return True
+        return not any(_brings_about(each.cause, one.cause) for each in chosen if each.cause)
     before = one.score
     gain = 0.0
     for symptom in symptoms:
@@ -521,6 +521,11 @@ def _adds(
         if row is not None:
             gain += symptom.kind.weight * Table(*row).gain()
     return gain >= max(2 * _MIN_GAIN, 0.25 * before)
+
+
+def _brings_about(cause: Cause, later: Cause) -> bool:
+    """Whether the one may have followed from the other: it began while that lasted."""
+    return cause.start - 2.0 <= later.start <= cause.end + 10.0
 
 
 # Telling -------------------------------------------------------------------------------------
