@@ -456,8 +456,10 @@ def batch_group() -> None:
 
 
 _INCIDENT = {
+    "bundle": "ops.incident.bundle:main",
     "changes": "ops.incident.changes:main",
     "replay": "ops.incident.replay:main",
+    "report": "ops.incident.report:main",
     "show": "ops.incident.show:main",
     "spike": "ops.incident.spike:main",
     "top": "ops.incident.top:main",

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from duckdb import DuckDBPyConnection
@@ -111,8 +112,11 @@ _TELLING = (
     "clock.sampled",
     "storage.failed",
     "webhook.dead",
+    "webhook.failed",
     "log.dropped",
-    "durability.missing",
+    "gateway.draining",
+    "supervisor.ready",
+    "supervisor.stopped",
 )
 
 
@@ -175,6 +179,11 @@ def _clusters(events: Iterable[Event], gap_s: float = _CLUSTER_S) -> Iterator[li
         yield cluster
 
 
+def shown_since(at: float) -> str:
+    """A minute before, as an option takes it."""
+    return datetime.fromtimestamp(at - 60, UTC).isoformat(timespec="seconds")[:19]
+
+
 def quoted(text: str) -> str:
     """As an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
@@ -220,7 +229,7 @@ def _of_redis(log: _Log) -> Iterator[Cause]:
                 _alive(start - 1, end) + limits,
                 _alive(start - _LATE_S, end + _LATE_S) + limits,
             ),
-            command=f"changes --since {start - 60:.0f}",
+            command=f"changes --since {shown_since(start)}",
             inherent=20.0,
             facts=(f"redis.disconnected of {where}, for {end - start:.0f} s",),
         )
@@ -333,7 +342,7 @@ def _lost(log: _Log, slot: str, role: str, losses: list[_Loss]) -> Cause:
         start=start,
         end=end,
         exposed=(touched, f"({touched} OR {_alive(start, end)})"),
-        command=f"changes --since {start - 60:.0f}",
+        command=f"changes --since {shown_since(start)}",
         inherent=15.0 if any(sign.event != "job.requeued" for sign in signs) else 6.0,
         facts=tuple(_facts(signs)),
     )
@@ -353,7 +362,7 @@ def _lost_together(log: _Log, losses: list[_Loss]) -> Cause:
         start=start,
         end=end,
         exposed=(touched, f"({touched} OR {_alive(start, end)})"),
-        command=f"changes --since {start - 60:.0f}",
+        command=f"changes --since {shown_since(start)}",
         plausibility=0.97,
         inherent=15.0,
         facts=tuple(_facts([sign for loss in losses for sign in loss.signs])),
@@ -463,7 +472,10 @@ def _of_poison(log: _Log) -> Iterator[Cause]:
 
 
 def _of_changes(log: _Log) -> Iterator[Cause]:
+    yield from _of_restarts(log)
     ends = [event.t for event in log.all("deploy.rolled_back")]
+    stops = [event.t for event in log.all("supervisor.stopped", "gateway.draining")]
+    ready = [event.t for event in log.all("supervisor.ready")]
     for event in log.all("deploy.started", "deploy.promoted", "config.changed"):
         end = min([t for t in ends if t > event.t], default=log.end + 1)
         version = str(event.fields.get("to_version") or "")
@@ -483,10 +495,43 @@ def _of_changes(log: _Log) -> Iterator[Cause]:
             subject={"config": diff[:200]} if is_config else {"model_version": version},
             start=event.t,
             end=end,
-            exposed=(_arrived(event.t - 1, end), *by_version),
-            command=f"changes --since {event.t - 60:.0f}",
+            exposed=(
+                _arrived(event.t - 1, end),
+                # What came while it was carried out, which begins with the end of what ran before.
+                _arrived(
+                    began := min([t for t in stops if 0 < event.t - t < 60] or [event.t]), end
+                ),
+                _arrived(began, min([t for t in ready if t > event.t] or [event.t]) + 10),
+                *by_version,
+            ),
+            command=f"changes --since {shown_since(event.t)}",
             plausibility=0.97,
             facts=(f"{event.event} at {event.t:.0f}",),
+        )
+
+
+def _of_restarts(log: _Log) -> Iterator[Cause]:
+    """Everything stopped on purpose and started again."""
+    ready = log.all("supervisor.ready")
+    changed = [event.t for event in log.all("deploy.started", "config.changed")]
+    for stopped in log.all("supervisor.stopped"):
+        back = next((event.t for event in ready if event.t > stopped.t), None)
+        if back is None or stopped.t >= log.end:
+            continue  # the end of it all
+        if any(stopped.t < t < back for t in changed):
+            continue  # it was to bring that about, and is told with it
+        leaving = [t.t for t in log.all("gateway.draining") if stopped.t - 60 < t.t < stopped.t]
+        start = min([*leaving, stopped.t])
+        yield Cause(
+            kind="restart",
+            words=f"everything was stopped and started again, which took {back - start:.0f} s",
+            subject={"component": "restart"},
+            start=start,
+            end=back,
+            exposed=(_alive(start, back), _arrived(start, back + 10)),
+            command=f"changes --since {shown_since(start)}",
+            plausibility=0.9,
+            facts=("supervisor.stopped", "supervisor.ready"),
         )
 
 
@@ -519,7 +564,8 @@ def _of_clocks(log: _Log) -> Iterator[Cause]:
 def _of_storage(log: _Log) -> Iterator[Cause]:
     kinds = (
         ("storage.failed", "storage", "the storage of files failed", 15.0),
-        ("webhook.dead", "webhook", "events could not be delivered to a webhook", 8.0),
+        ("webhook.dead", "webhook", "events were given up that a webhook did not take", 8.0),
+        ("webhook.failed", "webhook", "events could not be delivered to a webhook", 7.0),
         ("log.dropped", "log_lost", "", 0.0),
         ("engine.memory_refused", "memory", "the device had no memory for a step", 8.0),
     )
@@ -544,7 +590,7 @@ def _of_storage(log: _Log) -> Iterator[Cause]:
                     _alive(start - 1, end + 1) + limits,
                     *((f"({codes})",) if codes and kind == "storage" else ()),
                 ),
-                command=f"changes --since {start - 60:.0f}",
+                command=f"changes --since {shown_since(start)}",
                 plausibility=0.9,
                 inherent=inherent,
                 facts=(f"{name} ×{len(cluster)} of {', '.join(places[:3])}",),
@@ -605,7 +651,7 @@ def _of_capacity(log: _Log) -> Iterator[Cause]:
             start=start,
             end=end,
             exposed=(_alive(start, end), f"({_alive(start, end)} AND code IN {_LOAD_CODES})"),
-            command=f"changes --since {start - 60:.0f}",
+            command=f"changes --since {shown_since(start)}",
             plausibility=0.95,
             facts=(f"{cluster[0].event} of {', '.join(places)}",),
             explains=_MANY | {"errors"},
@@ -635,18 +681,18 @@ def _of_load(log: _Log, symptoms: Sequence[Symptom]) -> Iterator[Cause]:
         found = scan([count / unit for count in counts], [1.0] * len(counts))
         if found is None or found.p_value > 1e-4 or found.inside < 1.4 * found.outside:
             continue
-        if found.outside <= 0 or not any(counts[: found.start]):
-            continue  # before it nobody came: that is a beginning and no rise
+        before = sum(counts[: found.start]) / unit / max(found.start, 1)
+        if not before or found.inside < 1.4 * before:
+            continue  # before it nobody came, or as many: that is a beginning and no rise
         rise = Window(log.start + found.start * width, log.start + found.end * width, width)
         until = max([one.end for one in sudden if one.start <= rise.end + 30] + [rise.end])
         if not any(one.start <= rise.end + 30 and one.end >= rise.start - width for one in sudden):
             continue
         for trait, value, share in _whose(log, rise, last, measure):
-            whose = f", {share:.0%} of the rise from {trait}={value}" if trait else ""
+            whose = f", {share:.0%} of the rise from {trait} {value}" if trait else ""
             yield Cause(
                 kind="load",
-                words=f"{found.inside / max(found.outside, 1e-9):.1f} times as many {words}"
-                f" came as before{whose}",
+                words=f"{found.inside / before:.1f} times as many {words} came as before{whose}",
                 subject={trait: value, "component": "load"} if trait else {"component": "load"},
                 start=rise.start,
                 end=until,
@@ -655,9 +701,9 @@ def _of_load(log: _Log, symptoms: Sequence[Symptom]) -> Iterator[Cause]:
                     f"({_alive(rise.start, until)} AND code IN {_LOAD_CODES})",
                     *((f"(t_{trait} = {quoted(value)})",) if trait else ()),
                 ),
-                command=f"top --since {rise.start - 60:.0f}",
+                command=f"top --since {shown_since(rise.start)}",
                 plausibility=1.0 if trait else 0.9,
-                facts=(f"{words}: {found.outside:.3g} → {found.inside:.3g} per {width:.0f} s",),
+                facts=(f"{words}: {before:.3g} → {found.inside:.3g} per {width:.0f} s",),
                 explains=_MANY | {"errors", "refused", "left", "asked"},
             )
 
@@ -701,7 +747,8 @@ def _whose(log: _Log, rise: Window, last: float, measure: str) -> list[tuple[str
             ratio = now / max(before, 0.02 * now, 1e-9)
             rest = sum(row[1] for row in rows) - now, sum(row[2] for row in rows) - before
             rest_ratio = rest[0] / max(rest[1], 1e-9)
-            if value and share >= 0.5 and ratio > 2 * max(rest_ratio, 0.5):
+            is_most = before > 0.8 * sum(row[2] for row in rows)
+            if value and not is_most and share >= 0.5 and ratio > 2 * max(rest_ratio, 0.5):
                 best.append(
                     (min(share, 1.0) * min(ratio / max(rest_ratio, 1), 20), trait, value, share)
                 )
@@ -778,7 +825,7 @@ def _standstill(log: _Log, worker: str, start: float, end: float) -> Cause | Non
         start=start,
         end=end,
         exposed=(_alive(start, end) + scope, _alive(start - 1, end + 2) + scope),
-        command=f"changes --since {start - 60:.0f}",
+        command=f"changes --since {shown_since(start)}",
         plausibility=0.98,
         facts=(f"no step for {lasted}; {row[0]} requests were there",),
     )

@@ -18,7 +18,7 @@ import click
 from duckdb import DuckDBPyConnection
 from rich.text import Text
 
-from ops.incident.causes import Cause, find_causes, quoted
+from ops.incident.causes import Cause, find_causes, quoted, shown_since
 from ops.incident.command import (
     Confidence,
     Finding,
@@ -42,10 +42,10 @@ _MIN_GAIN = 12.0
 """Nats: e**12 to one, against some hundred traits and combinations that were tried."""
 _MIN_SHARE = 0.12
 """Least part of all evidence that a trait must explain to be named."""
-_MIN_SLOW_SHARE = 0.01
+_MIN_SLOW_SHARE = 0.03
 """Fewer slow, refused or leaving requests than that are in every log that has no sudden trouble."""
 _TWO_WAY_GAIN = 1.25
-_INTERVAL_GAIN = 1.25
+_INTERVAL_GAIN, _STANDING_GAIN = 1.25, 0.8
 _PRICE = 6.0
 """Nats that each further parameter (a second trait, an interval) has to earn."""
 _EFFECT = 0.8
@@ -223,6 +223,8 @@ class _Candidate:
     tables: dict[str, Table] = field(default_factory=dict[str, Table])
     scopes: dict[str, str] = field(default_factory=dict[str, str])
     """By symptom, the condition that fitted best."""
+    borrowed: set[str] = field(default_factory=set[str])
+    """Symptoms of which it explains something only together with their interval."""
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     score: float = 0.0
 
@@ -310,9 +312,12 @@ def _note_trait(
         table = Table(counts.hit_inside, counts.inside, whole.hit, whole.all)
         # An interval alone explains something; only what a trait adds to it is the trait's.
         within = Table(counts.hit_inside, counts.inside, whole.hit_inside, whole.inside)
-        if within.gain() >= _PRICE:
+        standing = candidate.gains.get(symptom.kind.name, 0.0)
+        if within.gain() >= _PRICE and table.gain() > _INTERVAL_GAIN * standing:
             scope = f"{trait} AND {inside_sql(symptom, symptom.window)}"
             candidate.note(symptom, table, scope, price + _PRICE)
+            if candidate.scopes.get(symptom.kind.name) == scope:
+                candidate.borrowed.add(symptom.kind.name)
 
 
 def _merge_aliases(
@@ -452,12 +457,22 @@ def _ranked(candidates: Sequence[_Candidate], symptoms: Sequence[Symptom]) -> li
         one.score = sum(
             names[name].kind.weight * gain
             for name, gain in one.gains.items()
-            if name in names and (one.kind != "trait" or gain > _INTERVAL_GAIN * floor[name])
+            if name in names
+            and (one.kind != "trait" or gain > _least_over_interval(one, name) * floor[name])
         )
         one.score = one.score * plausibility + (one.cause.inherent if one.cause else 0.0)
     return sorted(
         [one for one in candidates if one.score > 0], key=lambda one: one.score, reverse=True
     )
+
+
+def _least_over_interval(candidate: _Candidate, name: str) -> float:
+    """What a trait must gain, as a multiple of what the bare interval does.
+
+    One that holds for the whole log, such as a version that came with the trouble, may be a little
+    worse; one that is only true within the interval must say clearly more than it.
+    """
+    return _INTERVAL_GAIN if name in candidate.borrowed else _STANDING_GAIN
 
 
 def _plausibility(candidate: _Candidate) -> float:
@@ -589,7 +604,7 @@ def _words(one: _Candidate) -> str:
 
 def _command(one: _Candidate) -> str:
     if one.kind == "interval" and one.window is not None:
-        return f"changes --since {one.window.start - 60:.0f}"
+        return f"changes --since {shown_since(one.window.start)}"
     condition = " and ".join(f'{name}="{value}"' for name, value in one.traits)
     return f"top --bad '{condition}'"
 
