@@ -14,13 +14,13 @@ import re
 import secrets
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 import orjson
+from msgspec import structs
 
 from common.clock import wall_ms
 from ops.incident.command import (
@@ -163,9 +163,9 @@ def write_bundle(logs: Logs, question: Question, output: Path) -> Made:
     redactor.learn([str(row[0]) for row in hosts])
     packed = logs.work.spool().with_suffix(".jsonl.gz")
     num_lines = _write_lines(logs, redactor, packed)
-    asked = replace(question, sources=(str(packed),), since=None, until=None)
+    asked = structs.replace(question, sources=(str(packed),), since=None, until=None)
     with asked.open() as redacted:
-        told = replace(asked, sources=("events.jsonl.gz",))
+        told = structs.replace(asked, sources=("events.jsonl.gz",))
         page, verdict = write_report(redacted, told)
     contents = {"events.jsonl.gz": packed.read_bytes(), "report.html": page.encode()}
     made = Made(

@@ -153,18 +153,14 @@ class _Log:
 
     def instance_of(self, event: Event) -> str:
         """The incarnation that the supervisor's line is about, as it names itself."""
-        for name in ("child_instance", "child_pid", "worker"):
-            told = event.fields.get(name)
-            if name == "child_pid" and told is not None:
-                told = self._instances.get(int(told))
-            if told:
-                return str(told)
-        return slot_of(event)
+        pid = event.fields.get("child_pid")
+        known = self._instances.get(int(pid)) if pid is not None else None
+        return known or slot_of(event)
 
 
 def slot_of(event: Event) -> str:
     """How the supervisor names the place of a process, such as ``worker 1``."""
-    told = event.fields.get("name") or event.fields.get("process") or event.instance
+    told = event.fields.get("name") or event.instance
     return str(told)
 
 

@@ -322,7 +322,7 @@ def _blows(db: DuckDBPyConnection) -> dict[str, list[Mark]]:
         told = json.loads(details)
         if kind == "process.exited" and told.get("cause") == "asked":
             continue
-        name = told.get("child_instance") or by_pid.get(told.get("child_pid")) or instance
+        name = by_pid.get(told.get("child_pid")) or instance
         found[name].append(Mark(t, f"{kind} {what or ''}", _RED))
     return found
 

@@ -5,7 +5,7 @@ disk, prints, and can be sent on. All that comes out of logs is escaped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import click
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from msgspec import structs
 
 from ops.incident.command import (
     CLEAN,
@@ -530,7 +531,7 @@ def _totals_of(question: Question, other: str) -> Totals:
         bounds = [
             (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() for at in (since, until)
         ]
-        asked = replace(question, since=bounds[0], until=bounds[1])
+        asked = structs.replace(question, since=bounds[0], until=bounds[1])
     else:
         asked = Question((other,))
     with open_logs(asked.sources, since=asked.since, until=asked.until) as logs:

@@ -12,10 +12,11 @@ comparison of a selection with its baseline, by every field, that Honeycomb made
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import click
 from duckdb import DuckDBPyConnection
+from msgspec import structs
 from rich.text import Text
 
 from ops.incident.causes import Cause, find_causes, quoted, shown_since
@@ -79,7 +80,7 @@ def widened(question: Question) -> Question:
     """The same question, of logs that begin earlier: by what it is compared with."""
     if question.since is None:
         return question
-    return replace(question, since=question.since - BASELINE_S)
+    return structs.replace(question, since=question.since - BASELINE_S)
 
 
 def told(question: Question, one: "Explanation") -> Finding:

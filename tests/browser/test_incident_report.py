@@ -15,9 +15,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 def _report(folder: Path) -> tuple[Path, str]:
     """A report of a slow worker, and that worker's name."""
     pool = Pool(seed=41, seconds=240, rate=10)
-    pool.event(118, "deploy.started", "supervisor", "s1", what="model_version", to_version="v2")
+    pool.event(118, "deploy.started", "supervisor", "s1", what="model_version", from_version="v1",
+               to_version="v2")  # fmt: skip
     pool.workers[2].slow = lambda t: 6.0 if t > 120 else 1.0
-    path = write(pool.lines(), folder / "pool.jsonl")
+    path = write(pool.lines(), folder / "pool.jsonl.gz")
     line = ["incident", "report", "--logs", str(path), "-o", str(folder / "report.html")]
     answer = CliRunner().invoke(cli, line, standalone_mode=False)
     assert answer.return_value == 1, answer.output

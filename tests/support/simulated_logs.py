@@ -5,9 +5,11 @@ slots, the earliest free one takes the next request, and what stops a worker del
 """
 
 import gzip
+import hashlib
 import heapq
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,11 +18,23 @@ from typing import Any
 
 import orjson
 
+from common.failures import KINDS
+
 START_S = 1_795_000_000.0
 """When the log begins, in seconds since the epoch."""
 _LEASE_S = 3.0
 
 Line = dict[str, Any]
+
+
+def tenant_hash(name: object) -> str:
+    """What logs call a tenant."""
+    return hashlib.sha256(f"tenant {name}".encode()).hexdigest()[:12]
+
+
+def pid_of(instance: str) -> int:
+    """The process of an instance."""
+    return 100 + zlib.crc32(instance.encode()) % 30_000
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Request:
     t: float
     tenant: str
     gateway: str
-    lane: str = "interactive"
+    lane: str = "default"
     api: str = "chat"
     stream: bool = True
     prompt_tokens: int = 100
@@ -106,9 +120,18 @@ class Pool:
         worker.dead.append((t, back))
         self.event(
             t, "process.exited", "supervisor", "supervisor-1", role="worker", name=slot,
-            child_instance=worker.name, exit_code=-9, signal="SIGKILL", level="warning",
+            child_pid=pid_of(worker.name), exit_code=-9, signal="SIGKILL", level="warning",
+            cause="ended by SIGKILL",
         )  # fmt: skip
         self.event(back, "worker.ready", "worker", f"{worker.name}b", model_version="v1")
+
+    def kill_gateway(self, name: str, t: float) -> None:
+        self.gateway_dies[name] = t
+        self.event(
+            t + 0.1, "process.exited", "supervisor", "supervisor-1", role="gateway",
+            name=f"gateway {name[1:]}", child_pid=pid_of(name), exit_code=-9, signal="SIGKILL",
+            level="warning", cause="ended by SIGKILL",
+        )  # fmt: skip
 
     def pause_all(self, start: float, end: float) -> None:
         for worker in self.workers:
@@ -137,9 +160,9 @@ class Pool:
         made: dict[str, Any] = {
             "id": f"{chance.getrandbits(64):016x}",
             "t": t,
-            "tenant": f"tenant{min(int(chance.expovariate(0.4)), self.tenants)}",
+            "tenant": tenant_hash(min(int(chance.expovariate(0.4)), self.tenants)),
             "gateway": chance.choice(alive),
-            "lane": "interactive" if chance.random() < 0.85 else "batch",
+            "lane": "default" if chance.random() < 0.85 else "batch",
             "api": chance.choice(["chat", "chat", "completions", "tgi"]),
             "stream": chance.random() < 0.8,
             "prompt_tokens": int(chance.lognormvariate(4.8, 0.9)) + 1,
@@ -159,6 +182,11 @@ class Pool:
             lines.append({"t": 0.0, "event": "worker.ready", "service": "worker",
                           "instance": worker.name,
                           "model_version": worker.model_version})  # fmt: skip
+        lines += [
+            {"t": 0.0, "event": "gateway.ready", "service": "gateway", "instance": name,
+             "url": f"http://{name}"}
+            for name in ("g1", "g2")
+        ]  # fmt: skip
         for name in [*(worker.name for worker in self.workers), "g1", "g2"]:
             service = "gateway" if name.startswith("g") else "worker"
             lines += [
@@ -180,8 +208,10 @@ class Pool:
         asked = {
             "api": request.api, "stream": request.stream, "prompt_tokens": request.prompt_tokens,
             "max_tokens": request.max_tokens, "n": request.n, "grammar": request.grammar,
-            "sampling": request.sampling, "adapter": request.adapter,
-            "user_agent": request.user_agent,
+            "sampling": request.sampling, "adapter": request.adapter or "",
+            "user_agent": request.user_agent, "best_of": 1, "tools": False,
+            "temperature": None if request.sampling == "greedy" else 0.8,
+            "prompt_sha256": request.id,
         }  # fmt: skip
         base = {"request_id": request.id, "tenant_hash": request.tenant, "lane": request.lane}
         job = base | {"job_id": f"{request.id}.0"}
@@ -194,12 +224,14 @@ class Pool:
 
         at_gateway = ("gateway", request.gateway)
         if (code := self.refuses(request)) is not None:
-            tell(request.t, "gateway.rejected", *at_gateway, **base, code=code, **asked)
-            tell(request.t + 0.001, "request.finished", *at_gateway, **base, code=code,
+            tell(request.t, "gateway.rejected", *at_gateway, **base, code=code, status=400,
                  duration=0.001, **asked)  # fmt: skip
+            tell(request.t + 0.001, "request.finished", *at_gateway, **base, code=code, status=400,
+                 duration=0.001, tokens=0, ttft=None, finish_reason=None, **asked)  # fmt: skip
             return told
         tell(request.t, "gateway.accepted", *at_gateway, **base, **asked)
-        tell(request.t + 0.002, "queue.enqueued", *at_gateway, **base, depth_before=0)
+        tell(request.t + 0.002, "queue.enqueued", *at_gateway, **base, depth_before=0,
+             stream_id=request.id, est_wait_s=0.0)  # fmt: skip
         waits_from, attempt, first_token = request.t, 0, None
         while True:
             attempt += 1
@@ -211,9 +243,12 @@ class Pool:
             first = worker.runs(start, prefill_s)
             pace_s = 0.01 * worker.slow(first) * self.random.lognormvariate(0, self.noise / 2)
             end = worker.runs(first, pace_s * request.max_tokens)
-            tell(start, "worker.claimed", "worker", worker.name, **job, **place, next=0)
+            in_batch = 1 + sum(free > start for free in worker.free)
+            tell(start, "worker.claimed", "worker", worker.name, **job, **place, next=0,
+                 claim_lag_s=0.002, deaths=attempt - 1, gpu_uuid=None)  # fmt: skip
             tell(start + 0.001, "batch.joined", "worker", worker.name, **job, **place,
-                 batch_size=1 + sum(free > start for free in worker.free))  # fmt: skip
+                 batch_size=in_batch, batch_id=1, cached_tokens=0, pad_ratio=0.0, slot=0,
+                 prompt_tokens=request.prompt_tokens)  # fmt: skip
             died = next((dead for dead in worker.dead if start <= dead[0] < end), None)
             if died is None:
                 break
@@ -225,23 +260,32 @@ class Pool:
         heapq.heapreplace(worker.free, end)
         first_token = first
         code = self.fails(request, worker, start) or "ok"
-        if code == "ok":
-            tell(first, "worker.first_token", "worker", worker.name, **job, **place)
-            tell(end, "worker.finished", "worker", worker.name, **job, **place,
-                 finish_reason="length", completion_tokens=request.max_tokens,
-                 generation_time=end - start)  # fmt: skip
-        else:
-            end = first + 0.01
-            tell(end, "worker.failed", "worker", worker.name, **job, **place, code=code)
         tokens = request.max_tokens if code == "ok" else 0
+        end = end if code == "ok" else first + 0.01
+        told_of_it = {
+            "code": code, "finish_reason": "length" if code == "ok" else "failed",
+            "completion_tokens": tokens, "new_tokens": tokens, "end": tokens, "cached_tokens": 0,
+            "prompt_tokens": request.prompt_tokens, "queue_time": start - request.t,
+            "ttft": first - request.t, "prefill_time": first - start,
+            "generation_time": end - start, "tokens_per_second": tokens / (end - start),
+            "batch_size_mean": float(in_batch), "batch_size_max": in_batch, "deaths": attempt - 1,
+        }  # fmt: skip
+        if code == "ok":
+            tell(first, "worker.first_token", "worker", worker.name, **job, **place,
+                 prefill_time=first - start)  # fmt: skip
+            tell(end, "worker.finished", "worker", worker.name, **job, **place, **told_of_it)
+        else:
+            kind = KINDS[code]
+            tell(end, "worker.failed", "worker", worker.name, **job, **place, **told_of_it,
+                 level="warning", actor=kind.actor.value, retryable=kind.retryable)  # fmt: skip
         if self.random.random() < 0.01 and code == "ok":
             code = "disconnected"
         tell(end + 0.003, "request.finished", *at_gateway, **base, code=code, status=200,
-             queue_time=start - request.t, ttft=first_token - request.t,
-             generation_time=end - start, duration=end - request.t, tokens=tokens,
-             tokens_per_second=tokens / (end - start), worker=worker.name,
-             model_version=worker.model_version, attempts=attempt, deaths=attempt - 1,
-             **asked)  # fmt: skip
+             finish_reason=told_of_it["finish_reason"], queue_time=start - request.t,
+             ttft=first_token - request.t, generation_time=end - start,
+             duration=end - request.t, tokens=tokens, tokens_per_second=tokens / (end - start),
+             worker=worker.name, model_version=worker.model_version, attempts=attempt,
+             deaths=attempt - 1, **asked)  # fmt: skip
         return told
 
     def _next_free(self, t: float) -> tuple[Worker, float]:
@@ -272,7 +316,7 @@ def _stamped(line: Line) -> Line:
         "ts_redis_ms": int(t * 1000),
         "level": "info",
         "schema": 1,
-        "pid": 1,
+        "pid": pid_of(line["instance"]),
         "host": "host0",
         "version": "0.1.0",
         "git_sha": "",

@@ -17,11 +17,11 @@ from ops.incident.source import open_logs
 from ops.incident.spike import find_spikes
 from ops.incident.top import find_groups
 from ops.incident.why import Verdict, explain
-from tests.support.simulated_logs import START_S, Pool, Request, write
+from tests.support.simulated_logs import START_S, Pool, Request, tenant_hash, write
 
 
 def ask(pool: Pool, folder: Path, bad: str | None = None) -> Verdict:
-    path = write(pool.lines(), folder / "pool.jsonl")
+    path = write(pool.lines(), folder / "pool.jsonl.gz")
     with open_logs([str(path)]) as logs:
         return explain(logs.db, bad=None if bad is None else parse(bad))
 
@@ -96,14 +96,14 @@ def test_a_flood_is_named_with_its_tenant(tmp_path: Path) -> None:
     pool.extra.append(lambda chance: _flood(pool, chance))
     culprit = ask(pool, tmp_path).culprit
     assert culprit is not None
-    assert culprit.subject == {"tenant_hash": "flooder", "component": "load"}
+    assert culprit.subject == {"tenant_hash": tenant_hash("flooder"), "component": "load"}
     assert culprit.since == pytest.approx(START_S + 150, abs=5)
 
 
 def _flood(pool: Pool, chance: Random) -> Iterator[Request]:
     t = 150.0
     while (t := t + chance.expovariate(70)) < 190:
-        yield pool.request(t, tenant="flooder")
+        yield pool.request(t, tenant=tenant_hash("flooder"))
 
 
 def test_a_pause_of_everything_is_told_from_a_slow_worker(tmp_path: Path) -> None:
@@ -129,9 +129,7 @@ def test_a_killed_worker_is_named_although_only_those_that_it_held_were_moved(
 
 def test_a_killed_gateway_is_named_for_the_requests_without_an_end(tmp_path: Path) -> None:
     pool = Pool(seed=12, seconds=300, rate=15)
-    pool.gateway_dies["g2"] = 150
-    pool.event(150.1, "process.exited", "supervisor", "s1", role="gateway", name="gateway 2",
-               child_instance="g2", exit_code=-9, signal="SIGKILL")  # fmt: skip
+    pool.kill_gateway("g2", 150)
     culprit = ask(pool, tmp_path).culprit
     assert culprit is not None
     assert culprit.subject["gateway"] == "g2"
@@ -156,7 +154,8 @@ def test_a_wrong_clock_is_said_although_nobody_suffers(tmp_path: Path) -> None:
 
 def test_what_somebody_injected_is_never_the_evidence(tmp_path: Path) -> None:
     pool = Pool(seed=15, seconds=200)
-    pool.event(60, "fault.injected", "command", "c1", fault="slow", target=pool.workers[0].name)
+    pool.event(60, "fault.injected", "command", "c1", fault="slow", params={},
+               target=pool.workers[0].name, level="warning")  # fmt: skip
     assert ask(pool, tmp_path).findings == []
 
 
@@ -191,7 +190,7 @@ def test_groups_say_since_when_and_what_is_new_or_back(tmp_path: Path) -> None:
         if request.api == "tgi"
         else None
     )
-    path = write(pool.lines(), tmp_path / "pool.jsonl")
+    path = write(pool.lines(), tmp_path / "pool.jsonl.gz")
     with open_logs([str(path)]) as logs:
         groups = {group.code: group for group in find_groups(logs.db)}
     assert groups["NAN_LOGITS"].badge == "NEW"
@@ -205,11 +204,13 @@ def test_groups_say_since_when_and_what_is_new_or_back(tmp_path: Path) -> None:
 def test_the_commands_tell_a_person_and_a_program(tmp_path: Path) -> None:
     pool = Pool(seed=19, seconds=200)
     pool.fails = lambda request, *_: "ENGINE_ERROR" if request.grammar else None
-    write(pool.lines(), tmp_path / "pool.jsonl")
+    write(pool.lines(), tmp_path / "pool.jsonl.gz")
     for command in ("why", "spike"):
         text = _run(tmp_path, command, code=1)
         assert "grammar=json_schema" in text
         assert "next: headrace incident top --bad" in text
+    since = ("--since", str(START_S + 100))
+    assert "grammar=json_schema" in _run(tmp_path, "why", *since, code=1)
     answer = json.loads(_run(tmp_path, "top", "--json", code=1))
     assert answer["groups"][0]["code"] == "ENGINE_ERROR"
     refusal = CliRunner().invoke(cli, ["incident", "why", "--bad", "colour = red"])
@@ -223,3 +224,13 @@ def _run(logs: Path, *arguments: str, code: int) -> str:
     answer = CliRunner().invoke(cli, line, standalone_mode=False)
     assert answer.return_value == code, answer.output
     return answer.output
+
+
+def test_the_made_up_lines_are_such_as_processes_write(tmp_path: Path) -> None:
+    """Each test checks the lines in its folder against the schema; the other ones are packed."""
+    pool = Pool(seed=20, seconds=12)
+    pool.fails = lambda request, *_: "ENGINE_ERROR" if request.grammar else None
+    pool.refuses = lambda request: "BAD_REQUEST" if request.user_agent == "curl" else None
+    pool.kill(pool.workers[0], 5, 7, slot="worker 1")
+    pool.kill_gateway("g2", 8)
+    assert write(pool.lines(), tmp_path / "lines.jsonl").stat().st_size > 0
