@@ -42,6 +42,18 @@ async def generate(url: str, **parameters: object) -> httpx.Response:
         return await client.post(f"{url}/generate", json=body)
 
 
+async def scraped(instance: Instance) -> set[str]:
+    """Which processes show figures where the file for Prometheus says so."""
+    found: set[str] = set()
+    async with httpx.AsyncClient(timeout=30.0) as client:
+        for target in json.loads(runfile.targets_path(instance.data_dir).read_bytes()):
+            [address] = target["targets"]
+            answer = await client.get(f"http://{address}/metrics")
+            if "headrace_build_info" in answer.text:
+                found.add(target["labels"]["instance"])
+    return found
+
+
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
@@ -69,6 +81,9 @@ async def test_it_serves_and_stops_in_order(start: Start, signum: signal.Signals
     assert {process.state for process in running.values()} == {"ready"}
     for name in ("gateway 1", "gateway 2"):
         assert (await generate(running[name].address)).status_code == 200
+    assert await scraped(instance) == {
+        "gateway-1", "gateway-2", "worker-1", "worker-2", "background", "exporter"
+    }  # fmt: skip
     assert f"{instance.url}/ui/" in instance.output
     assert f"curl -N {instance.url}/generate_stream" in instance.output
 
