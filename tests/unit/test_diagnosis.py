@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import click
 import msgspec
 import pytest
 
@@ -19,6 +20,7 @@ from common.overview import (
     RedisView,
     Stats,
 )
+from ops.cli import cli
 from tests.support.overviews import AT, overview, worker_view
 
 Changes = dict[str, Any]
@@ -148,6 +150,19 @@ def test_each_case_is_told_with_its_command(
     assert words in told.what
     assert told.command == command
     assert told.why.endswith(".")
+
+
+@pytest.mark.parametrize("command", sorted({case[-1] for case in CASES}))
+def test_each_command_that_is_named_exists(command: str) -> None:
+    """With its options: somebody will copy it at night."""
+    context = click.Context(cli)
+    group, words = cli, command.split()[1:]
+    while isinstance(group, click.Group):
+        found = group.get_command(context, words.pop(0))
+        assert found is not None, command
+        group = found
+    known = {name for parameter in group.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= known
 
 
 def test_a_healthy_pool_is_told_to_be_well() -> None:
