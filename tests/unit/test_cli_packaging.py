@@ -66,7 +66,7 @@ def test_everything_is_pinned(project: Tree) -> None:
 
 
 def test_compose_has_the_parts_of_the_system(compose: Tree) -> None:
-    """One Valkey, two gateways, one of everything else in either profile; who wants it, monitoring."""
+    """One Valkey, two gateways, one of all else in either profile; monitoring for who wants it."""
     for profile, worker in (("cpu", "worker-cpu"), ("gpu", "worker-gpu")):
         running = {
             name for name, service in compose["services"].items() if profile in service["profiles"]
