@@ -25,15 +25,11 @@ def own_instance(
 ) -> Generator[tuple[Path, list[str]]]:
     """`headrace up` with ``options`` on free ports; gives its data directory, and its addresses.
 
-    ``models`` is a store's folder of models, to serve from as it is.
-
     Raises: click.ClickException when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         data_dir = Path(folder)
-        if models is not None:
-            (data_dir / "models").symlink_to(models.resolve())
-        with instance_in(data_dir, *options, env=env) as urls:
+        with instance_in(data_dir, *options, env=env, models=models) as urls:
             yield data_dir, urls
 
 
@@ -42,14 +38,18 @@ def instance_in(
     data_dir: Path,
     *options: str,
     env: Mapping[str, str] | None = None,
+    models: Path | None = None,
     program: Sequence[str] = ("ops.cli", "up"),
 ) -> Generator[list[str]]:
     """As :func:`own_instance`, in a directory that stays, with what it held; gives the addresses.
 
-    ``program`` is the module to run, and its first arguments.
+    ``models`` is a store's folder of models, to serve from as it is; ``program`` is the module to
+    run, and its first arguments.
 
     Raises: click.ClickException when it does not start.
     """
+    if models is not None:
+        (data_dir / "models").symlink_to(models.resolve())
     command = [sys.executable, "-P", "-m", *program]
     command += ["--data-dir", str(data_dir), "--port", "0", *options]
     with _ended_by_sigterm(), running(command, env or {}, data_dir / "output") as process:

@@ -1,9 +1,10 @@
 """What logs and metrics cost: an instance that tells all, beside one that tells nothing.
 
-Both are `headrace up` with the simulated engine that takes no time, so that gateway, Redis and
-worker are all there is; they get the same load in turns. Of the quiet one every process drops its
-events where they are logged, but for those by which it is known to be ready, and nobody asks it for
-figures; of the other one, whose logs go to files, somebody asks as a Prometheus does.
+Both are `headrace up`, on the real model or, with ``--engine simulated``, with an engine that takes
+no time, so that gateway, Redis and worker are all there is; they get the same load in turns. Of the
+quiet one every process drops its events where they are logged, but for those by which it is known
+to be ready, and nobody asks it for figures; of the other one, whose logs go to files, somebody asks
+as a Prometheus does.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import click
 import msgspec
@@ -63,15 +65,26 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @click.command()
+@click.option("--engine", type=click.Choice(["torch", "simulated"]), default="torch")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("var"), show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Of two turns of each.")
 @click.option("--clients", default=16, show_default=True, help="At once.")
 @click.option("--new-tokens", default=64, show_default=True, help="Of each answer.")
 @click.option("--requests", default=8, show_default=True, help="Of each client in each turn.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
-def main(rounds: int, clients: int, new_tokens: int, requests: int, json_path: Path | None) -> None:
+def main(
+    engine: Literal["torch", "simulated"],
+    data_dir: Path,
+    rounds: int,
+    clients: int,
+    new_tokens: int,
+    requests: int,
+    json_path: Path | None,
+) -> None:
     """Measure what logs and metrics take of the throughput."""
     load = Load(prompt_tokens=64, new_tokens=new_tokens, requests=requests)
-    figures = measure(rounds, clients, load)
+    models = data_dir / "models" if engine == "torch" else None
+    figures = measure(rounds, clients, load, models)
     for name, turns in (("with logs and metrics", figures.loud), ("without", figures.quiet)):
         rate = median(turn.tokens_per_second for turn in turns)
         cpu = median(turn.cpu_us_per_token for turn in turns)
@@ -82,14 +95,18 @@ def main(rounds: int, clients: int, new_tokens: int, requests: int, json_path: P
         json_path.write_text(json.dumps(msgspec.to_builtins(told), indent=1) + "\n")
 
 
-def measure(rounds: int, clients: int, load: Load) -> Figures:
-    """Raises: click.ClickException when an instance does not start."""
-    options = ("--engine", "simulated")
+def measure(rounds: int, clients: int, load: Load, models: Path | None) -> Figures:
+    """``models`` is the store's folder to serve from; None: simulate an engine that takes no time.
+
+    Raises: click.ClickException when an instance does not start.
+    """
+    options = ("--engine", "torch" if models else "simulated")
+    env = {} if models else _EVERYTHING_AT_ONCE
     with (
         tempfile.TemporaryDirectory(prefix="headrace-bench-") as loud,
         tempfile.TemporaryDirectory(prefix="headrace-bench-") as quiet,
-        instance_in(Path(loud), *options, env=_EVERYTHING_AT_ONCE) as [loud_url],
-        instance_in(Path(quiet), *options, env=_EVERYTHING_AT_ONCE, program=(_MODULE, "up")) as [
+        instance_in(Path(loud), *options, env=env, models=models) as [loud_url],
+        instance_in(Path(quiet), *options, env=env, models=models, program=(_MODULE, "up")) as [
             quiet_url
         ],
     ):
