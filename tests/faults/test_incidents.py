@@ -14,10 +14,10 @@ from ops.bench.incidents.score import score
 from ops.bench.incidents.truth import Truth
 
 
-def run(name: str, folder: Path) -> tuple[Truth, list[dict[str, Any]]]:
+def run(name: str, folder: Path, fault_s: float = 4.0) -> tuple[Truth, list[dict[str, Any]]]:
     """A shorter run than the bench's, and its lines."""
     known = {one.name: one for one in (*all_incidents(), *healthy_runs())}
-    told = produce(replace(known[name], lead_s=3.0, fault_s=4.0, tail_s=1.0), folder)
+    told = produce(replace(known[name], lead_s=3.0, fault_s=fault_s, tail_s=1.0), folder)
     assert truth.read(folder) == told
     assert told.requests > 40
     return told, list(read_lines(folder / LOG))
@@ -38,7 +38,7 @@ def test_a_healthy_run_has_nothing_to_find(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_key_that_is_used_up_fails_one_tenant_alone(tmp_path: Path) -> None:
-    told, lines = run("key-limit", tmp_path / "run")
+    told, lines = run("key-limit", tmp_path / "run", fault_s=8.0)
     assert told.names("code", "RATE_LIMITED")
     assert "RATE_LIMITED" in codes_of(lines)
     assert told.onset is not None

@@ -31,7 +31,7 @@ async def test_it_starts_reaps_and_ends_on_sigterm(pool: WorkerPool, started: Pr
     await claims.claim_one()
     background = await started.background().ready()
     moved = await background.saw("job.requeued", job_id=generation)
-    assert (moved["move"], moved["cause"]) == ("requeued", "w1")
+    assert (moved["cause"], moved["worker"]) == ("lease", "w1")
     background.terminate()
     assert await background.ended() == exit_codes.OK
     assert background.events("background.stopped")

@@ -100,5 +100,6 @@ def test_no_label_could_name_a_tenant_a_request_or_a_prompt() -> None:
         "generation", "git_sha", "implementation", "kind", "lane", "le", "major", "max_lora",
         "method", "minor", "model", "model_name", "model_version", "num_gpu_blocks", "outcome",
         "patchlevel", "phase", "quant", "reason", "result", "revision", "running_lora_adapters",
-        "state", "tenant_class", "version", "waiting_lora_adapters", "weights_sha256", "worker",
+        "sleep_state", "source", "state", "tenant_class", "version", "waiting_lora_adapters",
+        "weights_sha256", "worker",
     }  # fmt: skip
