@@ -73,6 +73,8 @@ class Caller:
     limits: Limits = NO_LIMITS
     tenant_hash: str = ""
     """What stands for the tenant in logs."""
+    has_key: bool = False
+    """A key that holds was shown, and not just something in its place, as SDKs send."""
 
     def may_use(self, model: str) -> bool:
         """``model`` is the name of a model or of an adapter."""
@@ -164,7 +166,7 @@ class Callers:
         if scheme.lower() != "bearer" or not text:
             raise Failure("AUTH_MISSING")
         if self._static and hmac.compare_digest(self._static, text.encode()):
-            return self._public
+            return replace(self._public, has_key=True)
         key_id = keys.key_id_of(text)
         if key_id is not None:
             return await self._bearer(key_id, text)
@@ -237,6 +239,7 @@ class Callers:
             best_lane=key.best_lane,
             limits=key.limits,
             tenant_hash=self._hash_of(key.tenant),
+            has_key=True,
         )
 
     def _hash_of(self, tenant: str) -> str:

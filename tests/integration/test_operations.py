@@ -42,6 +42,7 @@ async def test_another_website_is_refused_everywhere(stand: Stand, method: str, 
     for headers in (
         {"origin": "https://elsewhere.example", "sec-fetch-site": "cross-site"},
         {"host": "rebound.example"},
+        {"host": "rebound.example", "authorization": "Bearer none"},
     ):
         answer = await gateway.client.request(method, path, headers=headers)
         assert answer.status_code == 403

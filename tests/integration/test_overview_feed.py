@@ -202,6 +202,7 @@ async def test_where_keys_are_asked_for_they_need_their_scope(
         {"origin": "null"},
         {"host": "rebound.example:8080"},
         {"host": "rebound.example", "origin": "http://rebound.example"},
+        {"host": "rebound.example", "authorization": "Bearer none"},
     ],
 )
 async def test_another_website_is_refused(stand: Stand, headers: dict[str, str]) -> None:
