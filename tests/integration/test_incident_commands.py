@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from ops.incident import replay, show, verify
 from tests.support.api_keys import PEPPER
 from tests.support.processes import Process, Processes
+from tests.support.waiting import wait_until
 
 PROMPT = "Tell me what a river is, and where it goes"
 OTHER = "Tell me what a valley is and where it ends"
@@ -36,6 +37,16 @@ class Scene:
             answer = await client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         return answer.headers["x-headrace-stream-id"]
+
+    async def at_work(self) -> tuple[Process, Process]:
+        """A worker that answers, and the other one, which may have nothing to do."""
+        first, second = self.workers
+        await wait_until(
+            lambda: first.events("worker.first_token") or second.events("worker.first_token"),
+            timeout_s=20,
+            what="a token",
+        )
+        return (first, second) if first.events("worker.first_token") else (second, first)
 
     async def run(self, command: click.Command, *arguments: str, pepper: str = PEPPER) -> Result:
         """In a thread, since commands have event loops of their own."""
@@ -65,8 +76,8 @@ def redis_options(redis_url: str) -> list[str]:
 
 async def test_a_kill_breaks_no_promise_and_is_told_with_the_request(scene: Scene) -> None:
     asking = [asyncio.create_task(scene.ask(n=1 + i % 2)) for i in range(NUM_REQUESTS)]
-    await scene.workers[0].saw("worker.first_token")
-    scene.workers[0].kill()
+    victim, heir = await scene.at_work()
+    victim.kill()
     ids = await asyncio.gather(*asking)
     await scene.gateway.saw("request.finished", request_id=ids[-1])
 
@@ -81,8 +92,8 @@ async def test_a_kill_breaks_no_promise_and_is_told_with_the_request(scene: Scen
     shown = await scene.run(show.main, moved[0]["request_id"], "--json")
     assert shown.return_value == 1
     story = orjson.loads(shown.output)["story"]
-    assert story["attempts"][0]["worker"] == scene.workers[0].name
-    assert story["attempts"][-1]["worker"] == scene.workers[1].name
+    assert story["attempts"][0]["worker"] == victim.name
+    assert story["attempts"][-1]["worker"] == heir.name
     phases = {phase["name"]: phase["seconds"] for phase in story["phases"]}
     assert abs(sum(phases.values()) - moved[0]["duration"]) < 0.25
 
@@ -121,7 +132,7 @@ async def test_a_difference_is_named_by_its_position_and_text_only_on_demand(
     scene: Scene, redis_url: str, tmp_path: Path
 ) -> None:
     """Here another prompt stands for another model: without a pepper nobody can tell it apart."""
-    id = await scene.ask()
+    id = await scene.ask(seed=7)  # some seeds bring both prompts the same words
     await scene.gateway.saw("request.finished", request_id=id)
     given = tmp_path / "prompt.json"
     given.write_text(orjson.dumps({"prompt": OTHER, "max_tokens": 40}).decode())
