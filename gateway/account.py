@@ -71,9 +71,10 @@ class Account:
         """Tokens or the end arrived at the gateway."""
         if batch.gap_s is not None:
             self._num_tokens += len(batch.tokens)
-            self._inter_token_s.observe(batch.gap_s / len(batch.tokens))
             self._gaps_s.append(batch.gap_s)
-            self._metrics.tally.figures.inter_token.observe(batch.gap_s / len(batch.tokens))
+            gap_s = batch.gap_s / len(batch.tokens)
+            self._inter_token_s.observe(gap_s)
+            self._metrics.tally.figures.inter_token.observe(gap_s)
         elif batch.tokens:
             self._num_tokens += batch.start + len(batch.tokens)
             self._note_first(batch)
@@ -89,7 +90,7 @@ class Account:
             if batch.start == 0:
                 after_s = now - self.arrived_at
                 self._metrics.requests.note_first_token(after_s, self._model_version)
-                self._metrics.tally.figures.ttft.observe(now - self.arrived_at)
+                self._metrics.tally.figures.ttft.observe(after_s)
 
     @property
     def _has_failed(self) -> bool:

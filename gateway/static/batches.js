@@ -5,7 +5,7 @@
 
 import { BatchView, ENDED } from "./batch.js";
 import { followBatch, HeadraceError } from "./headrace.js";
-import { $, announce, authorization, BASE_URL } from "./page.js";
+import { $, announce, authorization, BASE_URL, call, failureFrom, lost } from "./page.js";
 import { openKey } from "./store.js";
 import { describeFailure } from "./wording.js";
 
@@ -199,28 +199,7 @@ async function download(event) {
   }
 }
 
-// Calls and words ---------------------------------------------------------------------------------
-
-async function call(method, path, body) {
-  const response = await fetch(BASE_URL + path, {
-    method,
-    cache: "no-store",
-    headers: { ...authorization(), ...(body && { "content-type": "application/json" }) },
-    body: body && JSON.stringify(body),
-  }).catch(() => Promise.reject(lost()));
-  const answer = await response.json().catch(() => null);
-  if (!response.ok) throw failureFrom(response.status, answer);
-  return answer;
-}
-
-function lost() {
-  return new HeadraceError("CONNECTION_LOST", "");
-}
-
-function failureFrom(status, answer) {
-  const { code, message } = answer?.error ?? {};
-  return new HeadraceError((code ?? `HTTP_${status}`).toUpperCase(), message ?? "", { status });
-}
+// Words -------------------------------------------------------------------------------------------
 
 /** `of` says whose problem it is, so that who has it no more can take it away; null: there is none. */
 function showProblem(error, of = "") {

@@ -1,8 +1,8 @@
 // What was set aside because workers died of it: looked at, asked again, or discarded.
 
-import { announce } from "../page.js";
-import { call, showProblem } from "./calls.js";
+import { announce, call } from "../page.js";
 import { ask, newCommand, newFacts, showDetails } from "./dialogs.js";
+import { showProblem } from "./problem.js";
 import { Sheet } from "./sheet.js";
 import { age, date, NOTHING, number } from "./words.js";
 

@@ -1,6 +1,6 @@
 // Errors by code, and the last requests that ended with one: the way into an incident.
 
-import { call } from "./calls.js";
+import { call } from "../page.js";
 import { newCommand, paragraph, showDetails } from "./dialogs.js";
 import { Sheet } from "./sheet.js";
 import { date, number } from "./words.js";

@@ -4,17 +4,17 @@
 // goes on behind the last event, as after a lost connection.
 
 import { followFeed } from "../headrace.js";
-import { $, announce, authorization, BASE_URL } from "../page.js";
+import { $, announce, authorization, BASE_URL, call } from "../page.js";
 import { openKey } from "../store.js";
 import { describeBatchState } from "../wording.js";
 import { Banner } from "./banner.js";
-import { call, showProblem } from "./calls.js";
 import { Charts } from "./charts.js";
 import { DeadLetters } from "./dead.js";
 import { ask } from "./dialogs.js";
 import { Errors } from "./errors.js";
 import { History } from "./history.js";
 import { Picture } from "./picture.js";
+import { showProblem } from "./problem.js";
 import { Sheet } from "./sheet.js";
 import { Streams } from "./streams.js";
 import { age, bytes, clock, count, figure, NOTHING, number, percent, seconds } from "./words.js";

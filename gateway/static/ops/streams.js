@@ -1,6 +1,6 @@
 // The streams that are open now. The list is asked for only while it is on the screen.
 
-import { call } from "./calls.js";
+import { call } from "../page.js";
 import { Sheet } from "./sheet.js";
 import { age, number } from "./words.js";
 

@@ -102,9 +102,6 @@ class Stage:
     def any_gateway(self) -> str:
         return f"gateway {self.chance.randint(1, self.num_gateways)}"
 
-    def any_tenant(self) -> str:
-        return self.chance.choice(TENANTS)
-
     # --- levers
 
     def order(self, process: str, orders: Orders) -> None:

@@ -1,7 +1,7 @@
-// Calls of the operations page, and what is said when one fails.
+// What the operations page says when something fails.
 
 import { HeadraceError } from "../headrace.js";
-import { $, authorization, BASE_URL } from "../page.js";
+import { $ } from "../page.js";
 import { describeFailure } from "../wording.js";
 
 const ACCESS = [
@@ -12,26 +12,6 @@ const ACCESS = [
   "SCOPE_DENIED",
   "PERMISSION_ERROR",
 ];
-
-/** @throws {HeadraceError} */
-export async function call(method, path) {
-  const lost = () => Promise.reject(new HeadraceError("CONNECTION_LOST", ""));
-  const response = await fetch(BASE_URL + path, {
-    method,
-    cache: "no-store",
-    headers: authorization(),
-  }).catch(lost);
-  const answer = await response.json().catch(() => null);
-  if (response.ok) return answer;
-  // Outside of `/v1` the code stands beside the message.
-  const { code, message } =
-    typeof answer?.error === "string"
-      ? { code: answer.code, message: answer.error }
-      : (answer?.error ?? {});
-  throw new HeadraceError((code ?? `HTTP_${response.status}`).toUpperCase(), message ?? "", {
-    status: response.status,
-  });
-}
 
 /**
  * @param {Error|null} error  null: there is none any more.
