@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -35,6 +36,14 @@ Tell = Callable[[str], None]
 )
 @click.option("--again", is_flag=True, help="Only analyse what is in --logs, without new runs.")
 @click.option("--produce-only", is_flag=True, help="Leave the logs, and analyse nothing.")
+@click.option(
+    "--seed",
+    "shift",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Added to the seed of each run: other requests, and others who are to blame.",
+)
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs at once.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
 @click.option("--markdown", "page_path", type=click.Path(path_type=Path), help="Write the table.")
@@ -47,6 +56,7 @@ def main(
     logs: Path | None,
     again: bool,
     produce_only: bool,
+    shift: int,
     jobs: int,
     json_path: Path | None,
     page_path: Path | None,
@@ -65,7 +75,7 @@ def main(
         if json_path is not None:
             json_path.write_bytes(msgspec.json.encode(timed) + b"\n")
         sys.exit(0 if timed.has_passed else 1)
-    chosen = _chosen(patterns)
+    chosen = [replace(one, seed=one.seed + shift) for one in _chosen(patterns)]
     if lists:
         click.echo("\n".join(f"{one.name:<28} {one.kind}" for one in chosen))
         return
