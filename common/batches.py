@@ -253,11 +253,6 @@ def new_batch_id() -> str:
     return _PREFIX + secrets.token_hex(16)
 
 
-def is_batch_id(text: str) -> bool:
-    digits = text.removeprefix(_PREFIX)
-    return text.startswith(_PREFIX) and len(digits) == 32 and set(digits) <= set("0123456789abcdef")
-
-
 def folder(batch_id: str) -> str:
     """Where in storage all lies that belongs to a batch, but for its files."""
     return f"batches/{batch_id}/"

@@ -131,6 +131,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Use a key with that scope: `headrace keys create TENANT --scope …`.",
         (_KEYS,),
     ),
+    "HOST_NOT_ALLOWED": Explanation(
+        "A gateway on loopback that asks for no key was called by another name than localhost: by a"
+        " proxy that passes its callers' Host on, or by a web page that lets its own name point to"
+        " this machine to use the gateway from a browser here.",
+        "Call it as localhost. For a proxy: --allowed-hosts NAME, or make a key with"
+        " `headrace keys create TENANT`.",
+        (_KEYS,),
+    ),
     "MODEL_NOT_ALLOWED": Explanation(
         "The key is limited to other models or adapters.",
         "Use a key that may use this model: `headrace keys create TENANT --for-model …`.",

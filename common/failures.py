@@ -218,6 +218,15 @@ KINDS: dict[str, FailureKind] = {
             "The API key has no scope for this.",
         ),
         _kind(
+            "HOST_NOT_ALLOWED",
+            403,
+            _PERMISSION,
+            "permission",
+            False,
+            Actor.CALLER,
+            "Without keys a gateway on loopback answers to names of this machine only.",
+        ),
+        _kind(
             "MODEL_NOT_ALLOWED",
             403,
             _PERMISSION,

@@ -179,6 +179,10 @@ class GatewaySettings(MetricsSettings, KeySettings, OrderSettings, StorageSettin
     allow_anonymous: bool = False
     """Serve whoever sends no key as the tenant ``public``. Unset: only as long as there are no keys
     and the address is a loopback one; on any other a gateway without keys does not start."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside ``localhost`` and loopback addresses by which a gateway on loopback without keys
+    may be called, whatever the port: those of a proxy that passes the caller's ``Host`` on. Others
+    are refused, since a web page in a browser here could have made them point to this machine."""
     arrival_limit_s: float = Field(default=60.0, gt=0)
     """Most time that the head of a request may take to come, and then its body; files that are
     uploaded only have to make progress."""

@@ -61,6 +61,7 @@ from gateway.middleware import (
 )
 from gateway.recent import RecentAdmissions
 from gateway.relay import Relay
+from gateway.same_site import HostCheck
 from gateway.services import ServedModel, Services, services_of
 from gateway.stream_tokens import StreamTokens
 
@@ -195,6 +196,7 @@ def create_app(
                 spans=lambda: app.state.services.spans,
             ),
             Middleware(HeadLimit, refuse=_answer_failure),
+            Middleware(HostCheck, settings=settings, callers=callers, refuse=_answer_failure),
             *_cors(settings),
             Middleware(Identification, callers=callers, tokens=tokens, refuse=_answer_failure),
             Middleware(

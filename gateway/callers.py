@@ -199,8 +199,13 @@ class Callers:
         return self._caller(key)
 
     async def _takes_anonymous(self) -> bool:
-        if self._settings.allow_anonymous:
-            return True
+        return self._settings.allow_anonymous or await self.is_open_here()
+
+    async def is_open_here(self) -> bool:
+        """Whether no key is asked for, since there is none and only this machine can connect.
+
+        Raises: Failure BROKER_UNAVAILABLE.
+        """
         if self._static or not is_loopback(self._settings.host):
             return False
         known, now = self._any_known, monotonic_s()

@@ -4,14 +4,17 @@ They do what the live page does, also where no gateway answers.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 import msgspec
 from rich.table import Table
 
+from common import logs
 from common.broker import Broker, Census, Evidence, connect
+from common.ids import new_process_name
 from common.settings import Settings
 from ops import runfile
 from ops.options import build, options_of
@@ -194,7 +197,9 @@ def requeue(id: str, **given: Any) -> None:
     Its own end stands, for whoever has read it. Its tenant can read the answer with
     GET /v1/streams/ID as long as streams are kept.
     """
-    found = with_pool(build(Settings, given), lambda broker: broker.dead_letter_store.requeue(id))
+    settings = build(Settings, given)
+    with _logged(settings):
+        found = with_pool(settings, lambda broker: broker.dead_letter_store.requeue(id, CAUSE))
     click.echo(found.request_id)
     if found.is_repeated:
         click.echo("It had been asked anew before; nothing was done now.", err=True)
@@ -205,5 +210,21 @@ def requeue(id: str, **given: Any) -> None:
 @options_of(Settings)
 def discard(id: str, **given: Any) -> None:
     """Remove it, prompt and all."""
-    with_pool(build(Settings, given), lambda broker: broker.dead_letter_store.discard(id))
+    settings = build(Settings, given)
+    with _logged(settings):
+        with_pool(settings, lambda broker: broker.dead_letter_store.discard(id, CAUSE))
     click.echo(f"{id} is gone.", err=True)
+
+
+@contextmanager
+def _logged(settings: Settings) -> Generator[None]:
+    """Meanwhile events go where those of this pool's processes go, if that is on this machine."""
+    log_dir = settings.log_dir or settings.data_dir / "log"
+    if not log_dir.is_dir():
+        yield
+        return
+    logs.configure("command", new_process_name("command"), log_dir=log_dir)
+    try:
+        yield
+    finally:
+        logs.shut_down()

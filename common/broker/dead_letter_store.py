@@ -15,8 +15,11 @@ from common.broker import keys
 from common.broker.connection import Client, mapped_errors
 from common.broker.steps import Admission, Admitted, Presentation
 from common.failures import Failure
-from common.ids import choice_of, new_request_id
+from common.ids import choice_of, new_request_id, request_of
+from common.logs import get_logger
 from common.messages import GenerationSpec, Lane
+
+log = get_logger()
 
 MAX_SHOWN = 200
 
@@ -110,8 +113,9 @@ class DeadLetterStore:
             raise _not_found(generation_id)
         return _evidence(generation_id, letter, {k.decode(): v for k, v in kept.items()})
 
-    async def requeue(self, generation_id: str) -> Requeued:
-        """Ask it anew, once, without its deaths; it runs on whether somebody reads it or not.
+    async def requeue(self, generation_id: str, cause: str) -> Requeued:
+        """Ask it anew, once, without its deaths; it runs on whether somebody reads it or not. The
+        log says so, with ``cause``: who wants it.
 
         Raises: Failure NOT_FOUND; STREAM_EXPIRED when its prompt is no longer kept; what
             :meth:`Broker.admit` does, after which it can be tried again.
@@ -133,13 +137,15 @@ class DeadLetterStore:
                 )
         await self._admit(_admission(generation_id, request_id, kept))
         await self._call("drop_letter", _pack((generation_id, "", True)))
+        _tell("job.revived", generation_id, cause, revived_as=request_id)
         return Requeued(request_id, is_repeated=False)
 
-    async def discard(self, generation_id: str) -> None:
-        """Remove it, prompt and all. Raises: Failure NOT_FOUND."""
+    async def discard(self, generation_id: str, cause: str) -> None:
+        """Remove it, prompt and all; the log says so, with ``cause``. Raises: Failure NOT_FOUND."""
         entry, _ = await self._find(generation_id)
         if not await self._call("drop_letter", _pack((generation_id, entry, False))):
             raise _not_found(generation_id)
+        _tell("job.discarded", generation_id, cause)
 
     async def _find(self, generation_id: str) -> tuple[str, DeadLetter | None]:
         """Its entry in the list, which is short: few requests kill three workers."""
@@ -151,6 +157,13 @@ class DeadLetterStore:
             if fields[b"id"] == generation_id.encode():
                 return entry.decode(), _letter(entry, fields)
         return "", None
+
+
+def _tell(event: str, generation_id: str, cause: str, **fields: str) -> None:
+    """A line of the request that it was, and not of the one by which it was asked for."""
+    log.info(
+        event, request_id=request_of(generation_id), job_id=generation_id, cause=cause, **fields
+    )
 
 
 def _letter(entry: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

@@ -21,6 +21,23 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+SCRIPT = (
+    "A river above the mill is led into a channel.",
+    "The channel keeps its level while the valley falls away.",
+    "Where it ends, the water has somewhere to fall, and the wheel begins to turn.",
+    "Nobody upstream needs to know which wheel that is.",
+    "If one wheel stands still, the sluice beside it opens and another takes the flow.",
+    "What was ground stays ground; the stones go on with the next grain.",
+    "In dry weeks the miller counts the hours and lets the small orders through first.",
+    "In spring he opens the spillway early, before the bank is tried.",
+    "Children sail bark boats from the weir and meet them again below the bridge. 🛶",
+    "The café by the lock serves crêpes, and nobody there is in a hurry.",
+    "An old ledger notes each sack, who brought it, and when it was fetched.",
+    "So even after the great flood every farmer got his own flour back.",
+)
+"""Sentences that a simulated engine strings together, for each generation in another order. They
+are part of this model, so that its version changes with them."""
+
 
 def simulated_files() -> dict[str, bytes]:
     """The content of each file of the model, by name."""
@@ -31,6 +48,7 @@ def simulated_files() -> dict[str, bytes]:
         "max_position_embeddings": MAX_POSITIONS,
         "vocab_size": 256 + len(_SPECIAL_TOKENS),
         "eos_token_id": eos_token_id,
+        "script": list(SCRIPT),
     }
     contents = {
         "config.json": config,

@@ -117,7 +117,7 @@ def _no_worker(name: str) -> Failure:
 
 
 def _who(request: Request) -> str:
-    """For the worker's log: never what could be a secret."""
+    """For logs: never what could be a secret."""
     key_id = caller_of(request).key_id
     return f"operator with key {key_id}" if key_id else "operator at the gateway"
 
@@ -153,14 +153,14 @@ async def requeue_dead(request: Request) -> Response:
     """Raises: Failure NOT_FOUND, STREAM_EXPIRED, QUEUE_FULL, NO_WORKERS."""
     check_same_site(request)
     store = services_of(request).broker.dead_letter_store
-    return _shown(await store.requeue(request.path_params["id"]))
+    return _shown(await store.requeue(request.path_params["id"], _who(request)))
 
 
 async def discard_dead(request: Request) -> Response:
     """Raises: Failure NOT_FOUND."""
     check_same_site(request)
     id = request.path_params["id"]
-    await services_of(request).broker.dead_letter_store.discard(id)
+    await services_of(request).broker.dead_letter_store.discard(id, _who(request))
     return _shown(Discarded(id))
 
 

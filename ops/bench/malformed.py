@@ -140,7 +140,7 @@ class Breaker:
         self, method: str, path: str, body: bytes, content_type: str = "application/json"
     ) -> Sent:
         rng = self._rng
-        headers = {"host": "x", "content-type": content_type}
+        headers = {"host": "localhost", "content-type": content_type}
         if rng.random() < 0.05:
             kinds = ("text/plain", "", "multipart/form-data; boundary=x", "application/json;;")
             headers["content-type"] = rng.choice(kinds)

@@ -28,7 +28,7 @@ _CLOCK_OFF_S = 1.0
 _STANDSTILL_S = 2.0
 _MANY = frozenset({"queue", "first_token", "pace"})
 _LOAD_CODES = "('QUEUE_FULL','QUEUE_TIMEOUT','NO_WORKERS','GENERATION_TIMEOUT','RATE_LIMITED')"
-_UNEXPECTED = ("worker.crashed", "engine.failed", "engine.stalled", "model.load_failed")
+_UNEXPECTED = ("worker.crashed", "engine.failed", "engine.stalled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,8 +414,6 @@ def _how(signs: Sequence[Event]) -> str:
         return "failed in its engine and ended" if engine else f"ended with exit code {code}"
     if "engine.failed" in by_name:
         return "failed in its engine"
-    if "model.load_failed" in by_name:
-        return "could not load its model"
     if "worker.crashed" in by_name:
         return f"could not go on ({by_name['worker.crashed'].code or 'no code'})"
     return "was lost: its lease ended while it held work"

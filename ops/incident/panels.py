@@ -316,7 +316,7 @@ def _blows(db: DuckDBPyConnection) -> dict[str, list[Mark]]:
     found: dict[str, list[Mark]] = defaultdict(list)
     for t, kind, what, instance, details in db.execute(
         """SELECT t, kind, what, instance, details FROM changes WHERE kind IN ('process.exited',
-           'worker.crashed', 'engine.failed', 'engine.stalled', 'model.load_failed')
+           'worker.crashed', 'engine.failed', 'engine.stalled')
            OR (kind = 'worker.state' AND details LIKE '%"to":"dead"%') ORDER BY t"""
     ).fetchall():
         told = json.loads(details)

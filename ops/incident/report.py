@@ -52,7 +52,6 @@ _ROUTINE = (
     "background.started",
     "engine.selected",
     "gateway.started",
-    "library.loaded",
     "model.loading",
     "supervisor.started",
     "worker.started",

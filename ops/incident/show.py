@@ -315,6 +315,7 @@ def find(question: Question, story: Story) -> list[Finding]:
     nearby = f"--since {since:.0f} --until {until:.0f}"
     return [
         *_failure(question, request, nearby),
+        *_asked_anew(question, story),
         *_handovers(question, story, nearby),
         *_slow_phase(question, story, nearby),
         *_bad_company(question, story, nearby),
@@ -344,6 +345,19 @@ def _failure(question: Question, request: dict[str, Any], nearby: str) -> Iterat
             confidence="certain",
             next=question.next(f"why {nearby}"),
         )
+
+
+def _asked_anew(question: Question, story: Story) -> Iterator[Finding]:
+    """Its end stands, and a request of its own took up what it wanted."""
+    for line in story.timeline:
+        if line["event"] == "job.revived":
+            other = line["fields"]["revived_as"]
+            yield Finding(
+                what=f"it was asked anew as {other} by {line['fields']['cause']}",
+                confidence="certain",
+                why=f"{shown_moment(line['t'])} ({line['place']})",
+                next=question.next(f"show {other}"),
+            )
 
 
 def _handovers(question: Question, story: Story, nearby: str) -> Iterator[Finding]:

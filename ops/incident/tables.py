@@ -34,7 +34,6 @@ CHANGES = (
     "gateway.ready",
     "gateway.started",
     "gateway.stopped",
-    "library.loaded",
     "model.%",
     "process.%",
     "redis.%",

@@ -4,9 +4,13 @@ import pytest
 
 from common.broker import Broker
 from common.failures import Failure
+from common.ids import request_of
 from common.messages import Sampling
 from tests.support.dead_letters import PROMPT, Killer, killed
+from tests.support.event_schema import captured_logs
 from tests.support.generations import ScriptedClaims
+
+WHO = "the test"
 
 
 @pytest.fixture
@@ -34,10 +38,14 @@ async def test_it_is_listed_with_its_evidence_and_without_a_word_of_it(killer: K
 
 async def test_it_is_asked_anew_once_and_its_end_stands(killer: Killer) -> None:
     broker, store = killer.broker, killer.broker.dead_letter_store
-    first = await store.requeue(killer.id)
-    again = await store.requeue(killer.id)
+    with captured_logs() as lines:
+        first = await store.requeue(killer.id, WHO)
+        again = await store.requeue(killer.id, WHO)
     assert not first.is_repeated
     assert (again.request_id, again.is_repeated) == (first.request_id, True)
+    [told] = [line for line in lines if line["event"] == "job.revived"]
+    assert (told["job_id"], told["request_id"]) == (killer.id, request_of(killer.id))
+    assert (told["revived_as"], told["cause"]) == (first.request_id, WHO)
     assert await store.newest() == []
     old = await broker.read(killer.id, 0)
     assert old is not None
@@ -58,7 +66,7 @@ async def test_it_is_asked_anew_once_and_its_end_stands(killer: Killer) -> None:
 
 async def test_a_choice_is_asked_anew_as_itself(broker: Broker) -> None:
     killer = await killed(broker, num_choices=2, choice=1)
-    requeued = await broker.dead_letter_store.requeue(killer.id)
+    requeued = await broker.dead_letter_store.requeue(killer.id, WHO)
     heir = ScriptedClaims(broker, "w9")
     await heir.beat()
     found = {attempt.id: attempt.claimed for attempt in await heir.claim()}
@@ -73,21 +81,24 @@ async def test_a_requeue_that_is_refused_can_be_tried_again(broker: Broker) -> N
     view = broker.dead_letter_store
     await broker._redis.delete("hr:{test/0}:versions", "hr:{test/0}:leases")
     with pytest.raises(Failure) as refused:
-        await view.requeue(killer.id)
+        await view.requeue(killer.id, WHO)
     assert refused.value.code == "NO_WORKERS"
     assert len(await view.newest()) == 1
     worker = ScriptedClaims(broker, "w9")
     await worker.beat()
-    assert not (await view.requeue(killer.id)).is_repeated
+    assert not (await view.requeue(killer.id, WHO)).is_repeated
 
 
 async def test_what_is_discarded_is_gone(killer: Killer) -> None:
     store = killer.broker.dead_letter_store
-    await store.discard(killer.id)
+    with captured_logs() as lines:
+        await store.discard(killer.id, WHO)
+    [told] = [line for line in lines if line["event"] == "job.discarded"]
+    assert (told["job_id"], told["cause"]) == (killer.id, WHO)
     assert await store.newest() == []
-    for act in (store.get, store.requeue, store.discard):
+    for act in (store.get(killer.id), store.requeue(killer.id, WHO), store.discard(killer.id, WHO)):
         with pytest.raises(Failure) as refused:
-            await act(killer.id)
+            await act
         assert refused.value.code == "NOT_FOUND"
 
 
@@ -97,9 +108,9 @@ async def test_without_its_prompt_it_can_only_be_discarded(killer: Killer) -> No
     await broker._redis.delete(f"hr:{{test/0}}:dead:{killer.id}")
     assert not (await store.get(killer.id)).is_kept
     with pytest.raises(Failure) as refused:
-        await store.requeue(killer.id)
+        await store.requeue(killer.id, WHO)
     assert refused.value.code == "STREAM_EXPIRED"
-    await store.discard(killer.id)
+    await store.discard(killer.id, WHO)
     assert await store.newest() == []
 
 

@@ -84,7 +84,7 @@ def with_key(sends: str = "{key}", path: str = COMPLETIONS, **fields: Any) -> Sc
 async def body_timeout(stand: Stand) -> Answer:
     gateway = await stand.gateway(arrival_limit_s=0.3)
     async with gateway.connected() as (reader, writer):
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n")
         writer.write(b"content-type: application/json\r\n\r\n{")
         head, _, body = (await asyncio.wait_for(reader.read(), 15)).partition(b"\r\n\r\n")
     lines = [line.split(": ", 1) for line in head.decode().split("\r\n")[1:]]
@@ -216,6 +216,11 @@ async def internal(stand: Stand) -> Answer:
     return await gateway.client.post(COMPLETIONS, json=PROMPT)
 
 
+async def host_not_allowed(stand: Stand) -> Answer:
+    gateway = await stand.gateway()
+    return await gateway.client.get("/v1/models", headers={"host": "rebound.example"})
+
+
 async def too_large_a_head(stand: Stand) -> Answer:
     gateway = await stand.gateway()
     return await gateway.client.get("/info", headers={"x-big": "a" * MAX_HEAD_BYTES})
@@ -240,6 +245,7 @@ SCENES: dict[str, Scene] = {
     "AUTH_MISSING": with_key(""),
     "AUTH_INVALID": with_key("sk-headrace-000000000000-" + "0" * 43),
     "AUTH_EXPIRED": with_key(expires_s=1),
+    "HOST_NOT_ALLOWED": host_not_allowed,
     "SCOPE_DENIED": with_key(scopes=("metrics",)),
     "MODEL_NOT_ALLOWED": with_key(models=("other",)),
     "RATE_LIMITED": with_key(limits=Limits(requests_per_minute=1)),

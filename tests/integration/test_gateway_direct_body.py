@@ -14,7 +14,7 @@ BODY = json.dumps({"inputs": "hi"}).encode()
 def _request(path: str, body: bytes = b"") -> bytes:
     method = b"POST" if body else b"GET"
     return (
-        b"%b %b HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+        b"%b %b HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%b" % (method, path.encode(), len(body), body)
     )
 

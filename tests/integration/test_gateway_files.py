@@ -69,7 +69,7 @@ async def announced(
     """A connection on which a form of ``length`` was announced, and ``sent`` of it."""
     async with gateway.connected() as (reader, writer):
         writer.write(
-            b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
             b"Content-Type: multipart/form-data; boundary=x\r\n\r\n%b" % (length, sent)
         )
         await writer.drain()

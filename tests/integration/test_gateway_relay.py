@@ -431,7 +431,7 @@ async def _post_slowly(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
     body = json.dumps(BODY).encode()
     writer.write(
-        b"POST /generate_stream HTTP/1.1\r\nhost: test\r\nconnection: close\r\n"
+        b"POST /generate_stream HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
     )
     await writer.drain()

@@ -118,7 +118,7 @@ async def ask_slowly(
     address = urlsplit(gateway.url)
     await asyncio.get_running_loop().sock_connect(connection, (address.hostname, address.port))
     reader, writer = await asyncio.open_connection(sock=connection, limit=2048)
-    writer.write(f"GET {url} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n".encode())
+    writer.write(f"GET {url} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     return reader, writer
 
 

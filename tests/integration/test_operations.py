@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from common.broker import FailureNote
+from common.ids import request_of
 from tests.support.api_keys import PEPPER, bearer, make_key
+from tests.support.dead_letters import killed
+from tests.support.event_schema import captured_logs
 from tests.support.gateway_app import Stand
 from tests.support.scripted_worker import Turn, saying
 from tests.support.waiting import wait_until
@@ -46,7 +49,8 @@ async def test_another_website_is_refused_everywhere(stand: Stand, method: str, 
     ):
         answer = await gateway.client.request(method, path, headers=headers)
         assert answer.status_code == 403
-        assert answer.json()["code"] == "SCOPE_DENIED"
+        expected = "HOST_NOT_ALLOWED" if "host" in headers else "SCOPE_DENIED"
+        assert answer.json()["code"] == expected
 
 
 async def test_who_shows_a_key_is_past_the_question_where_he_comes_from(stand: Stand) -> None:
@@ -78,6 +82,24 @@ async def test_the_worker_is_told_which_key_asked(stand: Stand) -> None:
     [seen] = (await stand.broker.census()).workers
     assert seen.drain_cause.startswith("operator with key ")
     assert key not in seen.drain_cause, "never the secret"
+
+
+async def test_who_had_a_dead_letter_asked_anew_or_removed_is_logged(stand: Stand) -> None:
+    """In a line of the request that it was, with the key that asked."""
+    gateway = await stand.gateway(key_pepper=PEPPER)
+    key = await make_key(stand.broker, "a", scopes=("admin",))
+    revived, discarded = await killed(stand.broker), await killed(stand.broker)
+    with captured_logs() as lines:
+        path = f"/ops/dead/{revived.id}/requeue"
+        answer = await gateway.client.post(path, headers=bearer(key))
+        await gateway.client.post(f"/ops/dead/{discarded.id}/discard", headers=bearer(key))
+    [first, second] = [line for line in lines if line["event"].startswith("job.")]
+    assert (first["event"], first["job_id"]) == ("job.revived", revived.id)
+    assert first["revived_as"] == answer.json()["request_id"]
+    assert (second["event"], second["job_id"]) == ("job.discarded", discarded.id)
+    for line in (first, second):
+        assert line["request_id"] == request_of(line["job_id"])
+        assert line["cause"].removeprefix("operator with key ") in key
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -111,6 +113,28 @@ def test_a_dead_letter_is_listed_shown_and_asked_anew(
     assert first.out == again.out, "once"
     assert "nothing was done now" in again.err
     assert "Nothing was set aside" in dead("list").out
+
+
+def test_where_the_pool_has_its_log_the_command_writes_what_it_did(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    id = on_pool(redis_server, kill)
+    (tmp_path / "log").mkdir()
+    said = [
+        subprocess.run(
+            [sys.executable, "-m", "ops.cli", "dead", action, id,
+             "--redis-url", redis_server.url, "--data-dir", str(tmp_path)],
+            check=False, capture_output=True, text=True, timeout=60, cwd=ROOT,
+        )
+        for action in ("requeue", "discard")
+    ]  # fmt: skip
+    assert [it.returncode for it in said] == [0, 0]
+    lines = (tmp_path / "log" / "command.jsonl").read_text().splitlines()
+    revived, discarded = map(json.loads, lines)
+    assert revived["revived_as"] == said[0].stdout.strip()
+    for line, event in ((revived, "job.revived"), (discarded, "job.discarded")):
+        assert (line["event"], line["service"], line["job_id"]) == (event, "command", id)
+        assert line["cause"] == "operator at the command line"
 
 
 def test_a_dead_letter_is_discarded(dead: Headrace, redis_server: RedisServer) -> None:

@@ -1,6 +1,7 @@
 """One request's whole story, found in any amount of logs, and what changes were followed by."""
 
 import gzip
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ def told(folder: Path, request: str) -> tuple[int, dict[str, Any]]:
     answer = CliRunner().invoke(show.main, arguments, standalone_mode=False)
     assert answer.exception is None, answer.exception
     return answer.return_value, orjson.loads(answer.output)
+
+
+def test_what_was_asked_anew_tells_as_which(
+    logs_of_trouble: Path, lines: list[Line], tmp_path: Path
+) -> None:
+    """However long after its end an operator decided that."""
+    end = finished(lines, code="NAN_LOGITS")
+    wish = {"revived_as": "another-request", "cause": "operator at the gateway"}
+    line = {name: end[name] for name in ("schema", "service", "instance", "pid", "host", "version")}
+    line |= {"ts": "2099-01-01T00:00:00.000000Z", "level": "info", "event": "job.revived"}
+    line |= {"request_id": end["request_id"], "job_id": f"{end['request_id']}.0", "git_sha": ""}
+    folder = Path(shutil.copytree(logs_of_trouble, tmp_path / "logs"))
+    (folder / "command.jsonl").write_bytes(orjson.dumps(line | wish) + b"\n")
+    _, answer = told(folder, end["request_id"])
+    [finding] = [one for one in answer["findings"] if "asked anew" in one["what"]]
+    assert "another-request by operator at the gateway" in finding["what"]
+    assert "show another-request" in finding["next"]
 
 
 def test_a_request_that_was_moved_tells_by_whom_and_why(

@@ -13,6 +13,7 @@ from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
 from tests.support.engines import request, run_all, run_one
 from tests.support.grammars import Residues
+from tests.support.models import simulated
 from workers.engine.factory import build_engine
 from workers.engine.port import Engine, EngineRequest
 from workers.engine.simulated import SCRIPT
@@ -67,7 +68,7 @@ def test_another_worker_continues_identically(
     whole = run_one(engine, whole_request)
     other = build_engine(settings(tmp_path))
     assert other.model_version == engine.model_version
-    assert engine.model_version.startswith("simulated@")
+    assert engine.model_version == simulated(tmp_path).manifest.version
     for cut in (0, 1, 30, 59):
         handed = EngineRequest(
             "g", whole_request.prompt, whole_request.sampling, whole.tokens[:cut]

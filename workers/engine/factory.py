@@ -14,6 +14,7 @@ from common.clock import monotonic_s
 from common.failures import Failure
 from common.logs import get_logger
 from common.models.adapters import AdapterStore
+from common.models.files import read_json
 from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
@@ -369,6 +370,10 @@ def _model_version(stored: StoredModel, settings: WorkerSettings) -> str:
 
 
 def _simulated_version(stored: StoredModel) -> str:
-    """Equal wherever script and tokenizer are, because then the tokens are."""
+    """That of the model without weights, of which the script is a part; for another one's tokens
+    one of its own. Equal wherever script and tokenizer are, because then the tokens are.
+    """
+    if read_json(stored.path / "config.json").get("script") == list(SCRIPT):
+        return stored.manifest.version
     content = "\n".join((stored.manifest.tokenizer_sha256, *SCRIPT))
     return f"simulated@{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -13,26 +13,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from common.models.simulated import SCRIPT
 from workers.engine.batching import Choice, Outcome
 from workers.engine.grammar import GrammarError, Matcher
 from workers.engine.scheduler import Chunk
 from workers.engine.sequence import Sequence
-
-SCRIPT = (
-    "A river above the mill is led into a channel.",
-    "The channel keeps its level while the valley falls away.",
-    "Where it ends, the water has somewhere to fall, and the wheel begins to turn.",
-    "Nobody upstream needs to know which wheel that is.",
-    "If one wheel stands still, the sluice beside it opens and another takes the flow.",
-    "What was ground stays ground; the stones go on with the next grain.",
-    "In dry weeks the miller counts the hours and lets the small orders through first.",
-    "In spring he opens the spillway early, before the bank is tried.",
-    "Children sail bark boats from the weir and meet them again below the bridge. 🛶",
-    "The café by the lock serves crêpes, and nobody there is in a hurry.",
-    "An old ledger notes each sack, who brought it, and when it was fetched.",
-    "So even after the great flood every farmer got his own flour back.",
-)
-"""Sentences that a generation strings together in an order of its own."""
 
 _MIN_SENTENCES, _MAX_SENTENCES = 4, 40
 """How much a generation says before it ends by itself: about 60 to 600 tokens of a common

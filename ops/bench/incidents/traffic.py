@@ -180,7 +180,7 @@ def _request(source: Source, asked: Asked) -> bytes:
     payload = orjson.dumps(asked.body)
     lines = [
         f"POST {asked.path} HTTP/1.1",
-        "Host: headrace",
+        "Host: localhost",
         "Connection: close",
         "Content-Type: application/json",
         f"Content-Length: {len(payload)}",
