@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator
 from structlog.testing import capture_logs
 
 from common import logs
@@ -59,7 +59,7 @@ def violations(line: Line) -> list[str]:
     if validator is None:
         return [f"{event}: no event of the schema: {line}"]
     return [
-        f"{event}: {'.'.join(map(str, error.absolute_path)) or 'line'}: {error.message}"
+        f"{event}: {'.'.join(map(str, error.instance_path)) or 'line'}: {error.message}"
         for error in validator.iter_errors(cast(Any, line))
     ]
 

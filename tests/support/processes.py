@@ -36,6 +36,8 @@ class Process:
         self.folder = folder
         self.url = url
         self._popen = popen
+        self._read: list[Event] = []
+        self._read_bytes = 0
 
     @property
     def pid(self) -> int:
@@ -53,16 +55,23 @@ class Process:
 
     def events(self, name: str | None = None, **fields: object) -> list[Event]:
         """The log so far, filtered by event name and fields."""
-        path = self.folder / f"{self.role}.jsonl"
-        text = path.read_bytes() if path.exists() else b""
-        lines = [
-            json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")
-        ]
+        self._read_on()
         return [
             line
-            for line in lines
+            for line in self._read
             if (name is None or line["event"] == name) and fields.items() <= line.items()
         ]
+
+    def _read_on(self) -> None:
+        """Read what was logged since: whoever waits looks a hundred times a second."""
+        path = self.folder / f"{self.role}.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as log:
+            log.seek(self._read_bytes)
+            whole, end, _ = log.read().rpartition(b"\n")
+        self._read_bytes += len(whole + end)
+        self._read += map(json.loads, whole.splitlines())
 
     def errors(self) -> str:
         """What the process wrote on standard error: nothing, if all is well."""

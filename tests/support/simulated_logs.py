@@ -326,5 +326,5 @@ def _stamped(line: Line) -> Line:
 def write(lines: list[Line], path: Path) -> Path:
     """As JSON lines; packed where the name ends in .gz."""
     data = b"\n".join(orjson.dumps(line) for line in lines) + b"\n"
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, compresslevel=1) if path.suffix == ".gz" else data)
     return path

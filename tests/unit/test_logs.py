@@ -79,7 +79,7 @@ def test_a_name_outside_the_schema_is_marked_and_written(log_dir: Path) -> None:
 def test_a_wrong_field_is_named_with_its_event_and_value(log_dir: Path) -> None:
     """A reader relies on names and types; whoever breaks them learns where."""
     logs.configure("worker", "w1234", log_dir=log_dir, check=check)
-    with pytest.raises(ValueError, match=r"gateway\.ready: url: 8080 is not of type 'string'"):
+    with pytest.raises(ValueError, match=r'gateway\.ready: url: 8080 is not of type "string"'):
         get_logger().info("gateway.ready", url=8080)
     with pytest.raises(ValueError, match=r"gateway\.ready: line: .*'adress'"):
         get_logger().info("gateway.ready", adress="http://127.0.0.1")
