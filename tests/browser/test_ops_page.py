@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page
@@ -144,6 +145,9 @@ async def test_the_banner_says_what_is_wrong_why_and_what_to_run(
     await page.keyboard.press("Enter")
     await sees(page, "#banner-command", "Copied")
     assert await page.evaluate("navigator.clipboard.readText()") == GROWS.command
+    pool.tells(diagnosis=[msgspec.structs.replace(GROWS, severity="warning")])
+    await page.wait_for_selector("#banner[data-severity=warning]")
+    assert await page.title() == "Warning – Headrace", "the same case, no longer as bad"
     pool.tells(diagnosis=[WELL])
     await page.wait_for_selector("#banner[data-severity=ok]")
     await page.wait_for_selector(".station.queue[data-severity=ok]")
@@ -236,6 +240,7 @@ async def test_a_restarted_gateway_is_resumed_without_a_gap(site: Site, door: Do
             gateway.kill()
             await sees_feed(page, "lost")
             assert await page.evaluate("document.body.classList.contains('is-old')")
+            await sees(page, "#banner", "lost its connection", "headrace status")
             link.lead_to((await site.new_gateway()).url)
             await sees_feed(page, "live")
             assert not await page.evaluate("document.body.classList.contains('is-old')")
@@ -249,7 +254,9 @@ async def test_silence_is_said(visitor: Visitor, pool: Pool) -> None:
     page = await at_operations(visitor)
     pool.is_silent = True
     await sees_feed(page, "stale")
-    await sees(page, "#feed", "Nothing new for", "Shown is")
+    await sees(page, "#feed", "Nothing new for 6 s", "Shown is")
+    said = await page.locator("#announcer > p").all_inner_texts()
+    assert len([text for text in said if "Nothing new" in text]) == 1, "its seconds are not told"
     await sees(page, "#banner", "This picture is old")
     pool.is_silent = False
     await sees_feed(page, "live")

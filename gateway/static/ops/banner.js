@@ -29,6 +29,7 @@ export class Banner {
   /** By station of the picture: how badly it is off. @type {Map<string, string>} */
   severities = new Map();
   #code = "";
+  #severity = "unknown";
   /** By code: the lines below the first one. */
   #more = new Map();
 
@@ -45,7 +46,7 @@ export class Banner {
     setText($("banner-why"), why);
     $("banner-command").hidden = !command;
     setText($("banner-command").querySelector("code"), command);
-    if (code !== this.#code) this.#turnTo(code, severity, what);
+    if (code !== this.#code || severity !== this.#severity) this.#turnTo(code, severity, what);
     this.#showMore(more);
     // The worst comes first, and what was set stays.
     this.severities = new Map(
@@ -55,10 +56,12 @@ export class Banner {
     );
   }
 
-  /** Its figures change each second; who listens is told when it is another case. */
+  /** Its figures change each second; who listens is told when it is another case, or a worse one. */
   #turnTo(code, severity, what) {
-    if (this.#code || severity !== "ok") announce(what);
+    const isNews = code !== this.#code || severity === "critical";
+    if (isNews && (this.#code || severity !== "ok")) announce(what);
     this.#code = code;
+    this.#severity = severity;
     $("banner")
       .querySelector(".banner-sign path")
       .setAttribute("d", SIGNS[severity] ?? SIGNS.unknown);

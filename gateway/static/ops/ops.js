@@ -24,6 +24,14 @@ const SILENCE_MS = 20_000;
 /** Without a new overview for so long, what is shown is history. */
 const STALE_MS = 4000;
 const LOOK_MS = 1000;
+/** What the banner says as long as no gateway can say anything. */
+const WITHOUT_CONNECTION = {
+  severity: "warning",
+  code: "connection_lost",
+  what: "This page has lost its connection to the gateway: what it shows is old.",
+  why: "It tries again by itself. Questions may be answered as ever, by another gateway or this one.",
+  command: "headrace status",
+};
 
 const store = openKey();
 const history = new History();
@@ -77,6 +85,7 @@ async function connect() {
       },
       onState: (told) => {
         state = told;
+        if (told === "reconnecting") banner.show([WITHOUT_CONNECTION]);
         showState();
       },
       signal: own.signal,
@@ -126,10 +135,18 @@ function showModel({ model, model_version: version }) {
 function showState() {
   const [name, text] = describeState();
   const feed = $("feed");
-  if (feed.dataset.state !== name) feed.dataset.state = name;
+  if (feed.dataset.state !== name) turnFeedTo(name, text);
   document.body.classList.toggle("is-old", name === "lost" || name === "stale");
   const shown = feed.firstElementChild;
   if (shown.textContent !== text) shown.textContent = text;
+}
+
+/** Its words may change each second; who listens is told when it is another case, a loss by the banner. */
+function turnFeedTo(name, text) {
+  const feed = $("feed");
+  const isFirst = feed.dataset.state === "connecting";
+  if (!isFirst && name !== "lost") announce(text);
+  feed.dataset.state = name;
 }
 
 /** @returns {[name: "live"|"stale"|"lost"|"connecting", text: string]} */

@@ -35,7 +35,10 @@ export class Sheet {
       cell.scope = "col";
       cell.textContent = name;
       if (kind) cell.dataset.kind = kind;
-      if (!name) cell.ariaLabel = "Actions";
+      if (!name) {
+        cell.dataset.kind = "buttons";
+        cell.append(newHiddenName("Actions"));
+      }
     }
     this.#body = this.#table.createTBody();
     this.#table.hidden = true;
@@ -131,6 +134,14 @@ class Line {
     });
     return (row) => shown.forEach((show) => show(row));
   }
+}
+
+/** For who listens; who looks sees buttons. */
+function newHiddenName(text) {
+  const node = document.createElement("span");
+  node.className = "visually-hidden";
+  node.textContent = text;
+  return node;
 }
 
 /** A bar at the end of a cell; returns what fills it up to a part. */
