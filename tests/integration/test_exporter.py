@@ -8,7 +8,7 @@ import pytest
 
 from common.broker import Broker, WorkerPresence, connect
 from common.models.simulated import SIMULATED_MODEL
-from tests.support.expositions import Figures, figures_in
+from tests.support.expositions import Figures, complaints, figures_in
 from tests.support.generations import admit
 from tests.support.processes import Processes, processes
 from tests.support.redis_server import RedisServer
@@ -26,6 +26,21 @@ async def figures_of(url: str) -> Figures:
         answer = await client.get(f"{url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     return figures_in(answer.text)
+
+
+async def test_what_is_shown_is_as_prometheus_wants_it(started: Processes) -> None:
+    """``promtool check metrics`` finds nothing to complain of, with a worker and a queue."""
+    broker = Broker(connect(started.redis_url), SIMULATED_MODEL)
+    await broker.load()
+    await broker.beat_worker(
+        "w1", WorkerPresence("m@1", 1000, 100.0), seen=0, holding=[], lease_ms=60_000
+    )
+    await admit(broker, prompt_tokens=4, max_new_tokens=8)
+    exporter = await started.exporter().ready()
+    await shown(exporter.url, "headrace_workers", state="ready")
+    async with httpx.AsyncClient() as client:
+        assert complaints((await client.get(f"{exporter.url}/metrics")).text) == []
+    await broker.close()
 
 
 async def shown(url: str, name: str, **labels: str) -> Figures:

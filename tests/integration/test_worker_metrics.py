@@ -126,6 +126,7 @@ async def test_nothing_but_figures_is_at_that_port(started: Processes) -> None:
     answer = await text_of(background)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert figures_in(answer.text).total("process_resident_memory_bytes") > 10_000_000
+    assert complaints(answer.text) == []
 
 
 async def test_what_is_shown_is_as_prometheus_wants_it(started: Processes) -> None:

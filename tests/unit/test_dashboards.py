@@ -34,6 +34,8 @@ def test_it_takes_any_data_source_and_any_model(board: Board) -> None:
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     assert variables["datasource"]["query"] == "prometheus"
+    # Grafana 12 draws before it has chosen: what is left open then is a source that does not exist.
+    assert variables["datasource"]["current"] == {"text": "default", "value": "default"}
     used = {
         name
         for panel in panels(board)
