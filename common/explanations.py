@@ -253,11 +253,6 @@ EXPLANATIONS: dict[str, Explanation] = {
         (_SHOW, _TOP, _CHANGES),
         "availability-burn",
     ),
-    "INCOMPLETE_GENERATION": Explanation(
-        "A stream ended without a finish reason: the connection to the gateway broke.",
-        "Resume it at GET /v1/streams/{id} with Last-Event-ID: the rest follows, byte for byte.",
-        (_SHOW,),
-    ),
     "MODEL_LOAD_FAILED": Explanation(
         "The model's files are incomplete, of an architecture that is not known, or do not fit"
         " this machine. The worker ends with exit code 70.",
@@ -382,6 +377,18 @@ INSIDE: dict[str, Inside] = {
             "A closed page, a timeout of the client or of a proxy, a DELETE.",
             "Nothing. Many at one moment: look for a timeout in the proxy, or slow first tokens.",
             (_SHOW, "headrace incident spike"),
+        ),
+    ),
+    "INCOMPLETE_GENERATION": Inside(
+        "A connection ended before its stream did: its gateway died, or the network between.",
+        "gateway.accepted without request.finished; process.exited of a gateway",
+        "a connection that breaks, and no finish reason",
+        Explanation(
+            "Each generation has its end; this reader only was not told of it.",
+            "Resume it on any gateway, at GET /v1/streams/{id} with Last-Event-ID: the rest"
+            " follows, byte for byte.",
+            (_SHOW, "headrace incident verify"),
+            "gateway-away",
         ),
     ),
     "LOG_SINK_BLOCKED": Inside(

@@ -389,15 +389,6 @@ KINDS: dict[str, FailureKind] = {
             "The engine failed on this generation.",
         ),
         _kind(
-            "INCOMPLETE_GENERATION",
-            500,
-            _SERVER,
-            "incomplete_generation",
-            False,
-            Actor.AUTOMATIC,
-            "The stream ended without a finish reason; resume it.",
-        ),
-        _kind(
             "MODEL_LOAD_FAILED",
             503,
             _SERVER,

@@ -36,7 +36,8 @@ _OVERLOADED = frozenset(
         "RATE_LIMITED",
     }
 )
-_TGI_ERRORS = {"TEMPLATE_ERROR": "template", "INCOMPLETE_GENERATION": "incomplete"}
+_TGI_ERRORS = {"template_error": "template", "incomplete_generation": "incomplete"}
+"""Its metrics' words for its types of errors, where the two differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,4 +257,5 @@ def _tgi_error(code: str) -> str:
         return "dropped"
     if code in _OVERLOADED:
         return "overloaded"
-    return _TGI_ERRORS.get(code) or ("validation" if is_callers_fault(code) else "generation")
+    told = KINDS[code].tgi_type if code in KINDS else ""
+    return _TGI_ERRORS.get(told) or ("validation" if is_callers_fault(code) else "generation")

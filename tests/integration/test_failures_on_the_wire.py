@@ -1,44 +1,59 @@
 """Every failure code that a gateway answers with is made to come: answer and log are as its row."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+import resource
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from common.failures import KINDS, Failure
+from common.failures import KINDS
 from common.keys import Limits
-from common.models.chat_template import ChatTemplate
-from common.storage import local
-from gateway.errors import status_of
+from gateway.app import drain
 from gateway.middleware import MAX_HEAD_BYTES
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.batches import batch_record
+from tests.support.failure_rows import check_row, check_witnesses
 from tests.support.fault_proxy import fault_proxy
-from tests.support.gateway_app import Stand
-from tests.support.scripted_worker import saying
+from tests.support.gateway_app import RunningGateway, Stand
+from tests.support.scripted_worker import ScriptedWorker, saying
+from tests.support.waiting import wait_until
 
 JSON = {"content-type": "application/json"}
 PROMPT = {"prompt": "hi", "max_tokens": 4}
 GENERATE = "/generate"
+_MOST_BYTES = 1024 * 1024
 COMPLETIONS = "/v1/completions"
 NATIVE = {"inputs": "hi", "parameters": {"max_new_tokens": 4}}
 
 Answer = httpx.Response
 Scene = Callable[[Stand], Awaitable[Answer]]
 
+_OF_WORKERS = "integration/test_failures_of_workers.py::test_what_a_worker_refuses_has_its_code"
+_OF_STARTS = "integration/test_failures_inside.py::test_a_model_that_is_not_right_ends_the_start"
 ELSEWHERE = {
-    "MODEL_LOAD_FAILED": "ends a start",
-    "WEIGHTS_MISMATCH": "ends a start",
-    "UNSAFE_FORMAT": "ends a start",
-    "INCOMPLETE_GENERATION": "a word of TGI's; here each generation has an end",
+    **dict.fromkeys(
+        (
+            "ADAPTER_LOAD_FAILED",
+            "CUDA_OOM",
+            "ENGINE_ERROR",
+            "GRAMMAR_REJECTED",
+            "NAN_LOGITS",
+            "TEMPLATE_ERROR",
+            "TOKENIZER_MISMATCH",
+        ),
+        _OF_WORKERS,
+    ),
+    "MODEL_LOAD_FAILED": _OF_STARTS,
+    "WEIGHTS_MISMATCH": _OF_STARTS,
+    "UNSAFE_FORMAT": "integration/test_failures_inside.py"
+    "::test_a_model_that_brings_code_is_not_taken",
 }
-"""Codes that no gateway answers a request with, and why."""
+"""Codes for which it takes a model, or that end a start: where they come from their causes."""
 
 
 def asking(path: str, body: Any = None, method: str = "", **settings: Any) -> Scene:
@@ -48,20 +63,6 @@ def asking(path: str, body: Any = None, method: str = "", **settings: Any) -> Sc
         await stand.worker()
         gateway = await stand.gateway(**settings)
         return await gateway.client.request(method or ("POST" if body else "GET"), path, json=body)
-
-    return scene
-
-
-def failing(code: str, path: str = COMPLETIONS) -> Scene:
-    """What a worker, or Redis in its place, says of a generation."""
-
-    async def scene(stand: Stand) -> Answer:
-        worker = await stand.worker()
-        gateway = await stand.gateway()
-        body = NATIVE if path == GENERATE else PROMPT
-        request = asyncio.create_task(gateway.client.post(path, json=body))
-        await (await worker.take()).fail(code)
-        return await request
 
     return scene
 
@@ -89,16 +90,6 @@ async def body_timeout(stand: Stand) -> Answer:
         head, _, body = (await asyncio.wait_for(reader.read(), 15)).partition(b"\r\n\r\n")
     lines = [line.split(": ", 1) for line in head.decode().split("\r\n")[1:]]
     return Answer(int(head.split()[1]), headers=[(name, it) for name, it in lines], content=body)
-
-
-async def template_error(stand: Stand) -> Answer:
-    await stand.worker()
-    gateway = await stand.gateway()
-    services = gateway.services
-    broken = ChatTemplate("{{ raise_exception('never') }}", {})
-    services.model = replace(services.model, chat_template=broken)
-    body = {"messages": [{"role": "user", "content": "hi"}]}
-    return await gateway.client.post("/v1/chat/completions", json=body)
 
 
 async def unsupported_media_type(stand: Stand) -> Answer:
@@ -151,6 +142,35 @@ async def generation_timeout(stand: Stand) -> Answer:
     return await request
 
 
+async def poison_request(stand: Stand) -> Answer:
+    """Three workers take it, and are never heard of again."""
+    gateway = await stand.gateway()
+    async with asyncio.TaskGroup() as tasks:
+        request = None
+        for _ in range(3):
+            worker = await stand.worker()
+            request = request or tasks.create_task(gateway.client.post(COMPLETIONS, json=PROMPT))
+            await worker.take()
+            await stand.broker.bury_worker(worker.name)
+    assert request is not None
+    return request.result()
+
+
+async def model_version_gone(stand: Stand) -> Answer:
+    """It has begun, and the last worker of its version went half a minute ago."""
+    worker, redis = await stand.worker(), Redis.from_url(stand.redis_url)
+    gateway = await stand.gateway()
+    request = asyncio.create_task(gateway.client.post(COMPLETIONS, json=PROMPT))
+    turn = await worker.take()
+    await turn.say("a")
+    await turn.release()
+    await worker.leave()
+    await ScriptedWorker(stand.broker, "another@1").beat()
+    await redis.zadd("hr:{simulated/0}:versions", {stand.version: 1})
+    await redis.aclose()
+    return await request
+
+
 async def protocol_too_new(stand: Stand) -> Answer:
     worker = await stand.worker()
     gateway = await stand.gateway()
@@ -186,16 +206,27 @@ async def broker_full(stand: Stand) -> Answer:
         await redis.aclose()
 
 
-def with_storage(error: OSError) -> Scene:
-    """An upload onto a disk that says ``error`` to the first byte."""
+async def storage_unavailable(stand: Stand) -> Answer:
+    """Where the directory should be lies a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        gateway = await stand.gateway(storage_url=f"file://{file.name}/files")
+        return await upload(gateway, b"a")
 
-    async def scene(stand: Stand) -> Answer:
-        gateway = await stand.gateway()
-        form = {"file": ("a", b"a"), "purpose": (None, "batch")}
-        with patch.object(local._Draft, "write", side_effect=error):
-            return await gateway.client.post("/v1/files", files=form)
 
-    return scene
+async def storage_full(stand: Stand) -> Answer:
+    """The system gives no file more room than that."""
+    gateway = await stand.gateway()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, limits[1]))
+    try:
+        return await upload(gateway, b"a" * (_MOST_BYTES + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+async def upload(gateway: RunningGateway, content: bytes) -> Answer:
+    form = {"file": ("a", content), "purpose": (None, "batch")}
+    return await gateway.client.post("/v1/files", files=form)
 
 
 async def batch_ended(stand: Stand) -> Answer:
@@ -206,7 +237,7 @@ async def batch_ended(stand: Stand) -> Answer:
 
 async def draining(stand: Stand) -> Answer:
     gateway = await stand.gateway()
-    gateway.services.is_draining = True
+    await drain(gateway.services, 0.0)
     return await gateway.client.post(COMPLETIONS, json=PROMPT)
 
 
@@ -230,18 +261,15 @@ UNKNOWN_STREAM = "/v1/streams/0123456789abcdef0123456789abcdef"
 SCENES: dict[str, Scene] = {
     "BAD_REQUEST": asking(COMPLETIONS, {"prompt": []}),
     "UNSUPPORTED_PARAMETER": asking(COMPLETIONS, PROMPT | {"suffix": "x"}),
-    "GRAMMAR_REJECTED": failing("GRAMMAR_REJECTED"),
     "BODY_TOO_LARGE": asking(COMPLETIONS, {"prompt": "a" * 200}, payload_limit=100),
     "BODY_TIMEOUT": body_timeout,
     "HEADER_TOO_LARGE": too_large_a_head,
     "UNSUPPORTED_MEDIA_TYPE": unsupported_media_type,
     "CONTEXT_LENGTH_EXCEEDED": asking(COMPLETIONS, PROMPT | {"max_tokens": 10**6}),
-    "TEMPLATE_ERROR": template_error,
     "NOT_FOUND": asking("/nowhere"),
     "METHOD_NOT_ALLOWED": asking(GENERATE),
     "MODEL_NOT_FOUND": asking("/v1/models/other"),
     "ADAPTER_NOT_FOUND": asking(GENERATE, {"inputs": "hi", "parameters": {"adapter_id": "x"}}),
-    "ADAPTER_LOAD_FAILED": failing("ADAPTER_LOAD_FAILED"),
     "AUTH_MISSING": with_key(""),
     "AUTH_INVALID": with_key("sk-headrace-000000000000-" + "0" * 43),
     "AUTH_EXPIRED": with_key(expires_s=1),
@@ -258,53 +286,34 @@ SCENES: dict[str, Scene] = {
     "NO_WORKERS": no_workers,
     "QUEUE_TIMEOUT": asking(COMPLETIONS, PROMPT, queue_limit_s=0.2),
     "GENERATION_TIMEOUT": generation_timeout,
-    "POISON_REQUEST": failing("POISON_REQUEST"),
-    "MODEL_VERSION_GONE": failing("MODEL_VERSION_GONE"),
+    "POISON_REQUEST": poison_request,
+    "MODEL_VERSION_GONE": model_version_gone,
     "PROTOCOL_TOO_NEW": protocol_too_new,
-    "NAN_LOGITS": failing("NAN_LOGITS", GENERATE),
-    "CUDA_OOM": failing("CUDA_OOM"),
-    "ENGINE_ERROR": failing("ENGINE_ERROR", GENERATE),
-    "TOKENIZER_MISMATCH": failing("TOKENIZER_MISMATCH"),
     "BROKER_UNAVAILABLE": broker_unavailable,
     "BROKER_FULL": broker_full,
-    "STORAGE_UNAVAILABLE": with_storage(OSError(5, "EIO")),
-    "STORAGE_FULL": with_storage(OSError(28, "ENOSPC")),
+    "STORAGE_UNAVAILABLE": storage_unavailable,
+    "STORAGE_FULL": storage_full,
     "BATCH_ENDED": batch_ended,
     "DRAINING": draining,
     "INTERNAL": internal,
 }
-FINAL_EVENTS = ("gateway.rejected", "request.finished", "request.failed")
-"""One of them tells how a request ended."""
-OPENAI_WORDS = {
-    "AUTH_MISSING": "invalid_api_key",
-    "AUTH_INVALID": "invalid_api_key",
-    "AUTH_EXPIRED": "invalid_api_key",
-    "RATE_LIMITED": "rate_limit_exceeded",
-    "QUOTA_EXHAUSTED": "insufficient_quota",
-}
+ALSO_TOLD = {"POISON_REQUEST": "job.dead", "MODEL_VERSION_GONE": "job.closed"}
+"""By whom it is that ends a generation in its worker's place."""
 
 
 def test_no_code_is_left_out() -> None:
     assert sorted([*SCENES, *ELSEWHERE]) == sorted(KINDS)
+    check_witnesses(ELSEWHERE)
 
 
 @pytest.mark.parametrize("code", SCENES)
 async def test_a_failure_is_answered_as_its_row_says(stand: Stand, code: str) -> None:
     with capture_logs() as lines:
         answer = await SCENES[code](stand)
-    told = answer.json()
-    openai = isinstance(told["error"], dict)
-    wire = "openai" if openai else "tgi"
-    kind = KINDS[code]
-    if openai:
-        assert told["error"]["code"] == OPENAI_WORDS.get(code, code.lower()), answer.text
-        assert told["error"]["type"] == kind.openai_type
-    else:
-        assert told["code"] == code, answer.text
-    assert told["error_type"] == kind.tgi_type
-    assert answer.status_code == status_of(Failure(code), wire)
-    assert answer.headers["x-should-retry"] == ("true" if kind.retryable else "false")
-    assert ("retry-after-ms" in answer.headers) == kind.retryable
-    assert answer.headers["x-request-id"]
-    lines = [line for line in lines if line["event"] in FINAL_EVENTS and line["code"] == code]
-    assert {line.get("status", 500) for line in lines} == {answer.status_code}
+        if event := ALSO_TOLD.get(code):
+            await wait_until(lambda: told(lines, event, code), what=event)
+    check_row(code, answer, lines)
+
+
+def told(lines: Sequence[Mapping[str, Any]], event: str, code: str) -> bool:
+    return [line["code"] for line in lines if line["event"] == event] == [code]

@@ -84,9 +84,8 @@ class Stand:
 async def running_gateway(
     redis_url: str, data_dir: Path, **settings: Any
 ) -> AsyncGenerator[RunningGateway]:
-    chosen = GatewaySettings(
-        redis_url=redis_url, data_dir=data_dir, model="simulated", port=0, **settings
-    )
+    named: dict[str, Any] = {"model": "simulated"} | settings
+    chosen = GatewaySettings(redis_url=redis_url, data_dir=data_dir, port=0, **named)
     model = load_model(chosen)
     brokers = Brokers(
         commands=Broker(
