@@ -278,8 +278,8 @@ def _dead_letters(now: Overview, _: Past) -> Iterator[Diagnosis]:
             what=f"{_count(now.dead_letters, 'question')} "
             f"{'was' if one else 'were'} set aside, because workers died of "
             f"{'it' if one else 'them'}.",
-            why="What has ended three workers in a row is not given to a fourth. Somebody has to "
-            "look at it, and ask it again or discard it.",
+            why="What ended two workers beside others, and two more alone, is not given to a "
+            "fifth. Somebody has to look at it, and ask it again or discard it.",
             command="headrace dead list",
         )
 

@@ -212,8 +212,9 @@ EXPLANATIONS: dict[str, Explanation] = {
         "first-token-burn",
     ),
     "POISON_REQUEST": Explanation(
-        "Three workers in a row died while they ran this request, so it is quarantined with its"
-        " evidence, and no fourth is risked.",
+        "Two workers in a row died while they ran this request with others, and two more while it"
+        " was on probation: nothing else had just been claimed beside it. So it is quarantined with"
+        " its evidence, and no fifth is risked. (Ten deaths in all end any request.)",
         "Do not send it again. Look at what the workers said as they died, keep the bundle for"
         " whoever develops the engine. If they died of something else:"
         " `headrace dead requeue REQUEST_ID`.",

@@ -130,6 +130,11 @@ class Attempt:
         return self._claimed.deaths
 
     @property
+    def is_on_probation(self) -> bool:
+        """Whether Redis gives its worker nothing else, until it is seen to come further."""
+        return self.acked < self._claimed.clear_at
+
+    @property
     def is_redelivery(self) -> bool:
         """Another worker had it before."""
         return not self.fence.startswith("1.")

@@ -8,6 +8,9 @@ have been read.
 Lanes that give way take no room from the others: interactive generations are claimed as if there
 were no others. Some slots and tokens are kept for them; when these are used up as well, those who
 give way are handed back, the ones first that lose least.
+
+A suspect, of which two workers died, comes alone: until it has ended, or has come further than they
+did, nothing else is claimed, so that nobody new is there should it kill this worker too.
 """
 
 import asyncio
@@ -131,6 +134,7 @@ class Intake:
         """Tokens that waited when they were first heard of behind the last claim."""
         self._is_due = True
         self._is_open = True
+        self._suspect: Attempt | None = None
         self._room_changed = asyncio.Event()
         self._reading: set[asyncio.Task[None]] = set()
 
@@ -162,9 +166,10 @@ class Intake:
     def rooms(self) -> dict[Lane, Room]:
         """What may be claimed of lanes that have any room.
 
-        None also while the engine hangs: what it will not run is better off elsewhere.
+        None also while the engine hangs: what it will not run is better off elsewhere; and while a
+        suspect is on probation here, for which Redis would answer nothing.
         """
-        if not self._is_open or self._engine.is_stalled:
+        if not self._is_open or self._engine.is_stalled or self._suspect is not None:
             return {}
         free = self.free()
         rooms: dict[Lane, Room] = {lane: free[RANKS[lane]] for lane in LANES}
@@ -197,8 +202,12 @@ class Intake:
         return chosen
 
     def room_changed(self) -> None:
-        """Something ended in the engine, or was dropped."""
+        """Something ended in the engine, was dropped, or was published."""
         self._adapters.room_changed()
+        suspect = self._suspect
+        if suspect and not (self._ledger.is_running(suspect) and suspect.is_on_probation):
+            self._suspect = None
+            self._is_due = True
         if self.has_room():
             self._room_changed.set()
 
@@ -258,6 +267,8 @@ class Intake:
             self._ledger.seen = self._turn
         if answer.settling_ms:
             asyncio.get_running_loop().call_later(answer.settling_ms / 1000, self._claim_soon)
+        if answer.suspect and not answer.generations:  # it waits until nobody else may kill here
+            asyncio.get_running_loop().call_later(_RETRY_S, self._claim_soon)
         if answer.reserve is not None or not is_kept:
             self._reserve = answer.reserve
         self._waited.clear()
@@ -301,6 +312,7 @@ class Intake:
         if local is not None and local.agrees(claimed.next, claimed.chain):
             local.adopt(claimed)
             self._ledger.hold(local)
+            self._see_through(local)
             self._tell_claimed(local, claimed, kept=local.end)
             return
         if local is not None:
@@ -309,6 +321,7 @@ class Intake:
         attempt = Attempt(claimed, self._turn, self._model_version, monotonic_s())
         self._figures.note_claimed(attempt)
         self._ledger.hold(attempt)
+        self._see_through(attempt)
         if claimed.spec is not None:
             attempt.begin(claimed.spec)
         self._tell_claimed(attempt, claimed)
@@ -317,7 +330,13 @@ class Intake:
         else:
             self._read_beside(self._read(attempt, claimed))
 
+    def _see_through(self, attempt: Attempt) -> None:
+        if attempt.is_on_probation:
+            self._suspect = attempt
+
     def _tell_claimed(self, attempt: Attempt, claimed: Claimed, **kept: int) -> None:
+        if attempt.is_on_probation:
+            kept["on_probation"] = True
         lag_s = attempt.claim_lag_s(self._clock.now_s())
         log.info(
             "worker.claimed",

@@ -397,8 +397,10 @@ class Broker:
         whole = Room(max_generations, budget)
         by_rank = [(rooms or {}).get(lane, whole) for lane in LANES]
         fields = (worker, nonce, turn, min(max_generations, 32), model_version, by_rank)
-        reserve, found, settling_ms = await self._call("claim", _pack(fields))
-        return ClaimAnswer([_claimed(row) for row in found], _reserve(reserve), settling_ms)
+        reserve, found, settling_ms, suspect = await self._call("claim", _pack(fields))
+        return ClaimAnswer(
+            [_claimed(row) for row in found], _reserve(reserve), settling_ms, _text(suspect)
+        )
 
     async def read_spec(self, request_id: str) -> GenerationSpec | None:
         """The spec of a request whose body was too large for the claim; None if it ended."""
@@ -882,7 +884,7 @@ def _body(spec: GenerationSpec | None) -> bytes:
 
 
 def _claimed(row: Sequence[Any]) -> Claimed:
-    generation_id, fence, at, chain, deaths, lane, admitted, claimed, size, body, head = row
+    generation_id, fence, at, chain, deaths, lane, admitted, claimed, size, body, head, clear = row
     return Claimed(
         id=_text(generation_id),
         fence=_text(fence),
@@ -895,6 +897,7 @@ def _claimed(row: Sequence[Any]) -> Claimed:
         body_bytes=size,
         spec=_decoded_spec(body),
         head=head,
+        clear_at=clear,
     )
 
 

@@ -148,7 +148,7 @@ class DeadLetterStore:
         _tell("job.discarded", generation_id, cause)
 
     async def _find(self, generation_id: str) -> tuple[str, DeadLetter | None]:
-        """Its entry in the list, which is short: few requests kill three workers."""
+        """Its entry in the list, which is short: few requests kill four workers."""
         with mapped_errors():
             found = await self._redis.execute_command(
                 "XREVRANGE", keys.dead(self._prefix), "+", "-", "COUNT", 10_000

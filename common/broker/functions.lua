@@ -15,7 +15,7 @@
 --   doc:<request>       string  what a response says beside its tokens  as gen
 --   idem:<n>:<tenant>:<key>     string: fingerprint and request         as gen; gone when cancelled
 --   lane:<lane>         zset    fresh waiting generations by tag        1 day
---   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms  1 day
+--   again:<version|any> zset    handed back, rank * 10^13 + enqueue ms; suspects behind the others    1 day
 --   due                 zset    id -> next moment to look at it         1 day
 --   held:<worker>       zset    id -> turn of the claim call            1 day
 --   subs:<gateway>      set     ids that the gateway reads              1 day
@@ -46,6 +46,7 @@ local LANES = { 'priority', 'default', 'flex', 'batch' }
 local RANK = { priority = 0, default = 1, flex = 2, batch = 3 }
 local CLASS = { priority = 0, default = 0, flex = 1, batch = 2 }   -- a lane gives way to those of a lower class
 local RANK_WIDTH = 1e13            -- above any time in ms, exact in a double with four ranks
+local SUSPECTS_FROM = 5e12         -- behind any time in ms of this century, in the same rank
 local HEAD_LIMIT_MS = { priority = 5000, default = 5000, flex = 60000, batch = 1800000 }
 local TAG_SCALE = 1000             -- tags are integers: thousandths of a token at weight 1
 local WORKER_LEASE_MS = 5000       -- used when leases are re-based; beats name their own
@@ -53,8 +54,10 @@ local GATEWAY_LEASE_MS = 15000
 local SETTLE_MS = 2000             -- after Redis went back nobody claims: the survivors put back what it lost
 local SLEPT_MS = 5000              -- nobody looked at the clock for so long: the machine slept
 local RESERVE_AFTER_MS = 2000      -- a large head that waits longer gets a worker emptied for it
-local POISON_DEATHS = 3            -- in a row without progress, until suspects run on probation
+local SUSPECT_DEATHS = 2           -- in a row without progress: from then on it runs on probation
+local POISON_DEATHS = 2            -- on probation
 local PROGRESS_TOKENS = 8          -- who came so much further was hardly the cause of the next death
+local SUSPECT_PATIENCE_MS = 5000   -- so long a suspect waits for a worker that happens to be clear; then one becomes so
 local MAX_DEATHS = 10              -- however far it came
 local VERSION_SILENCE_MS = 60000   -- after this without a beat a model version counts as gone
 local NO_WORKER_GRACE_MS = 30000   -- a pool whose worker just restarts still accepts
@@ -132,6 +135,12 @@ local function note_lost(P, role, name, cause, presence)
   keep(P .. 'lost')
 end
 
+-- It killed, or stood beside, and was not seen to come further: the next worker takes nothing beside it.
+local function is_suspect(g) return g.fruitless >= SUSPECT_DEATHS and g.next < g.died_at + PROGRESS_TOKENS end
+
+-- A suspect is on probation under the fence that it was claimed with as one: who knows no probation draws another.
+local function is_on_probation(g) return g.st == 'R' and g.probation == g.fence and is_suspect(g) end
+
 local function is_unread(g) return g.mode == 'attached' and g.subs == '' end
 
 local function ring(P, lane)
@@ -173,14 +182,14 @@ local function waiting_tokens(P)
   return found, total
 end
 
--- R -> Q. What has shown tokens may only be continued by its own model version; what has killed two
--- workers stays out of the lane, so that it never blocks its head.
+-- R -> Q. What has shown tokens may only be continued by its own model version; a suspect stays out
+-- of the lane, so that it never blocks its head, and behind all else that was handed back.
 local function hand_back(P, id, g, now)
   redis.call('ZREM', P .. 'held:' .. g.own, id)
-  if g.next == 0 and g.deaths < 2 then
+  if g.next == 0 and not is_suspect(g) then
     enqueue(P, id, g, 'lane:' .. g.lane, g.tag)
   else
-    local score = RANK[g.lane] * RANK_WIDTH + g.t0
+    local score = RANK[g.lane] * RANK_WIDTH + (is_suspect(g) and SUSPECTS_FROM or 0) + g.t0
     enqueue(P, id, g, g.next > 0 and ('again:' .. g.ver) or 'again:any', score)
     if g.next > 0 then   -- a version that was forgotten already is noted once more, or nobody would end this
       redis.call('ZADD', P .. 'versions', 'NX', number(now - NO_WORKER_GRACE_MS), g.ver)
@@ -610,7 +619,7 @@ end
 
 -- All of a generation but where it stands: what it takes to make it again.
 local HEAD = { 'lane', 'tenant', 'weight', 'cost', 'room', 'bytes', 'tag', 'mode', 'grace', 't0', 't1', 'deadline',
-               'run_limit', 'retention', 'out', 'idem', 'quota', 'hold', 'deaths', 'died_at', 'fruitless' }
+               'run_limit', 'retention', 'out', 'idem', 'quota', 'hold', 'deaths', 'died_at', 'fruitless', 'probation_deaths' }
 
 local function head_of(g)
   local head = {}
@@ -634,7 +643,42 @@ local function hand_to(P, id, g, worker, turn, fence, version, now)
   if g.t1 == 0 then g.t1 = now end
   redis.call('HSET', P .. 'gen:' .. id, 'st', 'R', 'q', '', 'epoch', number(epoch_of(fence)), 'fence', fence, 'own', worker,
     'ver', version, 't1', number(g.t1))
+  if g.next > 0 then redis.call('HSET', P .. 'gen:' .. id, 'from', number(g.next)) end
   redis.call('ZADD', P .. 'held:' .. worker, number(turn), id)
+end
+
+-- Whether all that this worker holds has come further since it was claimed: of the next death nobody
+-- but the suspect beside them would be the cause.
+local function is_clear(P, worker)
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'held:' .. worker, 0, MAX_LEASES - 1)) do
+    local h = redis.call('HMGET', P .. 'gen:' .. id, 'next', 'from')
+    if (tonumber(h[1]) or 0) < (tonumber(h[2]) or 0) + PROGRESS_TOKENS then return false end
+  end
+  return true
+end
+
+-- This worker's presence names a suspect, on probation there or waiting until it is clear: it is given
+-- nothing else, in this call and until that has come to an end.
+local function devote(P, id, picker)
+  local presence = P .. 'worker:' .. picker.worker
+  redis.call('HSET', presence, 'probation', id)
+  redis.call('PEXPIRE', presence, PRESENCE_MS)
+  picker.suspect, picker.max = id, 0
+end
+
+-- Whether this call may take this suspect: only beside nobody who may yet kill. One that never finds
+-- such a worker gets one that becomes so; should that not call again, another one.
+local function may_try(P, id, g, picker)
+  if #picker.found == 0 then
+    if picker.is_clear == nil then picker.is_clear = is_clear(P, picker.worker) end
+    if picker.is_clear then return true end
+  end
+  local since = math.max(tonumber(g.died_ms) or 0, tonumber(g.awaits_ms) or 0)
+  if picker.now - since > SUSPECT_PATIENCE_MS then
+    redis.call('HSET', P .. 'gen:' .. id, 'awaits', picker.worker, 'awaits_ms', number(picker.now))
+    devote(P, id, picker)
+  end
+  return false
 end
 
 -- One claim call: what it may still take, and what it took.
@@ -660,10 +704,17 @@ local function take(P, id, g, picker)
   local size, body = redis.call('HSTRLEN', spec, 'body'), ''
   if size <= INLINE_BODY_BYTES and picker.bytes + size <= MAX_ANSWER_BYTES then body = redis.call('HGET', spec, 'body') or '' end
   picker.bytes = picker.bytes + #body
-  picker.found[#picker.found + 1] = { id, fence, g.next, g.chain, g.deaths, g.lane, g.t0, g.t1, size, body, head_of(g) }
+  local clear_at = 0   -- the position at which its probation ends
+  if is_suspect(g) then
+    clear_at = g.died_at + PROGRESS_TOKENS
+    redis.call('HSET', P .. 'gen:' .. id, 'probation', fence)
+    devote(P, id, picker)
+  end
+  picker.found[#picker.found + 1] = { id, fence, g.next, g.chain, g.deaths, g.lane, g.t0, g.t1, size, body, head_of(g), clear_at }
 end
 
--- Looks at one candidate. Returns false when the call must stop: full, or room is being reserved.
+-- Looks at one candidate. Returns false when the call must stop: full, or room is being reserved;
+-- nil when it must leave this queue, in which nobody but suspects is left.
 local function consider(P, queue, id, is_head, picker, is_starved)
   if #picker.found >= picker.max or picker.looked >= MAX_CANDIDATES then return false end
   picker.looked = picker.looked + 1
@@ -677,6 +728,7 @@ local function consider(P, queue, id, is_head, picker, is_starved)
     return true
   end
   if g.cost <= picker.rooms[g.lane].tokens then
+    if is_suspect(g) and not may_try(P, id, g, picker) then return nil end
     take(P, id, g, picker)
   elseif is_head and picker.now - g.t0 > RESERVE_AFTER_MS and g.cost <= picker.max_cost then
     -- Nobody of its lane or behind it is taken meanwhile; if its lane starves, nobody at all.
@@ -689,7 +741,8 @@ end
 local function pick_from(P, queue, lane, ids, picker)
   for i, id in ipairs(ids) do
     if picker.rooms[lane].slots <= 0 then return true end
-    if not consider(P, queue, id, i == 1, picker) then return false end
+    local goes_on = consider(P, queue, id, i == 1, picker)
+    if not goes_on then return goes_on == nil end
   end
   return true
 end
@@ -729,23 +782,46 @@ local function pick_by_rank(P, picker)
   end
 end
 
+-- The suspect that a worker's presence names: nothing else is claimed while it is on probation there,
+-- nor while it waits for this worker to be clear; once it is, that one is taken.
+local function see_through(P, id, picker)
+  local g = load(P, id)
+  if g and g.own == picker.worker and is_on_probation(g) then
+    picker.suspect = id
+    return
+  end
+  local awaits_us = g and g.st == 'Q' and g.awaits == picker.worker and is_suspect(g)
+  if awaits_us and picker.now - tonumber(g.awaits_ms) <= SUSPECT_PATIENCE_MS then
+    picker.suspect = id
+    if picker.rooms[g.lane].slots > 0 then consider(P, g.q, id, false, picker) end
+    return
+  end
+  if awaits_us then   -- somebody here takes long to come further: as long again for others
+    redis.call('HSET', P .. 'gen:' .. id, 'awaits', '', 'awaits_ms', number(picker.now))
+  end
+  redis.call('HDEL', P .. 'worker:' .. picker.worker, 'probation')
+end
+
+-- Beside what was claimed it answers which suspect the worker has to see through first.
 -- ARGV: [worker, nonce, turn, max, version, [[slots, tokens] by rank of the lane]]
 local function claim(keys, args)
   local P, now = prefix_of(keys), now_ms()
   local settling = guard(P, now)
-  if settling > 0 then return { {}, {}, settling } end
+  if settling > 0 then return { {}, {}, settling, '' } end
   local a = cmsgpack.unpack(args[1])
   local picker = {
     worker = a[1], nonce = a[2], turn = a[3], max = a[4], version = a[5], rooms = {},
     now = now, taken = 0, looked = 0, bytes = 0, reserve = {}, found = {}, outbox = {},
   }
   for rank, lane in ipairs(LANES) do picker.rooms[lane] = { slots = a[6][rank][1], tokens = a[6][rank][2] } end
-  picker.max_cost = tonumber(redis.call('HGET', P .. 'worker:' .. picker.worker, 'max_cost')) or picker.rooms.priority.tokens
-  if pick_starved(P, picker) then pick_by_rank(P, picker) end
+  local presence = redis.call('HMGET', P .. 'worker:' .. picker.worker, 'max_cost', 'probation')
+  picker.max_cost = tonumber(presence[1]) or picker.rooms.priority.tokens
+  if presence[2] then see_through(P, presence[2], picker) end
+  if not picker.suspect and pick_starved(P, picker) then pick_by_rank(P, picker) end
   if #picker.found > 0 then ensure_lease(P, picker.worker, now) end
   measure_drain(P, now, picker.taken)
   deliver(P, picker.outbox)
-  return { picker.reserve, picker.found, 0 }
+  return { picker.reserve, picker.found, 0, picker.suspect or '' }
 end
 
 -- Publishing ------------------------------------------------------------------------------------
@@ -1220,17 +1296,19 @@ local function quarantine(P, id, g, worker, now, outbox)
   close(P, id, g, now, outbox, 'failed', 'POISON_REQUEST')
 end
 
--- Counts a death of the generation's worker; true when it must not kill another one. Innocents die
--- with their neighbours too, but they come further each time: only deaths in a row without progress
--- make a suspect.
-local function count_death(P, id, g, worker)
+-- Counts a death of the generation's worker; true when it must not kill another one. All that a worker
+-- held is under suspicion when it stood there before at the last death, too; but innocents die with
+-- their neighbours, so only who runs on probation can be found guilty.
+local function count_death(P, id, g, worker, now)
   local has_come_on = g.deaths > 0 and g.next >= g.died_at + PROGRESS_TOKENS
+  local failed = has_come_on and 0 or (tonumber(g.probation_deaths) or 0) + (is_on_probation(g) and 1 or 0)
   g.deaths = g.deaths + 1
   g.fruitless = has_come_on and 1 or g.fruitless + 1
   g.died_on = g.died_on and (g.died_on .. ' ' .. worker) or worker
-  redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next),
-    'fruitless', number(g.fruitless), 'died_on', g.died_on)
-  return g.fruitless >= POISON_DEATHS or g.deaths >= MAX_DEATHS
+  g.died_at = g.next
+  redis.call('HSET', P .. 'gen:' .. id, 'deaths', number(g.deaths), 'died_at', number(g.next), 'died_ms', number(now),
+    'fruitless', number(g.fruitless), 'probation_deaths', number(failed), 'died_on', g.died_on)
+  return failed >= POISON_DEATHS or g.deaths >= MAX_DEATHS
 end
 
 local function reap_workers(P, now, outbox, moved)
@@ -1240,7 +1318,7 @@ local function reap_workers(P, now, outbox, moved)
     for _, id in ipairs(redis.call('ZRANGE', held, 0, MAX_MOVES / 4 - 1)) do
       local g = load(P, id)
       if g and g.st == 'R' and g.own == worker then
-        if count_death(P, id, g, worker) then
+        if count_death(P, id, g, worker, now) then
           quarantine(P, id, g, worker, now, outbox)
           moved[#moved + 1] = { id, 'closed', worker, 'POISON_REQUEST' }
         else
@@ -1377,8 +1455,11 @@ local function lane_of(P, now, rank, versions)
   for _, version in ipairs(versions) do
     local queue = P .. 'again:' .. version
     again = again + redis.call('ZCOUNT', queue, from, to)
-    local first = redis.call('ZRANGE', queue, from, to, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
-    if first[2] then oldest = math.min(oldest, tonumber(first[2]) - (rank - 1) * RANK_WIDTH) end
+    for _, since in ipairs({ 0, SUSPECTS_FROM }) do
+      local start = (rank - 1) * RANK_WIDTH + since
+      local first = redis.call('ZRANGE', queue, number(start), to, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
+      if first[2] then oldest = math.min(oldest, (tonumber(first[2]) - start) % SUSPECTS_FROM) end
+    end
   end
   local tokens = tonumber(redis.call('HGET', P .. 'backlog', lane .. '.tokens')) or 0
   return { depth + again, tokens, now - oldest, wait_ms(P, lane), again }

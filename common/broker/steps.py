@@ -123,6 +123,9 @@ class Claimed:
     """None when the body is large, or damaged: :meth:`Broker.read_spec` reads it, or says so."""
     head: bytes = b""
     """All else that Redis knows of it, for :class:`Restoration`; nobody but Redis reads it."""
+    clear_at: int = 0
+    """> 0: it is on probation. Nothing else is given to this worker until it has ended, or so many
+    tokens are in the log."""
 
 
 class Room(NamedTuple):
@@ -150,6 +153,9 @@ class ClaimAnswer:
     reserve: Reserve | None = None
     settling_ms: int = 0
     """> 0: Redis may have gone back in time; nothing is claimed for so long."""
+    suspect: str = ""
+    """To whom this worker is devoted, so that it is given nothing else: on probation there, or
+    waiting until nobody else there may yet kill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,12 @@
 """Workers that are killed or put to sleep: another one goes on, and nobody's tokens change."""
 
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ops.bench.incidents.worker import ORDERS, Orders
 from tests.support.waiting import wait_until
 from tests.support.worker_pool import WorkerPool
 
@@ -64,19 +71,51 @@ async def test_a_zombie_is_fenced_and_works_on_as_a_stranger_would(pool: WorkerP
     await zombie.saw("worker.finished", job_id=again)
 
 
-async def test_a_request_that_kills_three_workers_is_quarantined(pool: WorkerPool) -> None:
-    """The third death without a token ends it with an error, not a fourth try."""
+async def test_a_request_that_kills_four_workers_is_quarantined(pool: WorkerPool) -> None:
+    """The second death on probation ends it with an error, not a fifth try."""
     worker = await pool.worker(simulated_first_token_ms=10_000)
     generation = await pool.admit(200)
-    for _ in range(3):
-        await worker.saw("worker.claimed", job_id=generation)
+    for is_suspect in (False, False, True, True):
+        claimed = await worker.saw("worker.claimed", job_id=generation)
+        assert claimed.get("on_probation", False) == is_suspect
         worker.kill()
         worker = await pool.worker(simulated_first_token_ms=10_000)
     entries = await pool.end_of(generation)
     finish, timing = entries[-1].record.finish, entries[-1].timing
     assert finish is not None
     assert timing is not None
-    assert (finish.reason, finish.code, timing.deaths) == ("failed", "POISON_REQUEST", 3)
+    assert (finish.reason, finish.code, timing.deaths) == ("failed", "POISON_REQUEST", 4)
+
+
+@pytest.mark.timeout(180)
+async def test_three_prompts_that_crash_workers_are_quarantined_and_nobody_else(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """33 requests at once on three workers: each of the 30 others ends as it should, once."""
+    (tmp_path / "orders").write_bytes(msgspec.json.encode(Orders(crash_on="hemlock")))
+    monkeypatch.setenv(ORDERS, str(tmp_path / "orders"))
+    misled: dict[str, Any] = {"module": "ops.bench.incidents.worker", "max_batch_size": 16}
+    workers = [await pool.worker(**misled) for _ in range(3)]
+    ids: dict[str, list[str]] = {"hemlock": [], "nettles": []}
+    for number in range(33):
+        word = "hemlock" if number % 11 == 5 else "nettles"
+        ids[word].append(await pool.ask(f"a cup of {word}", 30))
+
+    async def have_ended() -> bool:
+        for i, worker in enumerate(workers):
+            if worker.exit_code is not None:
+                await pool.broker.bury_worker(worker.name)
+                workers[i] = pool.processes.worker(**misled)
+        return {await pool.state(id) for id in ids["hemlock"] + ids["nettles"]} == {"T"}
+
+    await wait_until(have_ended, timeout_s=120, what="the end of all")
+    results = [await pool.tokens_of(id) for id in ids["nettles"]]
+    assert all(tokens == results[0] for tokens in results)
+    for id in ids["hemlock"]:
+        end = (await pool.end_of(id))[-1]
+        assert end.record.finish is not None
+        assert end.timing is not None
+        assert (end.record.finish.code, end.timing.deaths) == ("POISON_REQUEST", 4)
 
 
 async def test_generations_without_a_worker_wait_for_the_next(pool: WorkerPool) -> None:

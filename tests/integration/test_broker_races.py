@@ -372,11 +372,12 @@ async def test_nobody_dies_of_a_clock_that_was_set_back(
     assert await broker.reap() == []
 
 
-async def test_the_third_death_quarantines_with_evidence(
+async def test_the_second_death_on_probation_quarantines_with_evidence(
     broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker)
-    for _ in range(3):
+    for _ in range(4):
+        assert await raw.hget(f"{KEY}gen:{generation}", "st") == "Q"
         await die_after(broker, worker, raw, 0)
     page = await broker.read(generation, 0)
     assert page is not None
@@ -384,7 +385,7 @@ async def test_the_third_death_quarantines_with_evidence(
     assert finish is not None
     assert (finish.reason, finish.code) == ("failed", "POISON_REQUEST")
     [(_, evidence)] = await raw.xrange(f"{KEY}dead")
-    assert (evidence["id"], evidence["deaths"]) == (generation, "3")
+    assert (evidence["id"], evidence["deaths"]) == (generation, "4")
 
 
 async def die_after(broker: Broker, worker: ScriptedClaims, raw: RawRedis, num_tokens: int) -> None:
@@ -414,7 +415,7 @@ async def test_who_kills_at_the_same_token_again_and_again_is_to_blame(
     broker: Broker, worker: ScriptedClaims, raw: RawRedis
 ) -> None:
     generation = await admit(broker, max_new_tokens=200)
-    for num_tokens in (20, 7, 7):
+    for num_tokens in (20, 7, 7, 7):
         await die_after(broker, worker, raw, num_tokens)
     assert await raw.hget(f"{KEY}gen:{generation}", "end") == "POISON_REQUEST"
 

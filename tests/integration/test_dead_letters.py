@@ -21,7 +21,7 @@ async def killer(broker: Broker) -> Killer:
 async def test_it_is_listed_with_its_evidence_and_without_a_word_of_it(killer: Killer) -> None:
     store = killer.broker.dead_letter_store
     [letter] = await store.newest()
-    assert (letter.id, letter.deaths, letter.worker) == (killer.id, 3, killer.workers[-1])
+    assert (letter.id, letter.deaths, letter.worker) == (killer.id, 4, killer.workers[-1])
     evidence = await store.get(killer.id)
     assert evidence.letter == letter
     assert evidence.workers == killer.workers

@@ -90,7 +90,7 @@ async def kill(broker: Broker) -> str:
     await broker.beat_gateway("g1")
     await ScriptedClaims(broker, "w0").beat()
     id = generation_id((await broker.admit(admission(prompt_tokens=6))).request_id)
-    for number in range(3):
+    for number in range(4):
         worker = ScriptedClaims(broker, f"w{number}")
         await worker.beat()
         await worker.claim_one()
@@ -106,7 +106,7 @@ def test_a_dead_letter_is_listed_shown_and_asked_anew(
     assert id in dead("list").out
     assert [it["id"] for it in json.loads(dead("list", "--json").out)] == [id]
     shown = dead("show", id).out
-    for words in ("3: w0, w1, w2", "prompt tokens  6", "max_new_tokens=8"):
+    for words in ("4: w0, w1, w2, w3", "prompt tokens  6", "max_new_tokens=8"):
         assert words in shown
     first, again = dead("requeue", id), dead("requeue", id)
     assert first.code == again.code == 0

@@ -120,7 +120,7 @@ async def test_a_forgotten_generation_is_made_again(
     check_invariants(view.look())
     after = await raw.hgetall(f"{KEY}gen:{request.request_id}.0")
     moving = {b"st", b"fence", b"next", b"chain", b"subs", b"epoch", b"ver", b"q", b"own", b"t1"}
-    moving |= {b"t2", b"put_back", b"hold", b"died_at", b"fruitless"}
+    moving |= {b"t2", b"put_back", b"hold", b"died_at", b"fruitless", b"probation_deaths"}
     kept = {name: value for name, value in before.items() if name not in moving}
     assert kept.items() <= after.items()
     assert await parts.broker.read_spec(request.request_id) == request.spec

@@ -19,7 +19,7 @@ from tests.conftest import POOL
 from tests.support.broker_view import PartitionView
 from tests.support.event_schema import captured_logs
 from tests.support.fault_proxy import fault_proxy
-from tests.support.generations import admission, admit
+from tests.support.generations import ScriptedClaims, admission, admit
 from tests.support.grammars import Residues
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -93,6 +93,38 @@ async def test_what_was_just_too_large_is_not_asked_for_in_each_step(parts: Part
     assert parts.intake.should_claim({"default": 512}), "somebody else has come"
     parts.step(first, 1, finish="length")
     assert parts.intake.should_claim({"default": 500})
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_nothing_is_asked_for_while_a_suspect_is_on_probation(
+    parts: Parts, *, ends: bool
+) -> None:
+    """Two workers died with it: until it has come 8 tokens further, or has ended, others that wait
+    and bells are left to other workers; then this one claims at once.
+    """
+    await become_suspect(parts.broker)
+    waiting = await admit(parts.broker)
+    with captured_logs() as lines:
+        [suspect] = await parts.claim()
+    [told] = [line for line in lines if line["event"] == "worker.claimed"]
+    assert (told["job_id"], told["on_probation"]) == (suspect.id, True)
+    assert not parts.intake.should_claim({"default": 500})
+    assert not parts.intake.has_room(), "bells are not heard"
+    parts.step(suspect, *range(4 if ends else 8), finish="length" if ends else "")
+    await parts.publisher.publish()
+    parts.intake.room_changed()
+    assert parts.intake.should_claim({})
+    assert waiting in {attempt.id for attempt in await parts.claim()}
+
+
+async def become_suspect(broker: Broker) -> None:
+    id = await admit(broker, max_new_tokens=30)
+    for name in ("dead-1", "dead-2"):
+        victim = ScriptedClaims(broker, name)
+        await victim.beat()
+        assert id in {attempt.id for attempt in await victim.claim(limit=1)}
+        await broker.bury_worker(name)
+        await broker.reap()
 
 
 async def test_the_bell_wakes_a_worker_with_room(parts: Parts) -> None:

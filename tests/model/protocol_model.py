@@ -16,7 +16,8 @@ turn of a claim by its nonce. Time is modelled by what it allows: a lease is rea
 dead or asleep, the settle window ends when all that are awake are back, a grace time ends only when
 the client stays away, and what a worker forgets after three seconds is on disk by then.
 
-Not modelled: lengths of timers, several generations, fairness, quotas, idempotency, poison.
+Not modelled: lengths of timers, several generations, fairness, quotas, idempotency. Poison has a
+model of its own, ``probation_model``.
 """
 
 from collections.abc import Iterator

@@ -45,7 +45,7 @@ GATEWAY_KINDS = (
 )
 TIMES = (
     *("leases of the dead", "queue deadline", "run limit", "grace", "version"),
-    *("sleep", "restart"),
+    *("patience", "sleep", "restart"),
 )
 
 slots = st.integers(0, len(VERSIONS) - 1)
@@ -186,6 +186,18 @@ class BrokerMachine(RuleBasedStateMachine):
                 self.stage.leave_worker(worker)
                 self._replace_worker(worker)
 
+    @precondition(lambda self: self.stage.living())
+    @rule(slot=slots, num_deaths=st.integers(2, 4), num_rounds=st.integers(0, 2))
+    def workers_die_of_what_they_claim(self, slot: int, num_deaths: int, num_rounds: int) -> None:
+        """One after the other: what makes suspects, and at last finds one of them guilty."""
+        for _ in range(num_deaths):
+            worker = self.stage.workers[slot]
+            for _ in range(1 + num_rounds):
+                self.stage.claim(worker)
+                self.stage.step(worker, [1])
+            self._replace_worker(worker)
+            self.stage.let_leases_end([worker.name])
+
     def _replace_worker(self, worker: Worker) -> None:
         self.dead_workers.append(worker)
         workers = self.stage.workers
@@ -318,6 +330,9 @@ class BrokerMachine(RuleBasedStateMachine):
                 for target in _one([it for it in self.stage.living() if it.is_unread], which):
                     self.stage.view.pass_grace(target.id)
                     self.stage.reap()
+            case "patience":
+                for target in _one([it for it in self.stage.living() if it.is_suspect], which):
+                    self.stage.view.pass_patience(target.id)
             case "version":
                 self.stage.view.silence_version(_pick(VERSIONS, which))
                 self.stage.reap()
@@ -328,11 +343,12 @@ class BrokerMachine(RuleBasedStateMachine):
         self.stage.let_leases_end(it.name for it in (*self.dead_workers, *self.dead_gateways))
 
     def _pass_queue_deadline(self, which: int, slot: int | None) -> None:
-        """Noticed by a reap, or by the claim of whoever comes first."""
+        """Noticed by a reap, or by the claim of whoever comes first, unless a suspect keeps it."""
         waiting = [it for it in self.stage.reference.of_state("Q") if not it.epoch]
+        has_suspects = any(it.is_suspect for it in self.stage.living())
         for target in _one(waiting, which):
             self.stage.view.pass_queue_deadline(target.id)
-            if slot is None:
+            if slot is None or has_suspects:
                 self.stage.reap()
             else:
                 self.stage.reference.time_out(target)

@@ -121,8 +121,8 @@ def test_generations_that_expired_unseen_leave_no_backlog(stage: Stage) -> None:
 
 
 def test_a_suspect_never_blocks_the_head_of_its_lane(stage: Stage) -> None:
-    """Two workers died with it: it waits outside the lane, and the third death ends it."""
-    workers = [stage.new_worker() for _ in range(3)]
+    """Two workers died with it: it waits outside the lane, and two more, alone, end it."""
+    workers = [stage.new_worker() for _ in range(4)]
     stage.admit(stage.admission(attached=False))
     for worker in workers:
         stage.claim(worker)

@@ -11,6 +11,9 @@ from tests.support.broker_view import Entry, Snapshot
 Fields = dict[str, str]
 
 _RANK_WIDTH = 1e13
+_SUSPECTS_FROM = 5e12
+_SUSPECT_DEATHS = 2
+_PROGRESS_TOKENS = 8
 _WAITING, _RUNNING, _ENDED = "Q", "R", "T"
 
 
@@ -18,6 +21,7 @@ def check_invariants(snapshot: Snapshot) -> None:
     """Raises: AssertionError, naming what does not fit together."""
     _check_states(snapshot)
     _check_strays(snapshot)
+    _check_probation(snapshot)
     _check_logs(snapshot)
     _check_backlog(snapshot)
     _check_subscriptions(snapshot)
@@ -87,10 +91,29 @@ def _check_states(snapshot: Snapshot) -> None:
 
 
 def _score(generation: Fields) -> float:
-    """A fresh one waits by its tag; one handed back by its lane's rank, then its age."""
+    """A fresh one waits by its tag; one handed back by rank and age, suspects behind the others."""
     if generation["q"].startswith("lane:"):
         return float(generation["tag"])
-    return LANES.index(generation["lane"]) * _RANK_WIDTH + int(generation["t0"])  # pyright: ignore[reportArgumentType] stored as text
+    behind = _SUSPECTS_FROM if _is_suspect(generation) else 0
+    rank = LANES.index(generation["lane"])  # pyright: ignore[reportArgumentType] stored as text
+    return rank * _RANK_WIDTH + behind + int(generation["t0"])
+
+
+def _is_suspect(generation: Fields) -> bool:
+    came_on = int(generation["next"]) - int(generation.get("died_at", 0))
+    return int(generation.get("fruitless", 0)) >= _SUSPECT_DEATHS and came_on < _PROGRESS_TOKENS
+
+
+def _check_probation(snapshot: Snapshot) -> None:
+    """At most one suspect runs on a worker, by whose presence it is named."""
+    for worker, held in snapshot.named("held:", snapshot.zsets).items():
+        running = [snapshot.generations[generation_id] for generation_id in held]
+        suspects = [it for it in running if it["st"] == _RUNNING and _is_suspect(it)]
+        assert len(suspects) <= 1, f"{worker} runs several suspects"
+        presence = snapshot.hashes.get(f"worker:{worker}", {})
+        if suspects:
+            assert presence["probation"] in held, worker
+            assert suspects[0]["probation"] == suspects[0]["fence"], worker
 
 
 def _check_strays(snapshot: Snapshot) -> None:

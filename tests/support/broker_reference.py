@@ -16,9 +16,11 @@ from tests.support.broker_actors import Reader
 from tests.support.broker_invariants import is_tombstone, limit_of
 from tests.support.broker_view import Snapshot
 
-POISON_DEATHS = 3
+SUSPECT_DEATHS = 2
+POISON_DEATHS = 2
 PROGRESS_TOKENS = 8
 MAX_DEATHS = 10
+SUSPECT_PATIENCE_MS = 5_000
 _LEASES_AT_ONCE = 4
 _NO_WORKER_GRACE_MS = 30_000
 _VERSION_SILENCE_MS = 60_000
@@ -42,6 +44,11 @@ class Expected:
     deaths: int = 0
     died_at: int = 0
     fruitless: int = 0
+    probation: str = ""
+    """The fence under which it was put on probation last."""
+    probation_deaths: int = 0
+    began_at: int = 0
+    """Where it stood when it was claimed."""
     readers: set[str] = field(default_factory=set[str])
     reason: str = ""
     code: str = ""
@@ -56,12 +63,20 @@ class Expected:
         return self.admission.attached and not self.readers
 
     @property
+    def is_suspect(self) -> bool:
+        return self.fruitless >= SUSPECT_DEATHS and self.next < self.died_at + PROGRESS_TOKENS
+
+    @property
+    def is_on_probation(self) -> bool:
+        return self.state == "R" and self.probation == self.fence and self.is_suspect
+
+    @property
     def queue(self) -> str:
         if self.state != "Q":
             return ""
         if self.next:
             return f"again:{self.version}"
-        return "again:any" if self.deaths >= 2 else f"lane:{self.admission.lane}"
+        return "again:any" if self.is_suspect else f"lane:{self.admission.lane}"
 
 
 class Reference:
@@ -130,8 +145,24 @@ class Reference:
         expected.fence = f"{expected.epoch}.{nonce}"
         assert row.fence == expected.fence
         expected.owner, expected.turn, expected.version = worker, turn, version
+        expected.began_at = expected.next
+        assert row.clear_at == (expected.died_at + PROGRESS_TOKENS if expected.is_suspect else 0)
+        if expected.is_suspect:
+            expected.probation = expected.fence
 
-    def could_take(self, version: str, left: Mapping[Lane, int]) -> list[Expected]:
+    def suspect_on(self, worker: str) -> str:
+        """Whom this worker sees through before it is given anything else; empty: nobody."""
+        held = [it for it in self.of_state("R") if it.owner == worker and it.is_on_probation]
+        return held[0].id if held else ""
+
+    def is_clear(self, worker: str) -> bool:
+        """Whether all that it holds has come further there."""
+        held = [it for it in self.of_state("R") if it.owner == worker]
+        return all(it.next >= it.began_at + PROGRESS_TOKENS for it in held)
+
+    def could_take(
+        self, version: str, left: Mapping[Lane, int], *, suspects: bool
+    ) -> list[Expected]:
         """What a claim with so much left for each lane must not pass over."""
         queues = {f"again:{version}", "again:any"}
         return [
@@ -139,6 +170,7 @@ class Reference:
             for it in self.of_state("Q")
             if it.admission.cost <= left[it.admission.lane]
             and (it.queue in queues or it.queue[:5] == "lane:")
+            and (suspects or not it.is_suspect)
         ]
 
     def publish(self, items: Sequence[Publication]) -> list[tuple[str, str, int, str]]:
@@ -240,10 +272,12 @@ class Reference:
                 came_on = (
                     expected.deaths > 0 and expected.next >= expected.died_at + PROGRESS_TOKENS
                 )
+                failed = expected.probation_deaths + expected.is_on_probation
+                expected.probation_deaths = 0 if came_on else failed
                 expected.fruitless = 1 if came_on else expected.fruitless + 1
                 expected.deaths += 1
                 expected.died_at = expected.next
-                if expected.fruitless >= POISON_DEATHS or expected.deaths >= MAX_DEATHS:
+                if expected.probation_deaths >= POISON_DEATHS or expected.deaths >= MAX_DEATHS:
                     self.end(expected, "failed", "POISON_REQUEST")
                 else:
                     self.hand_back(expected)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from redis import Redis
 
-from common.broker import Admission, Broker, Presentation, Publication, connect
+from common.broker import Admission, Broker, ClaimAnswer, Presentation, Publication, connect
 from common.failures import Failure
 from common.ids import generation_id as name_of
 from common.messages import (
@@ -27,7 +27,7 @@ from common.messages import (
 )
 from tests.support.broker_actors import LEASE_MS, Gateway, Reader, Worker
 from tests.support.broker_invariants import check_invariants, check_step
-from tests.support.broker_reference import Expected, Reference
+from tests.support.broker_reference import SUSPECT_PATIENCE_MS, Expected, Reference
 from tests.support.broker_view import PartitionView
 
 T = TypeVar("T")
@@ -155,6 +155,8 @@ class Stage:
         loses_answer: bool = False,
     ) -> None:
         nonce = worker.next_nonce()
+        suspect = self.reference.suspect_on(worker.name)
+        is_clear = self.reference.is_clear(worker.name)
         answer = self.do(
             worker.claim(budget=budget, max_generations=max_generations, loses_answer=loses_answer)
         )
@@ -167,9 +169,29 @@ class Stage:
                     left[lane] -= self.reference.generations[row.id].admission.cost
         assert left["default"] >= 0
         assert len(answer.generations) <= max_generations
-        if len(answer.generations) < max_generations and not answer.reserve:
-            assert not self.reference.could_take(worker.version, left), "passed over"
+        self._check_probation(worker, answer, suspect, budget if is_clear else 0)
+        if len(answer.generations) < max_generations and not (answer.reserve or answer.suspect):
+            suspects = is_clear and not answer.generations
+            passed = self.reference.could_take(worker.version, left, suspects=suspects)
+            assert not passed, "passed over"
         self.settle()
+
+    def _check_probation(
+        self, worker: Worker, answer: ClaimAnswer, suspect: str, clear_budget: int
+    ) -> None:
+        """A suspect comes alone, beside nobody who may yet kill, and nothing comes after it."""
+        taken = [self.reference.generations[row.id] for row in answer.generations]
+        if suspect or any(it.is_suspect for it in taken):
+            assert not (suspect and taken), f"{worker.name} was given more"
+            assert suspect or (len(taken) == 1 and clear_budget), f"{taken} beside others"
+            assert answer.suspect == self.reference.suspect_on(worker.name)
+        elif answer.suspect:  # it waits until this worker is clear
+            awaited = self.reference.generations[answer.suspect]
+            assert awaited.is_suspect
+            assert awaited.state != "R"
+            waited_ms = self.view.now_ms() - int(self.seen.generations[awaited.id]["died_ms"])
+            assert waited_ms > SUSPECT_PATIENCE_MS, "it has not waited for long"
+            assert taken or awaited.admission.cost > clear_budget, "it could have been taken"
 
     def step(
         self,

@@ -166,6 +166,10 @@ class PartitionView:
         """As if it had been admitted ``ms`` ago."""
         self._set(generation_id, t0=self.now_ms() - ms)
 
+    def pass_patience(self, generation_id: str) -> None:
+        """A suspect has waited so long that it may run beside anybody."""
+        self._set(generation_id, died_ms=self.now_ms() - 6 * _SECOND_MS)
+
     def silence_version(self, version: str) -> None:
         """No worker of this model version has beaten for more than a minute."""
         self._redis.zadd(

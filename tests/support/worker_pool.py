@@ -1,16 +1,19 @@
 """A pool of simulated workers as a test sees it: admit, wait for the end, check the whole log."""
 
+import struct
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.broker import Broker, connect
+from common.ids import generation_id
 from common.messages import LogEntry
 from common.models.store import SIMULATED_MODEL
-from tests.support.generations import admit
+from tests.support.generations import admission, admit
 from tests.support.processes import Process, Processes, processes
 from tests.support.waiting import wait_until
 from tests.support.worker_parts import logged, tokens_of
@@ -36,6 +39,15 @@ class WorkerPool:
         return await admit(
             self.broker, max_new_tokens=max_new_tokens, **{"attached": False} | fields
         )
+
+    async def ask(self, prompt: str, max_new_tokens: int) -> str:
+        """Admit one generation of this prompt, whose tokens are its bytes."""
+        plain = admission(
+            prompt_tokens=len(prompt.encode()), max_new_tokens=max_new_tokens, attached=False
+        )
+        tokens = struct.pack(f"<{len(prompt.encode())}I", *prompt.encode())
+        asked = replace(plain, spec=msgspec.structs.replace(plain.spec, prompt=tokens))
+        return generation_id((await self.broker.admit(asked)).request_id)
 
     async def position(self, generation_id: str) -> int:
         page = await self.broker.read(generation_id, 0)
