@@ -362,7 +362,7 @@ INSIDE: dict[str, Inside] = {
     ),
     "SLOW_CONSUMER": Inside(
         "A client reads slower than its tokens come.",
-        "lags in request.finished, headrace_slow_consumer_drops_total",
+        "blocked_time and lags in request.finished, headrace_slow_consumer_drops_total",
         "nothing is lost: it is sent from the log, at its own speed",
         Explanation(
             "A slow network, or a client that does other work between two reads.",

@@ -11,6 +11,7 @@ from common.logs import get_logger
 from common.messages import Finish, FinishReason, Timing
 from common.metrics import GatewayMetrics
 from common.request_metrics import RequestEnd
+from gateway.client_window import ClientWindow
 from gateway.stream import Batch, Reader
 
 log = get_logger()
@@ -105,6 +106,13 @@ class Account:
         self.fields |= {
             name: count for name, count in (("heals", stream.heals), ("lags", stream.lags)) if count
         }
+
+    def note_window(self, window: ClientWindow) -> None:
+        """How the client took its answer, where it was slow to."""
+        window.look()
+        if window.blocked_s > 0:
+            self.fields["blocked_time"] = round(window.blocked_s, 3)
+            self.fields["unsent_bytes"] = window.unsent_bytes
 
     def note_failure(self, failure: Failure) -> None:
         self._failure = failure

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from common.failures import Failure
+from gateway.client_window import ClientWindow
 from gateway.errors import envelope
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -73,8 +74,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._idle.discard(self)
         self._end_deadline()
         super().connection_lost(exc)
-        self._open_direct(has_room=False)
-        self._direct = None
+        if self._direct is not None:
+            self._direct.has_room = False
+            self._direct.window.close()
+            self._direct = None
 
     def data_received(self, data: bytes) -> None:
         was_in_head = self._is_in_head
@@ -146,12 +149,14 @@ class BoundedHttp(HttpToolsProtocol):
 class DirectBody:
     """Writes pieces of an answer's body, between those that go through ``send``."""
 
-    __slots__ = ("_write", "has_room")
+    __slots__ = ("_write", "has_room", "window")
 
     def __init__(self, transport: asyncio.Transport, *, has_room: bool) -> None:
         self._write = transport.write
         self.has_room = has_room
         """Whether ``send`` would not wait now."""
+        self.window = ClientWindow(transport)
+        """How the client takes this answer."""
 
     def write(self, piece: bytes) -> None:
         """Only while there is room; ``piece`` is not empty, which would end the body."""

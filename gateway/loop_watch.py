@@ -14,6 +14,7 @@ from typing import Self
 
 from common.clock import monotonic_s
 from common.metrics import GatewayMetrics
+from common.pauses import tell_pause
 
 LOOK_S = 0.05
 """Between two looks."""
@@ -36,7 +37,11 @@ class LoopWatch:
                 late_s = max(0.0, monotonic_s() - due_s)
                 self._metrics.loop_lag_s.observe(late_s)
                 self._metrics.tally.figures.loop_lag.observe(late_s)
-                own_s = own_share_s(late_s, before_s, times.read()) if late_s > LATE_S else 0.0
+                own_s = 0.0
+                if late_s > LATE_S:
+                    after_s = times.read()
+                    own_s = own_share_s(late_s, before_s, after_s)
+                    tell_pause(late_s, after_s[0] - before_s[0])
                 self._metrics.loop_held_s.observe(own_s)
 
 

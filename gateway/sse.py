@@ -74,6 +74,7 @@ class EventStream(Response):
         receive: Receive,
         send: Send,
     ) -> None:
+        direct: DirectBody | None = None
         try:
             await send(
                 {
@@ -82,7 +83,7 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            self._direct = direct_body(scope)
+            self._direct = direct = direct_body(scope)
             with abandoned_on_disconnect([self._stream], receive):
                 await self._write_in_time(send)
         except ReaderGone:
@@ -90,6 +91,8 @@ class EventStream(Response):
         finally:
             self._on_close()
             self._account.note_stream(self._stream)
+            if direct is not None:
+                self._account.note_window(direct.window)
             self._account.close(self.status_code)
 
     async def _write_in_time(self, send: Send) -> None:

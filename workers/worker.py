@@ -24,6 +24,7 @@ from common.ids import new_process_name
 from common.logs import get_logger
 from common.metrics_port import metrics_port
 from common.models.store import ModelStore
+from common.pauses import keep_telling_pauses
 from common.reaping import keep_reaping
 from common.redis_clock import RedisClock
 from common.settings import WorkerSettings
@@ -194,6 +195,7 @@ class Worker:
                 self._spawn(self._watch_engine()),
                 self._spawn(self._clock.keep_sampling(self._beats)),
                 self._spawn(self._keep_telling()),
+                self._spawn(keep_telling_pauses()),
             ]
             log.info("worker.ready", model_version=self._engine.model_version)
             self._tell_state("loading", "ready", "started")

@@ -113,6 +113,14 @@ class DeadLetterStore:
             raise _not_found(generation_id)
         return _evidence(generation_id, letter, {k.decode(): v for k, v in kept.items()})
 
+    async def read_spec(self, generation_id: str) -> GenerationSpec | None:
+        """What was asked; None where it is no dead letter, or its prompt is no longer kept."""
+        with mapped_errors():
+            body = await self._redis.execute_command(
+                "HGET", keys.dead_letter(self._prefix, generation_id), "body"
+            )
+        return _spec(body) if body else None
+
     async def requeue(self, generation_id: str, cause: str) -> Requeued:
         """Ask it anew, once, without its deaths; it runs on whether somebody reads it or not. The
         log says so, with ``cause``: who wants it.

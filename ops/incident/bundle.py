@@ -24,11 +24,10 @@ from msgspec import structs
 
 from common.clock import wall_ms
 from ops.incident.command import (
-    CLEAN,
-    FINDINGS,
-    INCOMPLETE,
     Question,
+    exit_code,
     open_console,
+    output_option,
     question_options,
     warnings_of,
 )
@@ -57,14 +56,7 @@ _GZIP_LEVEL = 6
 
 
 @click.command("bundle")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("incident.tar.gz"),
-    show_default=True,
-    help="Where to write it.",
-)
+@output_option("incident.tar.gz")
 @question_options
 def main(*, question: Question, output: Path) -> int:
     """Pack what happened to send it on: without tenants, hosts, clients and free texts.
@@ -76,9 +68,7 @@ def main(*, question: Question, output: Path) -> int:
         console = open_console()
         console.print(*warnings_of(logs), sep="\n", end="")
         console.print(f"{made.lines:,} lines, redacted, written to {output}")
-        if made.num_findings:
-            return FINDINGS
-        return INCOMPLETE if logs.incomplete else CLEAN
+        return exit_code(logs, made.num_findings)
 
 
 class Made(msgspec.Struct, frozen=True):

@@ -26,6 +26,8 @@ _LATE_S = 5.0
 _CLOCK_OFF_S = 1.0
 """A clock that is so far off misleads whoever reads the log; sampling it errs by milliseconds."""
 _STANDSTILL_S = 2.0
+_SAME_PAUSE_S = 2.0
+"""Processes that stood still together say so within this."""
 _MANY = frozenset({"queue", "first_token", "pace"})
 _LOAD_CODES = "('QUEUE_FULL','QUEUE_TIMEOUT','NO_WORKERS','GENERATION_TIMEOUT','RATE_LIMITED')"
 _UNEXPECTED = ("worker.crashed", "engine.failed", "engine.stalled")
@@ -60,6 +62,7 @@ def find_causes(db: DuckDBPyConnection, symptoms: Sequence[Symptom]) -> list[Cau
         *_of_processes(log),
         *_of_poison(log),
         *_of_changes(log),
+        *_of_pauses(log),
         *_of_clocks(log),
         *_of_storage(log),
         *_of_capacity(log),
@@ -90,6 +93,7 @@ _TELLING = (
     "redis.disconnected",
     "redis.reconnected",
     "process.exited",
+    "process.paused",
     "process.started",
     "process.restarted",
     "worker.started",
@@ -529,6 +533,43 @@ def _of_restarts(log: _Log) -> Iterator[Cause]:
         )
 
 
+def _of_pauses(log: _Log) -> Iterator[Cause]:
+    """Processes that stood still and say so now: one, or several at the same time."""
+    paused = [event for event in log.all("process.paused") if event.t - _paused_s(event) < log.end]
+    for cluster in _clusters(paused, _SAME_PAUSE_S):
+        start = min(event.t - _paused_s(event) for event in cluster)
+        end = max(event.t for event in cluster)
+        places = sorted({event.place for event in cluster})
+        services = {event.service for event in cluster}
+        longest_s = max(map(_paused_s, cluster))
+        touched = " OR ".join(
+            f"worker = {quoted(one)} OR gateway = {quoted(one)}" for one in places
+        )
+        if len(places) == 1:
+            who, subject = places[0], {cluster[0].service: places[0]}
+        else:
+            who = f"{len(places)} processes ({', '.join(places)})"
+            part = "workers" if services == {"worker"} else "machine"
+            subject = {"component": part, "workers": ", ".join(places)}
+        yield Cause(
+            kind="paused",
+            words=f"{who} stood still for {longest_s:.1f} s without computing: stopped, or starved",
+            subject=subject,
+            start=start,
+            end=end,
+            exposed=(f"({_alive(start, end)} AND ({touched}))", _alive(start, end)),
+            command=f"changes --since {shown_since(start)}",
+            plausibility=0.98,
+            inherent=6.0 if longest_s >= _STANDSTILL_S else 0.0,
+            facts=(f"process.paused ×{len(cluster)}",),
+            explains=_MANY | {"relay", "moved"},
+        )
+
+
+def _paused_s(event: Event) -> float:
+    return float(event.fields.get("paused_s") or 0.0)
+
+
 def _of_clocks(log: _Log) -> Iterator[Cause]:
     worst: dict[str, Event] = {}
     for event in log.all("clock.sampled"):
@@ -561,7 +602,7 @@ def _of_storage(log: _Log) -> Iterator[Cause]:
         ("webhook.dead", "webhook", "events were given up that a webhook did not take", 8.0),
         ("webhook.failed", "webhook", "events could not be delivered to a webhook", 7.0),
         ("log.dropped", "log_lost", "", 0.0),
-        ("engine.memory_refused", "memory", "the device had no memory for a step", 8.0),
+        ("engine.memory_refused", "memory", "a device had no memory for a step", 8.0),
     )
     for name, kind, words, inherent in kinds:
         for cluster in _clusters(log.all(name), 60.0):
@@ -576,7 +617,7 @@ def _of_storage(log: _Log) -> Iterator[Cause]:
             codes = {"storage": "code LIKE 'STORAGE_%'", "memory": "code = 'CUDA_OOM'"}.get(kind)
             yield Cause(
                 kind=kind,
-                words=words,
+                words=f"{words}, at {places[0]}" if alone else words,
                 subject={"component": kind} | place,
                 start=start,
                 end=end,
@@ -652,26 +693,76 @@ def _of_capacity(log: _Log) -> Iterator[Cause]:
         )
 
 
+_HELD = "held_s"
+_LOADS = {
+    "1": "requests came",
+    # Apart: a token of an answer takes a step, those of a prompt share one.
+    "coalesce(prompt_tokens, 0)": "tokens of prompts came",
+    "coalesce(max_tokens, 0)": "tokens of answers were asked for",
+    _HELD: "seconds of workers' places were taken",
+}
+"""What one request brings, by different measures: SQL over ``judged``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """More came than before, by one measure; ``inside`` and ``before`` are of each bucket."""
+
+    measure: str
+    words: str
+    window: Window
+    gain: float
+    inside: float
+    before: float
+
+
 def _of_load(log: _Log, symptoms: Sequence[Symptom]) -> Iterator[Cause]:
-    """More, or more costly, requests than before, and whose they were."""
+    """More, or more costly, requests than before, and whose they were: by what rose most clearly,
+    and by what was asked for sooner than by what it took.
+    """
     sudden = [one.window for one in symptoms if one.window is not None]
-    row = log.db.execute("SELECT max(arrived) FROM judged").fetchone()
-    last = row[0] if row and row[0] is not None else log.start
+    for rise in sorted(_rises(log, sudden), key=lambda rise: (rise.measure == _HELD, -rise.gain)):
+        window = rise.window
+        trait, value, share = _whose(log, window, rise.measure)
+        if rise.measure == _HELD and not _holds_longer(log, window, trait, value):
+            continue  # where workers are slow, everybody holds them longer
+        whose = f", {share:.0%} of the rise from {trait} {value}" if trait else ""
+        until = max([one.end for one in sudden if one.start <= window.end + 30] + [window.end])
+        yield Cause(
+            kind="load",
+            words=f"{rise.inside / rise.before:.1f} times as many {rise.words} as before{whose}",
+            subject={trait: value, "component": "load"} if trait else {"component": "load"},
+            start=window.start,
+            end=until,
+            exposed=(
+                _arrived(window.start - window.bucket_s, until),
+                f"({_alive(window.start, until)} AND code IN {_LOAD_CODES})",
+                *((f"(t_{trait} = {quoted(value)})",) if trait else ()),
+            ),
+            command=f"top --since {shown_since(window.start)}",
+            plausibility=1.0 if trait else 0.9,
+            facts=(
+                f"{rise.words}: {rise.before:.3g} → {rise.inside:.3g} per {window.bucket_s:.0f} s",
+            ),
+            explains=_MANY | {"errors", "refused", "left", "asked"},
+        )
+        return
+
+
+def _rises(log: _Log, sudden: Sequence[Window]) -> Iterator[_Rise]:
+    """What rose, by each measure, about when the trouble began."""
+    last = _last_arrival(log)
     if not sudden or last - log.start < 5:
         return
     width = bucket_width(last - log.start)
-    for measure, words in (("count(*)", "requests"), ("sum(work)", "tokens asked for")):
-        rows = series(
-            log.db,
-            measure,
-            source="SELECT *, arrived AS moment FROM judged",
-            start=log.start,
-            end=last,
-            width=width,
-        )
+    source = "SELECT *, arrived AS moment FROM judged"
+    for measure, words in _LOADS.items():
+        figures = f"sum({measure})"
+        rows = series(log.db, figures, source=source, start=log.start, end=last, width=width)
         counts = [row[0] for row in rows]
-        # Work is counted in typical requests: one long prompt is not a thousand independent ones.
-        unit = 1.0 if measure == "count(*)" else max(sum(counts) / max(_num(log), 1), 1.0)
+        unit = _lump(log, measure)
+        if not unit:
+            continue
         found = scan([count / unit for count in counts], [1.0] * len(counts))
         if found is None or found.p_value > 1e-4 or found.inside < 1.4 * found.outside:
             continue
@@ -679,32 +770,35 @@ def _of_load(log: _Log, symptoms: Sequence[Symptom]) -> Iterator[Cause]:
         if not before or found.inside < 1.4 * before:
             continue  # before it nobody came, or as many: that is a beginning and no rise
         rise = Window(log.start + found.start * width, log.start + found.end * width, width)
-        until = max([one.end for one in sudden if one.start <= rise.end + 30] + [rise.end])
-        if not any(one.start <= rise.end + 30 and one.end >= rise.start - width for one in sudden):
-            continue
-        for trait, value, share in _whose(log, rise, last, measure):
-            whose = f", {share:.0%} of the rise from {trait} {value}" if trait else ""
-            yield Cause(
-                kind="load",
-                words=f"{found.inside / before:.1f} times as many {words} came as before{whose}",
-                subject={trait: value, "component": "load"} if trait else {"component": "load"},
-                start=rise.start,
-                end=until,
-                exposed=(
-                    _arrived(rise.start - width, until),
-                    f"({_alive(rise.start, until)} AND code IN {_LOAD_CODES})",
-                    *((f"(t_{trait} = {quoted(value)})",) if trait else ()),
-                ),
-                command=f"top --since {shown_since(rise.start)}",
-                plausibility=1.0 if trait else 0.9,
-                facts=(f"{words}: {before:.3g} → {found.inside:.3g} per {width:.0f} s",),
-                explains=_MANY | {"errors", "refused", "left", "asked"},
-            )
+        if any(one.start <= rise.end + 30 and one.end >= rise.start - width for one in sudden):
+            yield _Rise(measure, words, rise, found.gain, found.inside * unit, before * unit)
 
 
-def _num(log: _Log) -> int:
-    row = log.db.execute("SELECT count(*) FROM judged").fetchone()
-    return row[0] if row else 0
+def _lump(log: _Log, measure: str) -> float:
+    """What comes at once: sums counted in such vary like independent things, which one long
+    prompt of a thousand tokens is not (the index of dispersion of a compound Poisson process).
+    """
+    row = log.db.execute(
+        f"SELECT sum(({measure}) * ({measure})) / nullif(sum({measure}), 0) FROM judged"
+    ).fetchone()
+    return float(row[0] or 0.0) if row else 0.0
+
+
+def _last_arrival(log: _Log) -> float:
+    row = log.db.execute("SELECT max(arrived) FROM judged").fetchone()
+    return row[0] if row and row[0] is not None else log.start
+
+
+def _holds_longer(log: _Log, rise: Window, trait: str, value: str) -> bool:
+    """Whether those requests held workers' places far longer each than others of that time."""
+    if not trait:
+        return False
+    is_own = f"t_{trait} = {quoted(value)}"
+    row = log.db.execute(
+        f"""SELECT avg(held_s) FILTER ({is_own}), avg(held_s) FILTER (NOT {is_own}) FROM judged
+            WHERE {_arrived(rise.start, rise.end)}"""
+    ).fetchone()
+    return row is not None and None not in row and row[0] > 2 * row[1]
 
 
 _ASKERS = (
@@ -721,16 +815,16 @@ _ASKERS = (
 """Traits that say who asks for what; the others are ours."""
 
 
-def _whose(log: _Log, rise: Window, last: float, measure: str) -> list[tuple[str, str, float]]:
+def _whose(log: _Log, rise: Window, measure: str) -> tuple[str, str, float]:
     """Who brought most of the rise: trait, value and its share of it; ("", "", 0) for everybody."""
     inside = max(rise.end - rise.start, 1e-9)
-    outside = max(last - log.start - inside, 1e-9)
+    outside = max(_last_arrival(log) - log.start - inside, 1e-9)
     best: list[tuple[float, str, str, float]] = []
     is_in = _arrived(rise.start, rise.end)
     for trait in _ASKERS:
         rows = log.db.execute(
-            f"""SELECT t_{trait}, coalesce({measure} FILTER ({is_in}), 0) / {inside!r},
-                coalesce({measure} FILTER (NOT {is_in}), 0) / {outside!r}
+            f"""SELECT t_{trait}, coalesce(sum({measure}) FILTER ({is_in}), 0) / {inside!r},
+                coalesce(sum({measure}) FILTER (NOT {is_in}), 0) / {outside!r}
                 FROM judged GROUP BY 1"""
         ).fetchall()
         rises = sum(row[1] - row[2] for row in rows)
@@ -750,9 +844,8 @@ def _whose(log: _Log, rise: Window, last: float, measure: str) -> list[tuple[str
     order = list(TRAITS)
     top = [one for one in best if one[0] >= 0.9 * best[0][0]]
     top.sort(key=lambda one: order.index(one[1]) if one[1] != "tenant_hash" else -1)
-    return [(trait, value, min(share, 1.0)) for _, trait, value, share in top[:1]] or [
-        ("", "", 0.0)
-    ]
+    _, trait, value, share = top[0] if top else (0.0, "", "", 0.0)
+    return trait, value, min(share, 1.0)
 
 
 # Standing still --------------------------------------------------------------------------------

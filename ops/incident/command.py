@@ -113,6 +113,18 @@ def moment_option(name: str, words: str) -> Callable[[_Function], _Function]:
     return click.option(name, callback=_moment, metavar="TIME", help=words)
 
 
+def output_option(default: str) -> Callable[[_Function], _Function]:
+    """-o, for a command that writes a file."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        default=Path(default),
+        show_default=True,
+        help="Where to write it.",
+    )
+
+
 def tell(
     question: Question,
     logs: Logs,
@@ -136,18 +148,18 @@ def tell(
             **data,
         }
         click.echo(msgspec.json.format(msgspec.json.encode(answer, enc_hook=str), indent=2))
-        return exit_code(logs, findings)
+        return exit_code(logs, len(findings))
     console = open_console()
     console.print(*warnings_of(logs), sep="\n", end="")
     for one in shown:
         console.print(one)
     for finding in findings:
         console.print(shown_finding(finding))
-    return exit_code(logs, findings)
+    return exit_code(logs, len(findings))
 
 
-def exit_code(logs: Logs, findings: Sequence[Finding]) -> int:
-    if findings:
+def exit_code(logs: Logs, num_findings: int) -> int:
+    if num_findings:
         return FINDINGS
     return INCOMPLETE if logs.incomplete else CLEAN
 

@@ -1,7 +1,8 @@
 """What it takes to evaluate a generation again: prompt, parameters, seed; and what came out.
 
 The log holds parameters that are numbers, the seed, and hashes of prompt and answer. The prompt is
-in Redis while a choice of its request still runs; later only whoever sent it has it.
+in Redis while a choice of its request still runs, and for a day where workers died of it; later
+only whoever sent it has it.
 """
 
 import hmac
@@ -53,6 +54,11 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
         """Which of several prompts of one request: they are queued as ``<request>-<number>``."""
         tail = request_of(self.job_id).removeprefix(str(self.asked["request_id"]))
         return int(tail[1:]) if tail[:1] == "-" and tail[1:].isdigit() else 0
+
+    @property
+    def ended_workers(self) -> bool:
+        """Whether workers died of it."""
+        return self.asked.get("code") == "POISON_REQUEST"
 
     @property
     def model_version(self) -> str:
@@ -125,18 +131,20 @@ async def find_recipe(
     """
     if given is not None:
         return await _from_file(logged, settings, given, broker)
-    spec = None
     if broker is not None:
         spec = await broker.read_spec(request_of(logged.job_id))
-    if spec is None:
-        raise CannotReplay(
-            f"the prompt of {logged.job_id} is not in Redis, which drops it when the request ends: "
-            "give it with --prompt-file (the request's JSON body, its text, or token ids)"
-        )
-    return _from_spec(logged, spec)
+        if spec is not None:
+            return _from_spec(logged, spec, "Redis")
+        spec = await broker.dead_letter_store.read_spec(logged.job_id)
+        if spec is not None:
+            return _from_spec(logged, spec, "its dead letter")
+    raise CannotReplay(
+        f"the prompt of {logged.job_id} is not in Redis, which drops it when the request ends: "
+        "give it with --prompt-file (the request's JSON body, its text, or token ids)"
+    )
 
 
-def _from_spec(logged: Logged, spec: GenerationSpec) -> Recipe:
+def _from_spec(logged: Logged, spec: GenerationSpec, place: str) -> Recipe:
     prompt = [
         int.from_bytes(spec.prompt[i : i + 4], "little") for i in range(0, len(spec.prompt), 4)
     ]
@@ -144,7 +152,7 @@ def _from_spec(logged: Logged, spec: GenerationSpec) -> Recipe:
         prompt=prompt,
         sampling=spec.sampling.of_choice(logged.choice),
         adapter=spec.adapter,
-        origin="prompt and parameters from Redis",
+        origin=f"prompt and parameters from {place}",
     )
 
 

@@ -99,6 +99,7 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     help="Ask these servers (/v1/completions) instead of the pool, and compare them.",
 )
 @click.option("--key", envvar="OPENAI_API_KEY", help="API key for --against. [OPENAI_API_KEY]")
+@click.option("--yes", is_flag=True, help="Run it on the pool even if workers have died of it.")
 @click.option("--show-text", is_flag=True, help="Show the text around the first difference.")
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds to wait.")
 @click.option("--redis-url", help="Redis of the pool; else that of the `headrace up` that runs.")
@@ -110,6 +111,7 @@ def main(
     prompt_file: Path | None,
     against: str | None,
     key: str | None,
+    yes: bool,
     show_text: bool,
     timeout_s: float,
     redis_url: str | None,
@@ -126,6 +128,11 @@ def main(
         logged = read_logged(logs, request, load_request(logs, request))
         given = {"data_dir": question.data_dir, "redis_url": redis_url}
         settings = build(BackgroundSettings, given | {"model": model or logged.asked.get("model")})
+        if logged.ended_workers and not (against or yes):
+            raise CannotReplay(
+                f"workers died of {logged.job_id}, and may do so again: name other servers with "
+                "--against, or say --yes to run it on this pool"
+            )
         urls = [url.strip() for url in (against or "").split(",") if url.strip()]
         prompt = prompt_file.read_bytes() if prompt_file else None
         replay, answers = asyncio.run(
@@ -159,9 +166,11 @@ async def _replay(
             answers = [await ask_server(url, key, recipe, timeout_s) for url in urls]
         else:
             answers = [await ask_pool(broker, recipe, timeout_s)]
-            if _compare(logged, original, answers)[0].position is not None:
+            known = _compare(logged, original, answers)
+            if not known or known[0].position is not None:
                 # Once more: is it the answer of now, or another one each time?
-                answers.append(await ask_pool(broker, recipe, timeout_s))
+                again = await ask_pool(broker, recipe, timeout_s)
+                answers.append(msgspec.structs.replace(again, by="again"))
     finally:
         await broker.close()
     comparisons = _compare(logged, original, answers)

@@ -17,11 +17,10 @@ from markupsafe import Markup
 from msgspec import structs
 
 from ops.incident.command import (
-    CLEAN,
-    FINDINGS,
-    INCOMPLETE,
     Question,
+    exit_code,
     open_console,
+    output_option,
     question_options,
     shown_time,
     warnings_of,
@@ -80,6 +79,7 @@ _ADVICE_BY_KIND = {
     "worker_lost": "It was replaced by itself. If it happens again, read its last lines.",
     "workers_lost": "See what they had in common: the machine, memory, or a request they all ran.",
     "process_lost": "It was replaced by itself. If it happens again, read its last lines.",
+    "paused": "See who stopped it, or what else takes the processors of its machine.",
     "poison_request": "The request is kept aside. Do not send it again; give it to a developer.",
     "deploy": "Go back to the version before.",
     "restart": "It was done on purpose. Replace processes one by one, so that nobody notices.",
@@ -102,14 +102,7 @@ _METHOD = (
 
 
 @click.command("report")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("report.html"),
-    show_default=True,
-    help="Where to write it.",
-)
+@output_option("report.html")
 @click.option(
     "--compare-with",
     "other",
@@ -125,9 +118,7 @@ def main(*, question: Question, output: Path, other: str | None) -> int:
         console = open_console()
         console.print(*warnings_of(logs), sep="\n", end="")
         console.print(f"{headline(verdict)}\nwritten to {output}")
-        if verdict.findings:
-            return FINDINGS
-        return INCOMPLETE if logs.incomplete else CLEAN
+        return exit_code(logs, len(verdict.findings))
 
 
 def write_report(

@@ -36,8 +36,9 @@ from ops.incident.tables import rows_of
 Span = tuple[int, int]
 """Bytes of a file, from a line's start to a line's end."""
 
-_REACH_BYTES = 4 * 1024 * 1024
-"""What is read of each file on both sides of the request's lines: some ten thousand events."""
+_REACH_BYTES = 1024 * 1024
+"""What is read of each file on both sides of the request's lines: a thousand requests, some 3,000
+ lines."""
 _MAX_HITS = 10_000
 _PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "batch_req_")
 """What the APIs put in front of a request's id."""
@@ -318,6 +319,7 @@ def find(question: Question, story: Story) -> list[Finding]:
         *_asked_anew(question, story),
         *_handovers(question, story, nearby),
         *_slow_phase(question, story, nearby),
+        *_slow_client(request),
         *_bad_company(question, story, nearby),
     ]
 
@@ -431,6 +433,19 @@ def _slow_phase(question: Question, story: Story, nearby: str) -> Iterator[Findi
         why=f"{MEANINGS[phase.name]}; median of {phase.num_like} requests in the hour around: "
         f"{shown_time(phase.expected_s)}",
         next=question.next(f"why {nearby}"),
+    )
+
+
+def _slow_client(request: dict[str, Any]) -> Iterator[Finding]:
+    blocked_s = request["blocked_time"] or 0.0
+    if blocked_s < _WORTH_TELLING_S:
+        return
+    yield Finding(
+        what=f"its client read more slowly than the tokens came: for {shown_time(blocked_s)} it "
+        "could not be sent any",
+        confidence="certain",
+        why=f"{request['unsent_bytes'] or 0} bytes had not gone out to it when all was written",
+        next="headrace explain SLOW_CONSUMER",
     )
 
 
@@ -586,6 +601,8 @@ _TOLD = (
     "ttft",
     "reason",
     "disconnected_after",
+    "blocked_time",
+    "unsent_bytes",
 )
 """What of a line is shown to a person; JSON has the rest."""
 

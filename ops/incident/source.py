@@ -350,8 +350,12 @@ def _count_newlines(path: Path, end: int) -> int:
     """In front of ``end``."""
     if not end:
         return 0
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in _blocks(file, end))
+    buffer, num = bytearray(_CHUNK_BYTES), 0
+    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
+        while end > 0 and (size := file.readinto(view[: min(end, _CHUNK_BYTES)])):
+            num += buffer.count(b"\n", 0, size)
+            end -= size
+    return num
 
 
 def _crash_line(file: LogFile) -> bytes:

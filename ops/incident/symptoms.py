@@ -90,12 +90,21 @@ KINDS = (
         "pace",
         "got their tokens slowly",
         1.0,
-        "CASE WHEN tokens >= 4 THEN CASE WHEN ttft IS NOT NULL AND stream"
-        " THEN greatest(duration - ttft, 0) / (tokens - 1) ELSE generation_time / tokens END END",
+        # Not where its client held it up.
+        "CASE WHEN tokens >= 4 AND coalesce(blocked_time, 0) < 0.1 THEN"
+        " CASE WHEN ttft IS NOT NULL AND stream THEN greatest(duration - ttft, 0) / (tokens - 1)"
+        " ELSE generation_time / tokens END END",
         "CASE WHEN stream THEN 'stream' ELSE 'whole' END",
         0.015,
     ),
     Kind("relay", "got tokens late from their gateway", 1.0, "relay_lag_p99", floor_s=0.25),
+    Kind(
+        "reading",
+        "were read by their clients more slowly than they came",
+        0.5,
+        "CASE WHEN stream THEN coalesce(blocked_time, 0) END",
+        floor_s=0.25,
+    ),
 )
 _MINE = Kind("asked", "meet the condition", 3.0)
 
@@ -250,6 +259,9 @@ def _make_rows(db: DuckDBPyConnection, last_seen: float | None) -> None:
             SELECT request_id, min(ended) AS moved_at
             FROM attempts WHERE end_event NOT IN ('worker.finished', 'request.finished')
             GROUP BY 1
+        ), places AS (
+            SELECT request_id, sum(greatest(ended - claimed, 0)) AS held_s
+            FROM attempts GROUP BY 1
         ), rows AS (
             SELECT r.*, c.kind AS change_kind, r.arrived - c.t AS change_age
             FROM requests r ASOF LEFT JOIN restarts c
@@ -262,10 +274,10 @@ def _make_rows(db: DuckDBPyConnection, last_seen: float | None) -> None:
         )
         SELECT named.*, greatest(coalesce(ended, arrived), arrived) AS gone,
             ended IS NULL AND arrived < {settled!r} AS is_open,
-            coalesce(moved_at, arrived) AS moved_at,
-            coalesce(prompt_tokens, 0) + coalesce(max_tokens, 0) AS work,
+            coalesce(moved_at, arrived) AS moved_at, coalesce(held_s, 0) AS held_s,
             {traits}, {measures}
         FROM named LEFT JOIN again ON named.request_id = again.request_id
+            LEFT JOIN places ON named.request_id = places.request_id
         """
     )
 
@@ -340,6 +352,8 @@ def _overdue(kind: Kind, usual: str) -> str:
         return f"arrived + coalesce(queue_time, 0) + least({usual}, v_first_token)"
     if kind.name == "relay":
         return "gone"
+    if kind.name == "reading":
+        return "gone - least(v_reading, gone - arrived)"
     return f"greatest(arrived, gone - greatest(v_pace - {usual}, 0) * tokens)"
 
 

@@ -323,6 +323,8 @@ _TOLD: Mapping[str, str] = {
     "deaths": "INTEGER",
     "finish_reason": "VARCHAR",
     "relay_lag_p99": "DOUBLE",
+    "blocked_time": "DOUBLE",
+    "unsent_bytes": "INTEGER",
 }
 """What a gateway tells of a request in its lines, beside the columns of ``events``."""
 
@@ -407,6 +409,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
             coalesce(told_attempts, attempt, 0) AS attempts, coalesce(told_deaths, 0) AS deaths,
             batch_size, gateway, host, nullif(coalesce(git_sha, gateway_sha), '') AS git_sha,
             told_finish_reason AS finish_reason, told_relay_lag_p99 AS relay_lag_p99,
+            told_blocked_time AS blocked_time, told_unsent_bytes AS unsent_bytes,
             CASE WHEN over IS NULL
                  THEN coalesce(ended, first_token, claimed, accepted)
                       < (SELECT max(t) FROM events) - {_LOST_AFTER_S}
@@ -429,7 +432,8 @@ def _make_changes(db: DuckDBPyConnection) -> None:
                     WHEN 'config.changed'
                         THEN array_to_string(json_keys(fields, '$.diff'), ', ')
                     WHEN 'fault.injected'
-                        THEN concat_ws(' on ', fields->>'fault', fields->>'target') END,
+                        THEN concat_ws(' on ', fields->>'fault', fields->>'target')
+                    WHEN 'process.paused' THEN concat('for ', fields->>'paused_s', ' s') END,
                 CASE WHEN event LIKE 'deploy.%' THEN concat_ws(' ', fields->>'what',
                         fields->>'from_version', '→', fields->>'to_version')
                      WHEN event LIKE 'process.%' THEN concat_ws(' ', fields->>'name',

@@ -6,6 +6,8 @@ from common.broker import Broker
 from common.failures import Failure
 from common.ids import request_of
 from common.messages import Sampling
+from common.settings import BackgroundSettings
+from ops.incident.recipe import CannotReplay, Logged, find_recipe
 from tests.support.dead_letters import PROMPT, Killer, killed
 from tests.support.event_schema import captured_logs
 from tests.support.generations import ScriptedClaims
@@ -62,6 +64,17 @@ async def test_it_is_asked_anew_once_and_its_end_stands(killer: Killer) -> None:
     evidence = await store.get(killer.id)
     assert evidence.requeued_as == first.request_id
     assert not evidence.is_kept, "its prompt went"
+
+
+async def test_it_can_be_replayed_while_its_prompt_is_kept(killer: Killer) -> None:
+    asked = {"request_id": killer.id[:-2], "code": "POISON_REQUEST"}
+    logged = Logged(job_id=killer.id, asked=asked, made={})
+    recipe = await find_recipe(logged, killer.broker, BackgroundSettings(), None)
+    assert (recipe.prompt, recipe.sampling.seed) == ([7] * 6, 5)
+    assert "dead letter" in recipe.origin
+    await killer.broker.dead_letter_store.discard(killer.id, WHO)
+    with pytest.raises(CannotReplay, match="--prompt-file"):
+        await find_recipe(logged, killer.broker, BackgroundSettings(), None)
 
 
 async def test_a_choice_is_asked_anew_as_itself(broker: Broker) -> None:

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from common.broker import connection as connection_module
 from common.broker import keys
 from gateway import relay as relay_module
+from gateway.sse import EventStream
 from gateway.stream import Stream
 from ops.bench.sse_client import Event, read_events
 from tests.support.fault_proxy import fault_proxy
@@ -382,6 +383,30 @@ async def test_a_slow_client_costs_little_and_misses_nothing(stand: Stand) -> No
     ]
 
 
+async def test_a_client_that_does_not_read_a_short_answer_is_seen_in_the_log(stand: Stand) -> None:
+    """All of it fits into buffers, so nothing waits for that client; its connection knows."""
+    gateway = await stand.gateway()
+    worker = await stand.worker()
+    reader, writer = await _post_slowly(gateway.url)
+    long = await worker.take()
+    with capture_logs() as lines:
+        await long.say(*["x" * 1000 for _ in range(40)])
+        await wait_until(lambda: _is_blocked(_only_stream(gateway)), what="a closed window")
+        await long.say(finish="length")
+        await wait_until(lambda: not gateway.services.relay.num_streams)
+        async with gateway.client.stream("POST", "/generate_stream", json=BODY) as quick:
+            await (await worker.take()).say(*["x" * 1000 for _ in range(40)], finish="length")
+            await quick.aread()
+        await wait_until(lambda: not gateway.services.relay.num_streams)
+    assert (await asyncio.wait_for(reader.read(), 30)).count(b"x" * 1000) >= 40
+    writer.close()
+    slow, fast = (line for line in lines if line["event"] == "request.finished")
+    assert 0 < slow["blocked_time"] <= slow["duration"]
+    assert slow["unsent_bytes"] > 20_000
+    assert "lags" not in slow
+    assert fast.get("unsent_bytes", 0) == 0
+
+
 # What the tests do behind the gateway's back ---------------------------------------------------
 
 
@@ -441,3 +466,12 @@ async def _post_slowly(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWr
 def _only_stream(gateway: RunningGateway) -> Stream:
     [stream] = gateway.services.relay._all_streams()
     return stream
+
+
+def _is_blocked(stream: Stream) -> bool:
+    outlet = stream._outlet
+    assert isinstance(outlet, EventStream)
+    if outlet._direct is None:
+        return False
+    outlet._direct.window.look()
+    return outlet._direct.window.blocked_s > 0

@@ -95,6 +95,8 @@ class Pool:
     """The code with which a request fails at a worker at a time."""
     refuses: Callable[[Request], str | None] = lambda _: None
     """The code with which a gateway refuses it at once."""
+    blocks: Callable[[Request], float] = lambda _: 0.0
+    """For how many seconds its client takes nothing of an answer."""
     extra: list[Callable[[random.Random], Iterator[Request]]] = field(
         default_factory=list[Callable[[random.Random], Iterator[Request]]]
     )
@@ -280,12 +282,14 @@ class Pool:
                  level="warning", actor=kind.actor.value, retryable=kind.retryable)  # fmt: skip
         if self.random.random() < 0.01 and code == "ok":
             code = "disconnected"
+        blocked_s = self.blocks(request)
+        slowly = {"blocked_time": blocked_s, "unsent_bytes": 4000} if blocked_s else {}
         tell(end + 0.003, "request.finished", *at_gateway, **base, code=code, status=200,
              finish_reason=told_of_it["finish_reason"], queue_time=start - request.t,
              ttft=first_token - request.t, generation_time=end - start,
              duration=end - request.t, tokens=tokens, tokens_per_second=tokens / (end - start),
              worker=worker.name, model_version=worker.model_version, attempts=attempt,
-             deaths=attempt - 1, **asked)  # fmt: skip
+             deaths=attempt - 1, **asked, **slowly)  # fmt: skip
         return told
 
     def _next_free(self, t: float) -> tuple[Worker, float]:

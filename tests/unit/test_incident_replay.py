@@ -1,12 +1,17 @@
 """Two answers are compared to the token, and what it takes to ask again is read from the log."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from common.messages import Sampling
 from gateway.answer import _numbers_of
+from ops.incident import replay
 from ops.incident.recipe import Answer, CannotReplay, Logged, Recipe, _logged_sampling
 from ops.incident.replay import _completion_body, compare
+from tests.support.simulated_logs import Pool, write
 
 
 def answer(*tokens: int, finish_reason: str = "length", by: str = "then") -> Answer:
@@ -33,6 +38,17 @@ def test_texts_are_compared_where_ids_are_not_known() -> None:
     assert compare(answer(1, 2, 3), theirs).position == 2
     equal = compare(answer(1, 2, 9), theirs)
     assert (equal.position, equal.num_same) == (None, 3)
+
+
+def test_what_workers_died_of_is_not_run_again_unasked(tmp_path: Path) -> None:
+    pool = Pool(seconds=20, fails=lambda *_: "POISON_REQUEST")
+    lines = pool.lines()
+    path = write(lines, tmp_path / "pool.jsonl")
+    id = next(line["request_id"] for line in lines if line.get("code") == "POISON_REQUEST")
+    options = [id, f"--logs={path}", f"--data-dir={tmp_path}"]
+    refused = CliRunner().invoke(replay.main, options, standalone_mode=False)
+    assert isinstance(refused.exception, CannotReplay)
+    assert "--yes" in refused.exception.message
 
 
 def logged(**asked: object) -> Logged:

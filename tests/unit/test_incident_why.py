@@ -106,6 +106,43 @@ def _flood(pool: Pool, chance: Random) -> Iterator[Request]:
         yield pool.request(t, tenant=tenant_hash("flooder"))
 
 
+def test_who_asks_for_long_answers_is_named_although_prompts_are_longer(tmp_path: Path) -> None:
+    """A token of an answer takes a step; those of a prompt share one."""
+    pool = Pool(seed=17, rate=6, seconds=300, num_workers=2, slots=4)
+    pool.extra.append(lambda chance: _long_answers(pool, chance))
+    culprit = ask(pool, tmp_path).culprit
+    assert culprit is not None
+    assert culprit.subject["tenant_hash"] == tenant_hash("writer")
+
+
+def _long_answers(pool: Pool, chance: Random) -> Iterator[Request]:
+    t = 150.0
+    while (t := t + chance.expovariate(2.5)) < 190:
+        yield pool.request(t, tenant=tenant_hash("writer"), prompt_tokens=60, max_tokens=400)
+
+
+def test_clients_that_read_slowly_are_named(tmp_path: Path) -> None:
+    pool = Pool(seed=18, seconds=300)
+    pool.blocks = lambda request: 2.0 if request.user_agent == "curl" and request.t > 150 else 0.0
+    culprit = ask(pool, tmp_path).culprit
+    assert culprit is not None
+    assert culprit.subject == {"user_agent": "curl"}
+    assert culprit.explains == ["were read by their clients more slowly than they came"]
+
+
+def test_a_worker_that_stood_still_for_a_moment_is_named_by_its_own_words(tmp_path: Path) -> None:
+    """Three requests are too few to be a pattern."""
+    pool = Pool(seed=19, seconds=300)
+    held = pool.workers[2]
+    held.stalls.append((150.0, 153.0))
+    pool.event(153.0, "process.paused", "worker", held.name, paused_s=3.0, computed_s=0.0,
+               level="warning")  # fmt: skip
+    culprit = ask(pool, tmp_path).culprit
+    assert culprit is not None
+    assert culprit.subject == {"worker": held.name}
+    assert culprit.since == pytest.approx(START_S + 150, abs=0.1)
+
+
 def test_a_pause_of_everything_is_told_from_a_slow_worker(tmp_path: Path) -> None:
     pool = Pool(seed=10, seconds=300)
     pool.pause_all(150, 162)

@@ -153,13 +153,12 @@ def _killed(times: int, every_s: float, number: signal.Signals = signal.SIGKILL)
 def _all_stalled(seconds: float) -> Act:
     def act(stage: Stage) -> list[Cause]:
         names = [f"worker {n + 1}" for n in range(stage.num_workers)]
-        causes = [cause for name in names for cause in _worker(stage, name)]
         threads = [threading.Thread(target=stage.stall, args=(name, seconds)) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return [Cause("component", "workers"), Cause("kind", "workers_lost"), *causes]
+        return [Cause("component", "workers"), Cause("kind", "workers_lost")]
 
     return act
 
@@ -523,7 +522,6 @@ def _of_clients() -> list[Incident]:
             _of_tenant(
                 Cause("user_agent", "bomber/1.0"),
                 Cause("code", "GRAMMAR_REJECTED"),
-                Cause("grammar", "json_schema"),
             ),
             _from_tenant(
                 rate=2.0,
@@ -531,6 +529,21 @@ def _of_clients() -> list[Incident]:
                 apis=("chat",),
                 schema={"type": "object", "properties": {"a": _BOMB}, "required": ["a"]},
                 user_agent="bomber/1.0",
+            ),
+        ),
+        Incident(
+            "slow-readers",
+            "slow readers",
+            310,
+            "slow reading",
+            _of_tenant(Cause("user_agent", "modem/56")),
+            _from_tenant(
+                rate=2.0,
+                is_slow=True,
+                streams=1.0,
+                user_agent="modem/56",
+                apis=("chat",),
+                new_tokens=(60, 100),
             ),
         ),
         Incident(
@@ -656,21 +669,14 @@ def _storage_lost(stage: Stage) -> list[Cause]:
         Cause("component", "storage"),
         Cause("event", "storage.failed"),
         Cause("code", "STORAGE_UNAVAILABLE"),
-        Cause("api", "files"),
-        Cause("api", "batches"),
     ]
 
 
 def _log_full(stage: Stage) -> list[Cause]:
     process = stage.any_gateway()
-    causes = [
-        Cause("event", "log.dropped"),
-        Cause("component", "log_lost"),
-        Cause("gateway", stage.instance(process)),
-    ]
     with stage.full_disk_for(process):
         time.sleep(5)
-    return causes
+    return [Cause("event", "log.dropped"), Cause("component", "log_lost")]
 
 
 def _webhook_lost(stage: Stage) -> list[Cause]:
@@ -696,7 +702,6 @@ def _webhook_lost(stage: Stage) -> list[Cause]:
         Cause("component", "webhook"),
         Cause("event", "webhook.failed"),
         Cause("event", "webhook.dead"),
-        Cause("tenant", _guilty(stage)),
     ]
 
 

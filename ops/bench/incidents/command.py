@@ -48,9 +48,7 @@ Tell = Callable[[str], None]
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
 @click.option("--markdown", "page_path", type=click.Path(path_type=Path), help="Write the table.")
 @click.option("--list", "lists", is_flag=True, help="Say what runs there are.")
-@click.option(
-    "--million", "counts_a_million", is_flag=True, help="Only time the analysis of a million lines."
-)
+@click.option("--million", "counts_a_million", is_flag=True, help="Only time large logs.")
 def main(
     patterns: tuple[str, ...],
     logs: Path | None,

@@ -106,9 +106,9 @@ def score(folder: Path) -> Score:
     )
 
 
-def ask(question: str, log: Path) -> tuple[int, Any, str]:
+def ask(question: str, log: Path, *arguments: str) -> tuple[int, Any, str]:
     """Exit code, JSON and last words of `headrace incident QUESTION --logs LOG --json`."""
-    command = [sys.executable, "-P", "-m", "ops.cli", "incident", question]
+    command = [sys.executable, "-P", "-m", "ops.cli", "incident", question, *arguments]
     command += ["--logs", str(log), "--json"]
     try:
         done = subprocess.run(  # noqa: S603 - our own command

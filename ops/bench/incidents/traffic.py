@@ -36,6 +36,8 @@ SCHEMA = {
 }
 _PATIENCE_S = 30.0
 _READ_BYTES = 65_536
+_SLOW_BYTES, _SLOW_PAUSE_S, _SLOW_WINDOW_BYTES = 512, 0.1, 2048
+"""How a client reads that is slow: some 5 kB/s, with the least window that there is."""
 
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -60,6 +62,8 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     schema: dict[str, Any] = msgspec.field(default_factory=lambda: SCHEMA)
     leaves: bool = False
     """After the first bytes of the answer."""
+    is_slow: bool = False
+    """It reads more slowly than tokens come."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -195,16 +199,21 @@ async def _talk(host: str, port: int, request: bytes, source: Source, seen: Exch
     """Send the request and read as much of the answer as this client does."""
     link = socket.socket()
     link.setblocking(False)
+    if source.is_slow:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_WINDOW_BYTES)
     with contextlib.closing(link):
         loop = asyncio.get_running_loop()
         await loop.sock_connect(link, (host, port))
         await loop.sock_sendall(link, request)
-        while piece := await loop.sock_recv(link, _READ_BYTES):
+        at_once = _SLOW_BYTES if source.is_slow else _READ_BYTES
+        while piece := await loop.sock_recv(link, at_once):
             if not seen.status:
                 seen.status = _status(piece)
             seen.num_bytes += len(piece)
             if source.leaves:
                 return
+            if source.is_slow:
+                await asyncio.sleep(_SLOW_PAUSE_S)
 
 
 def _status(head: bytes) -> int:
