@@ -80,8 +80,8 @@ def well(overview: Overview) -> Diagnosis:
         severity="ok",
         code="well",
         what="Everything is well.",
-        why=f"{_count(len(ready), 'worker')} ready, {_count(running, 'answer')} being written, "
-        f"{_count(sum(lane.depth for lane in overview.lanes), 'question')} waiting.",
+        why=f"{counted(len(ready), 'worker')} ready, {counted(running, 'answer')} being written, "
+        f"{counted(sum(lane.depth for lane in overview.lanes), 'question')} waiting.",
         command="headrace top",
     )
 
@@ -91,8 +91,8 @@ def without_news(last: Overview, quiet_s: float) -> Overview:
     words = Diagnosis(
         severity="critical",
         code="exporter_stale",
-        what="This picture is old: nobody is looking at the system any more.",
-        why=f"The exporter, which looks once a second, has said nothing for {quiet_s:.0f} s. "
+        what="This picture is old: nobody collects its figures any more.",
+        why=f"The exporter, which does so once a second, has said nothing for {quiet_s:.0f} s. "
         "Questions may be answered as ever.",
         command="headrace status",
     )
@@ -106,11 +106,23 @@ def without_redis(last: Overview, quiet_s: float) -> Overview:
         severity="critical",
         code="redis_away",
         what="The queue (Redis) cannot be reached, so no question can be answered.",
-        why=f"It has not answered this gateway for {quiet_s:.0f} s. Nothing that was accepted is "
-        "lost while its disk is whole.",
+        why=f"It has not answered for {quiet_s:.0f} s. Nothing that was accepted is lost while its "
+        "disk is whole.",
         command="headrace doctor",
     )
     return msgspec.structs.replace(last, redis=redis, diagnosis=[words])
+
+
+def without_gateway(last: Overview, quiet_s: float) -> Overview:
+    """The last overview there is, as long as the gateway that told it does not answer."""
+    words = Diagnosis(
+        severity="critical",
+        code="gateway_away",
+        what="The gateway cannot be reached: what is shown here is old.",
+        why=f"It has not answered for {quiet_s:.0f} s. Other gateways may answer as ever.",
+        command="headrace status",
+    )
+    return msgspec.structs.replace(last, diagnosis=[words])
 
 
 # Cases -----------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ def _no_worker(now: Overview, _: Past) -> Iterator[Diagnosis]:
             code="no_worker",
             what="No question can be answered: every worker was asked to rest.",
             why=f"{_names(resting)} stopped taking work ({resting[0].drain_cause or 'stopping'}); "
-            f"{_count(waiting, 'question')} waiting.",
+            f"{counted(waiting, 'question')} waiting.",
             command=f"headrace workers resume {resting[0].name}",
         )
     elif "loading" in states:
@@ -135,8 +147,8 @@ def _no_worker(now: Overview, _: Past) -> Iterator[Diagnosis]:
             severity="warning",
             code="no_worker",
             what="The model is being loaded; answers begin when that is done.",
-            why=f"{_count(states.count('loading'), 'worker')} loading, none ready; "
-            f"{_count(waiting, 'question')} waiting.",
+            why=f"{counted(states.count('loading'), 'worker')} loading, none ready; "
+            f"{counted(waiting, 'question')} waiting.",
             command="headrace status",
         )
     else:
@@ -145,8 +157,8 @@ def _no_worker(now: Overview, _: Past) -> Iterator[Diagnosis]:
             code="no_worker",
             what="No question can be answered: no worker is running.",
             why="Workers run the model. None has said for five seconds that it lives; "
-            f"{_count(waiting, 'question')} waiting.",
-            command="headrace up --workers 1",
+            f"{counted(waiting, 'question')} waiting.",
+            command="headrace worker",
         )
 
 
@@ -162,10 +174,10 @@ def _worker_lost(now: Overview, _: Past) -> Iterator[Diagnosis]:
     yield Diagnosis(
         severity="warning",
         code="worker_lost",
-        what=f"{many} {_ago(now.at - newest.at)}; what it did was handed to others.",
+        what=f"{many} {_ago(now.at - newest.at)}; its work was handed to others.",
         why=f"{newest.name}{f' on {newest.host}' if newest.host else ''} "
-        f"{'ended' if newest.cause == 'seen' else 'fell silent'} without taking leave; {after}, "
-        f"{_count(ready, 'worker')} ready.",
+        f"{'ended' if newest.cause == 'seen' else 'fell silent'} though nobody stopped it; "
+        f"{after}, {counted(ready, 'worker')} ready.",
         command="headrace incident report -o report.html",
     )
 
@@ -178,8 +190,8 @@ def _gateway_lost(now: Overview, _: Past) -> Iterator[Diagnosis]:
             severity="warning",
             code="gateway_lost",
             what=f"A gateway died {_ago(now.at - newest.at)}; its clients had to connect again.",
-            why=f"{newest.name}{f' on {newest.host}' if newest.host else ''} fell silent without "
-            f"taking leave; {_count(len(now.gateways), 'gateway')} left.",
+            why=f"{newest.name}{f' on {newest.host}' if newest.host else ''} fell silent though "
+            f"nobody stopped it; {counted(len(now.gateways), 'gateway')} left.",
             command="headrace incident report -o report.html",
         )
 
@@ -200,10 +212,10 @@ def _queue_grows(now: Overview, past: Past) -> Iterator[Diagnosis]:
         severity="critical" if wait_s >= _LONG_WAIT_S else "warning",
         code="queue_grows",
         what="Questions come faster than they are answered: waits become longer.",
-        why=f"{_count(sum(it.depth for it in now.lanes), 'question')} waiting, a new one about "
-        f"{wait_s:.0f} s; the work that waits went from {was:.0f} to {tokens:.0f} tokens within "
-        f"half a minute, with {_count(len(ready), 'worker')} ready.",
-        command=f"headrace up --workers {len(ready) + 1}",
+        why=f"{counted(sum(it.depth for it in now.lanes), 'question')} waiting; a new one would "
+        f"wait about {wait_s:.0f} s. What is to be written grew from {was:.0f} to {tokens:.0f} "
+        f"tokens within half a minute, with {counted(len(ready), 'worker')} ready: start another.",
+        command="headrace worker",
     )
 
 
@@ -275,7 +287,7 @@ def _dead_letters(now: Overview, _: Past) -> Iterator[Diagnosis]:
         yield Diagnosis(
             severity="warning",
             code="dead_letters",
-            what=f"{_count(now.dead_letters, 'question')} "
+            what=f"{counted(now.dead_letters, 'question')} "
             f"{'was' if one else 'were'} set aside, because workers died of "
             f"{'it' if one else 'them'}.",
             why="What ended two workers beside others, and two more alone, is not given to a "
@@ -290,10 +302,11 @@ def _redis(now: Overview, _: Past) -> Iterator[Diagnosis]:
         yield Diagnosis(
             severity="critical" if redis.evicted_keys else "warning",
             code="redis_evicts",
-            what="Redis throws away questions and answers when its memory is full."
+            what="The queue (Redis) throws away questions and answers, as its memory is full."
             if redis.evicted_keys
-            else "Redis would throw away questions and answers if its memory were full.",
-            why=f"Its maxmemory-policy is not noeviction; {redis.evicted_keys} keys are gone.",
+            else "The queue (Redis) will throw away questions and answers once its memory is full.",
+            why="It is set to make room so (its maxmemory-policy is not noeviction); "
+            f"{redis.evicted_keys} of its entries are gone.",
             command="headrace doctor",
         )
     used = redis.used_bytes / redis.max_bytes if redis.max_bytes else 0.0
@@ -310,7 +323,7 @@ def _redis(now: Overview, _: Past) -> Iterator[Diagnosis]:
         yield Diagnosis(
             severity="warning",
             code="durability",
-            what="If Redis stopped now, what waits in it could be lost.",
+            what="If the queue (Redis) stopped now, what waits in it could be lost.",
             why=f"{redis.durability_gap}.",
             command="headrace doctor",
         )
@@ -329,7 +342,7 @@ def _versions(now: Overview, _: Past) -> Iterator[Diagnosis]:
         what=f"{len(versions)} versions of the model answer side by side"
         f"{', for a long time by now' if is_long else ': one is being rolled out'}.",
         why="; ".join(
-            f"{version} on {_count(sum(it.model_version == version for it in ready), 'worker')}"
+            f"{version} on {counted(sum(it.model_version == version for it in ready), 'worker')}"
             for version in versions
         )
         + ".",
@@ -371,8 +384,9 @@ def _names(workers: Sequence[WorkerView]) -> str:
     return named if len(workers) <= 3 else f"{named} and {len(workers) - 3} more"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """Such as ``1 worker`` or ``3 workers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 def _ago(seconds: float) -> str:

@@ -132,10 +132,14 @@ def gateway_command(**given: Any) -> None:
 @launcher_options(WorkerSettings)
 @options_of(WorkerSettings)
 def worker_command(**given: Any) -> int:
-    """Run one worker: the engine with its model. SIGTERM lets it finish or hand over its work."""
+    """Run one worker: the engine with its model. SIGTERM lets it finish or hand over its work.
+
+    Without --redis-url, beside the workers of the `headrace up` that runs on DATA_DIR.
+    """
+    from ops import runfile
     from workers.worker import run
 
-    return run(build(WorkerSettings, given), pretty=sys.stderr.isatty())
+    return run(runfile.joined(build(WorkerSettings, given)), pretty=sys.stderr.isatty())
 
 
 @cli.command("background")

@@ -33,11 +33,10 @@ def with_pool(settings: Settings, act: Callable[[Broker], Awaitable[T]]) -> T:
     """What ``act`` returns on the pool that the settings name; unless they do, on that of the
     `headrace up` that runs on the data directory.
     """
-    run = runfile.read_state(settings.data_dir)
-    model = run.model if run and "model" not in settings.model_fields_set else settings.model
+    settings = runfile.joined(settings)
 
     async def on_broker() -> T:
-        broker = Broker(connect(runfile.redis_url_of(settings)), model)
+        broker = Broker(connect(settings.redis_url), settings.model)
         try:
             return await act(broker)
         finally:

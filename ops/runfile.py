@@ -10,6 +10,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import msgspec
@@ -120,6 +121,18 @@ def redis_url_of(settings: Settings) -> str:
         if run and "redis_url" not in settings.model_fields_set
         else (settings.redis_url)
     )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def joined(settings: S) -> S:
+    """The settings; where they name no Redis or model, with those of the directory's supervisor."""
+    unnamed = {"redis_url", "model"} - settings.model_fields_set
+    run = read_state(settings.data_dir) if unnamed else None
+    if run is None:
+        return settings
+    return settings.model_copy(update={name: getattr(run, name) for name in unnamed})
 
 
 def run_dir(data_dir: Path) -> Path:

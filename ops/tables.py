@@ -10,8 +10,12 @@ _WIDE_COLUMNS = 200
 
 
 def print_table(table: Table) -> None:
+    """With lines around it for a person; a pipe gets columns of words alone."""
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=_WIDE_COLUMNS).print(table)
+    if not console.is_terminal:
+        console = Console(width=_WIDE_COLUMNS)
+        table.box, table.pad_edge = None, False
+    console.print(table)
 
 
 def shown_time(at_s: int) -> str:

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.broker import Broker, connect
-from common.clock import wall_ms
-from common.diagnosis import without_news
+from common.clock import monotonic_s, wall_ms
+from common.diagnosis import counted, without_gateway, without_news, without_redis
+from common.failures import Failure
 from common.overview import Diagnosis, Overview, Stats, decode
 from common.settings import Settings
 from ops import runfile
@@ -30,6 +31,7 @@ _RETRY_S = 1.0
 _FIRST_WAIT_S = 5.0
 _WIDE_COLUMNS = 100
 _MAX_WORKERS = 24
+"""Where no screen says how many lines there are."""
 _STYLES = {"ok": "green", "warning": "yellow", "critical": "bold red"}
 _STATES = {"ready": "green", "loading": "cyan", "draining": "yellow", "drained": "yellow"}
 
@@ -68,9 +70,14 @@ async def _follow(source: AsyncGenerator[Overview], *, as_json: bool) -> None:
             async for overview in source:
                 click.echo(msgspec.json.encode(overview))
             return
-        with Live(console=_console(), screen=True, auto_refresh=False) as live:
+        console = _console()
+        if not console.is_terminal:  # a file or a pipe gets one after the other
             async for overview in source:
-                live.update(picture(overview), refresh=True)
+                console.print(picture(overview), Text())
+            return
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            async for overview in source:
+                live.update(fitting(overview, console), refresh=True)
 
 
 def _console() -> Console:
@@ -82,21 +89,30 @@ def _console() -> Console:
 
 
 async def _from_redis(settings: Settings) -> AsyncGenerator[Overview]:
-    """The newest overview whenever there is another one, or it has become old."""
-    run = runfile.read_state(settings.data_dir)
-    model = run.model if run and "model" not in settings.model_fields_set else settings.model
-    broker = Broker(connect(runfile.redis_url_of(settings)), model)
-    seen = ""
+    """The newest overview whenever there is another one, or it has become old.
+
+    Raises: Failure where Redis does not answer at first; later the overviews say so.
+    """
+    settings = runfile.joined(settings)
+    broker = Broker(connect(settings.redis_url), settings.model)
+    seen, last, heard_s = "", Overview(at=0.0, model=settings.model), 0.0
     try:
         while True:
-            newest = await broker.overview_store.newest()
-            overview = decode(newest[1]) if newest else Overview(at=0.0, model=model)
-            age_s = wall_ms() / 1000 - overview.at
-            if newest is None or age_s > _OLD_S:
-                yield without_news(overview, age_s if newest else _OLD_S)
-            elif newest[0] != seen:
-                seen = newest[0]
-                yield overview
+            try:
+                newest = await broker.overview_store.newest()
+            except Failure:
+                if not heard_s:
+                    raise
+                yield without_redis(last, monotonic_s() - heard_s)
+            else:
+                heard_s = monotonic_s()
+                last = decode(newest[1]) if newest else last
+                age_s = wall_ms() / 1000 - last.at
+                if newest is None or age_s > _OLD_S:
+                    yield without_news(last, age_s if newest else _OLD_S)
+                elif newest[0] != seen:
+                    seen = newest[0]
+                    yield last
             await asyncio.sleep(_LOOK_S)
     finally:
         await broker.close()
@@ -108,7 +124,7 @@ async def _from_gateway(url: str, api_key: str | None) -> AsyncGenerator[Overvie
     Raises: NothingToShow for a gateway that refuses, or that does not answer at first.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    is_first, last_id = True, ""
+    last, last_id, heard_s = None, "", 0.0
     async with httpx2.AsyncClient(base_url=url, timeout=20) as client:
         while True:
             try:
@@ -118,11 +134,12 @@ async def _from_gateway(url: str, api_key: str | None) -> AsyncGenerator[Overvie
                     if answer.status_code != HTTPStatus.OK:
                         raise NothingToShow(_refusal(await answer.aread(), answer.status_code))
                     async for id, overview in _overviews(answer):
-                        is_first, last_id = False, id or last_id
+                        last, last_id, heard_s = overview, id or last_id, monotonic_s()
                         yield overview
             except httpx2.HTTPError as error:
-                if is_first:
+                if last is None:
                     raise NothingToShow(f"{url} does not answer: {error}") from error
+                yield without_gateway(last, monotonic_s() - heard_s)
             await asyncio.sleep(_RETRY_S)
 
 
@@ -150,10 +167,16 @@ def _refusal(body: bytes, status: int) -> str:
 # How it looks ------------------------------------------------------------------------------------
 
 
-def picture(overview: Overview) -> Group:
-    """All of it, readable at 80 columns."""
+def fitting(overview: Overview, console: Console) -> Group:
+    """As many workers as the screen has room for between the rest."""
+    num_other_lines = len(console.render_lines(picture(overview, max_workers=1))) - 1
+    return picture(overview, max_workers=max(1, console.height - num_other_lines))
+
+
+def picture(overview: Overview, max_workers: int = _MAX_WORKERS) -> Group:
+    """All of it, readable at 80 columns, with at most so many lines of workers."""
     parts: list[Any] = [_banner(overview.diagnosis), Text(), _figures(overview), Text()]
-    parts.append(_workers(overview))
+    parts.append(_workers(overview, max_workers))
     if waiting := [lane for lane in overview.lanes if lane.depth]:
         table = _table("waiting in", "how many", "oldest", "a new one waits", "tokens")
         for lane in waiting:
@@ -202,9 +225,12 @@ def _figures(overview: Overview) -> Table:
     return table
 
 
-def _workers(overview: Overview) -> Table:
+def _workers(overview: Overview, max_lines: int) -> Table:
+    """Who is not well stands first."""
+    workers = sorted(overview.workers, key=lambda worker: worker.state == "ready")
+    num_shown = len(workers) if len(workers) <= max_lines else max_lines - 1
     table = _table("worker", "state", "batch", "cache", "tokens/s", "memory", "heard", "held")
-    for worker in overview.workers[:_MAX_WORKERS]:
+    for worker in workers[:num_shown]:
         table.add_row(
             worker.name,
             Text(worker.state, style=_STATES.get(worker.state, "red")),
@@ -215,9 +241,9 @@ def _workers(overview: Overview) -> Table:
             f"{worker.heartbeat_age_s:.1f} s",
             str(worker.held),
         )
-    if (more := len(overview.workers) - _MAX_WORKERS) > 0:
+    if more := len(workers) - num_shown:
         table.add_row(f"and {more} more")
-    if not overview.workers:
+    if not workers:
         table.add_row("none")
     return table
 
@@ -226,8 +252,9 @@ def _foot(overview: Overview) -> Text:
     redis = overview.redis
     limit = f" of {redis.max_bytes / 2**20:.0f}" if redis.max_bytes else ""
     return Text(
-        f"{overview.model}  {len(overview.gateways)} gateways, {overview.streams} streams  "
-        f"{len(overview.batches)} batches  {overview.dead_letters} dead letters  "
+        f"{overview.model}  {counted(len(overview.gateways), 'gateway')}, "
+        f"{counted(overview.streams, 'stream')}  {counted(len(overview.batches), 'batch', 'es')}  "
+        f"{counted(overview.dead_letters, 'dead letter')}  "
         f"Redis {redis.used_bytes / 2**20:.0f}{limit} MiB",
         style="dim",
     )

@@ -43,7 +43,7 @@ GROWS = Diagnosis(
     severity="critical",
     what="Questions come faster than they are answered.",
     why="A new one waits 34 s.",
-    command="headrace up --workers 4",
+    command="headrace worker",
     code="queue_grows",
 )
 ERRORS_AT = {130.0: [ErrorCount(code="NAN_LOGITS", count_1m=2, total=2)]}

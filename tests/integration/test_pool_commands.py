@@ -9,15 +9,17 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from common.broker import Broker, Census, WorkerPresence, connect
 from common.diagnosis import well
 from common.ids import generation_id
+from common.models.simulated import SIMULATED_MODEL
 from common.overview import ErrorCount, LaneView, Overview
 from common.settings import Settings
-from ops.top import picture
+from ops.top import fitting, picture
 from tests.support.command import Headrace, headrace_of
 from tests.support.gateway_app import Stand
 from tests.support.generations import ScriptedClaims, admission
@@ -148,10 +150,11 @@ def test_a_dead_letter_is_discarded(dead: Headrace, redis_server: RedisServer) -
 # top ---------------------------------------------------------------------------------------------
 
 
-def drawn(shown: Overview, width: int = 80) -> list[str]:
-    console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
+def drawn(shown: Overview, height: int = 0) -> list[str]:
+    """At 80 columns; with a height as on a screen of so many lines."""
+    console = Console(width=80, height=height or None, file=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(picture(shown))
+        console.print(fitting(shown, console) if height else picture(shown))
     return captured.get().splitlines()
 
 
@@ -188,6 +191,38 @@ def test_it_fits_eighty_columns_and_says_all_there_is() -> None:
     assert "…" not in text, "nothing is cut off"
 
 
+def test_on_a_small_screen_who_is_not_well_is_seen() -> None:
+    workers = [*busy().workers, worker_view("w-gone", state="dead")]
+    lines = drawn(msgspec.structs.replace(busy(), workers=workers), height=24)
+    assert len(lines) == 24
+    assert any(line.startswith("w-gone  ") for line in lines)
+    assert any(line.startswith("and ") and "more" in line for line in lines)
+    assert "Redis 95 of 954 MiB" in lines[-1]
+    assert len(drawn(overview(at=time.time()), height=24)) < 24
+
+
+async def test_a_pipe_gets_one_after_the_other_and_is_told_of_a_loss(tmp_path: Path) -> None:
+    """No codes for a terminal; it goes on while Redis is away."""
+    with RedisServer("valkey", tmp_path) as server:
+        broker = Broker(connect(server.url), SIMULATED_MODEL)
+        await broker.overview_store.append(busy())
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "ops.cli", "top", "--redis-url", server.url),
+            *("--data-dir", str(tmp_path), "--model", SIMULATED_MODEL),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
+        assert command.stdout is not None
+        said = [await asyncio.wait_for(command.stdout.readuntil(b"MiB\n"), 30)]
+        await broker.overview_store.append(busy())
+        said.append(await asyncio.wait_for(command.stdout.readuntil(b"MiB\n"), 30))
+        await broker.close()
+    await asyncio.wait_for(command.stdout.readuntil(b"The queue (Redis) cannot be reached"), 30)
+    command.terminate()
+    await command.wait()
+    assert all(b"Everything is well." in one and b"\x1b" not in one for one in said)
+
+
 def test_once_prints_the_newest_second(top: Headrace, redis_server: RedisServer) -> None:
     on_pool(redis_server, lambda broker: broker.overview_store.append(busy()))
     said = top("--once")
@@ -200,7 +235,7 @@ def test_once_prints_the_newest_second(top: Headrace, redis_server: RedisServer)
 def test_without_an_exporter_it_says_so(top: Headrace, redis_server: RedisServer) -> None:
     on_pool(redis_server, beat)
     said = top("--once")
-    assert "nobody is looking" in said.out
+    assert "nobody collects its figures" in said.out
 
 
 async def test_it_asks_a_gateway_as_well(stand: Stand) -> None:

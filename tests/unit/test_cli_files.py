@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from common.settings import WorkerSettings
 from ops import runfile
 from ops.bench.latency import Answer, summarise
 from ops.embedded import remove_socket, server_spec, socket_path
@@ -36,6 +37,18 @@ def test_the_state_of_a_dead_supervisor_is_history(tmp_path: Path) -> None:
         runfile.write_state(tmp_path, state("worker 1"))
         assert runfile.read_state(tmp_path) == state("worker 1")
     assert runfile.read_state(tmp_path) is None
+
+
+def test_a_command_joins_what_runs_unless_it_names_another(tmp_path: Path) -> None:
+    """Its Redis and its model: a worker that is started by hand works beside those of `up`."""
+    with runfile.lock(tmp_path):
+        runfile.write_state(tmp_path, state("worker 1"))
+        joined = runfile.joined(WorkerSettings(data_dir=tmp_path))
+        assert (joined.redis_url, joined.model) == ("redis://", "m")
+        named = WorkerSettings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1", model="n")
+        assert runfile.joined(named) == named
+    alone = WorkerSettings(data_dir=tmp_path)
+    assert runfile.joined(alone) == alone
 
 
 def test_no_state_where_nothing_ever_ran(tmp_path: Path) -> None:

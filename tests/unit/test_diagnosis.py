@@ -10,7 +10,7 @@ import click
 import msgspec
 import pytest
 
-from common.diagnosis import Diagnoser, without_news, without_redis
+from common.diagnosis import Diagnoser, well, without_gateway, without_news, without_redis
 from common.overview import (
     Diagnosis,
     ErrorCount,
@@ -53,7 +53,7 @@ def queue_grows(second: int) -> Changes:
 
 
 CASES: list[tuple[str, Callable[[int], Changes], str, str, str]] = [
-    ("no_worker", always(workers=[]), "critical", "no worker", "headrace up --workers 1"),
+    ("no_worker", always(workers=[]), "critical", "no worker", "headrace worker"),
     (
         "no_worker",
         always(workers=[worker_view("w5", state="drained", drain_cause="operator")]),
@@ -82,7 +82,7 @@ CASES: list[tuple[str, Callable[[int], Changes], str, str, str]] = [
         "gateway died",
         "headrace incident report -o report.html",
     ),
-    ("queue_grows", queue_grows, "warning", "waits become longer", "headrace up --workers 4"),
+    ("queue_grows", queue_grows, "warning", "waits become longer", "headrace worker"),
     (
         "slow_worker",
         always(
@@ -152,17 +152,25 @@ def test_each_case_is_told_with_its_command(
     assert told.why.endswith(".")
 
 
-@pytest.mark.parametrize("command", sorted({case[-1] for case in CASES}))
+BY_READERS = [without_news, without_redis, without_gateway]
+"""What only who reads the overviews can tell."""
+COMMANDS = {
+    *(case[-1] for case in CASES),
+    *(tells(overview(), 9.0).diagnosis[0].command for tells in BY_READERS),
+    well(overview()).command,
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_each_command_that_is_named_exists(command: str) -> None:
-    """With its options: somebody will copy it at night."""
-    context = click.Context(cli)
-    group, words = cli, command.split()[1:]
-    while isinstance(group, click.Group):
-        found = group.get_command(context, words.pop(0))
-        assert found is not None, command
-        group = found
-    known = {name for parameter in group.params for name in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= known
+    """With its arguments and options: somebody will copy it at night."""
+    found: click.Command | None = cli
+    program, *words = command.split()
+    assert program == "headrace"
+    while isinstance(found, click.Group):
+        found = found.get_command(click.Context(found), words.pop(0))
+    assert found is not None
+    found.make_context(command, words)
 
 
 def test_a_healthy_pool_is_told_to_be_well() -> None:
@@ -267,3 +275,5 @@ def test_readers_say_themselves_that_nobody_looks_or_redis_is_away() -> None:
     assert [found.code for found in away.diagnosis] == ["redis_away"]
     assert not away.redis.is_up
     assert away.workers == last.workers
+    cut_off = without_gateway(last, 7.0)
+    assert [found.code for found in cut_off.diagnosis] == ["gateway_away"]
