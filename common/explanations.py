@@ -340,7 +340,7 @@ INSIDE: dict[str, Inside] = {
     ),
     "CUDA_ERROR": Inside(
         "The device's context is unusable, so the worker ended itself.",
-        "engine.failed; exit code 71",
+        "engine.failed, with this code; exit code 71",
         "a pause; another worker goes on behind the last token",
         Explanation(
             "An illegal access, a device-side assertion, or faulty hardware (see GPU_HW_FAULT).",
@@ -351,7 +351,7 @@ INSIDE: dict[str, Inside] = {
     ),
     "GPU_HW_FAULT": Inside(
         "The driver reported a fault of the GPU (an Xid).",
-        "engine.failed; exit code 71; the kernel's log says NVRM: Xid",
+        "device.fault; engine.failed, with this code; exit code 71; the kernel's log: NVRM: Xid",
         "a pause; workers on other devices go on",
         Explanation(
             "Hardware, its power, its cooling or its driver.",

@@ -67,6 +67,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     kv_used: float = 0.0
     tokens_per_second: float = 0.0
     rss_bytes: int = 0
+    gpu_mem_bytes: int = 0
+    """What it has taken of its GPU's memory, and all that this has; 0: it has no GPU."""
+    gpu_mem_total_bytes: int = 0
     heartbeat_age_s: float = 0.0
     held: int = 0
     pid: int = 0

@@ -277,6 +277,8 @@ class PoolWatch:
             kv_used=round(told.kv_used, 4),
             tokens_per_second=round(speed.tokens_per_second, 2),
             rss_bytes=told.rss_bytes,
+            gpu_mem_bytes=told.gpu_mem_bytes,
+            gpu_mem_total_bytes=told.gpu_mem_total_bytes,
             heartbeat_age_s=age_s,
             held=worker.held,
             pid=told.pid,

@@ -18,7 +18,7 @@ from common.ids import new_process_name
 from common.settings import Settings
 from ops import runfile
 from ops.options import build, options_of
-from ops.tables import print_table, shown_time
+from ops.tables import print_table, shown_memory, shown_time
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def list_workers(*, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(census.workers), indent=2))
         return
-    table = Table("name", "state", "holds", "model version", "host", "asked to rest by")
+    table = Table("name", "state", "holds", "model version", "host", "memory", "asked to rest by")
     for worker in census.workers:
         told = worker.presence
         table.add_row(
@@ -91,6 +91,7 @@ def list_workers(*, as_json: bool, **given: Any) -> None:
             str(worker.held),
             told.model_version if told else "",
             told.host if told else "",
+            shown_memory(told) if told else "",
             worker.drain_cause,
         )
     print_table(table)

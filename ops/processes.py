@@ -28,6 +28,8 @@ _BEYOND_DRAIN_S = 10.0
 """What a process may need after its drain, before it is killed."""
 _BACKGROUND_STOP_S = 15.0
 _EXPORTER_STOP_S = 10.0
+_GPUS = Path("/proc/driver/nvidia/gpus")
+"""Where NVIDIA's driver for Linux has a folder for each GPU."""
 EXPORTER = "exporter"
 
 
@@ -190,14 +192,27 @@ class Processes:
         ]
 
     def _gpus(self, worker: int) -> dict[str, str]:
-        """Workers that spread their models over several take different ones: the next so many."""
-        count = self.settings.tensor_parallel
-        if count == 1 or self.settings.workers == 1:
-            return {}
+        """Of several workers each takes the next GPU, or the next so many that its model is spread
+        over. Where they are too few for workers that need but one, some share one and its memory.
+        """
+        count, workers = self.settings.tensor_parallel, self.settings.workers
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        total = count * self.settings.workers
-        gpus = [str(n) for n in range(total)] if given is None else given.split(",")
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[worker * count : (worker + 1) * count])}
+        if workers == 1 or (count == 1 and WorkerSettings().device not in ("auto", "cuda")):
+            return {}
+        if given is not None:
+            gpus = given.split(",") if given else []
+        else:
+            gpus = [str(n) for n in range(_num_gpus() if count == 1 else count * workers)]
+        if count > 1:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[worker * count : (worker + 1) * count])}
+        if not gpus:
+            return {}
+        place = worker % len(gpus)
+        share = WorkerSettings().cuda_memory_share / len(range(place, workers, len(gpus)))
+        return {
+            "CUDA_VISIBLE_DEVICES": gpus[place],
+            "HEADRACE_CUDA_MEMORY_SHARE": f"{share:.4f}",
+        }
 
     def _background(self) -> list[ProcessSpec]:
         argv, env = _python("workers.background"), self._env()
@@ -233,6 +248,11 @@ class Processes:
         }
         ours = {f"HEADRACE_{name}": str(value) for name, value in {**shared, **own}.items()}
         return {**os.environ, **ours}
+
+
+def _num_gpus() -> int:
+    """Those that NVIDIA's driver knows on this machine."""
+    return len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
 
 
 def worker_names(settings: UpSettings) -> list[str]:

@@ -24,6 +24,7 @@ from common.failures import Failure
 from common.overview import Diagnosis, Overview, Stats, decode
 from common.settings import Settings
 from ops import runfile
+from ops.tables import shown_memory
 
 _LOOK_S = 0.5
 _OLD_S = 5.0
@@ -237,7 +238,7 @@ def _workers(overview: Overview, max_lines: int) -> Table:
             f"{worker.batch_size:.0f}/{worker.max_batch_size}",
             f"{100 * worker.kv_used:.0f} %",
             f"{worker.tokens_per_second:.1f}",
-            f"{worker.rss_bytes / 2**30:.1f} G",
+            shown_memory(worker),
             f"{worker.heartbeat_age_s:.1f} s",
             str(worker.held),
         )

@@ -23,6 +23,7 @@ from common.instruments import (
 )
 from common.messages import FinishReason
 from workers.attempts import Attempt
+from workers.device_watch import DeviceWatch
 from workers.engine.loop import StepReport
 from workers.engine.port import CacheSize, StepOutput
 
@@ -47,11 +48,21 @@ _ENDS = {
 class _Span:
     """Some seconds of steps."""
 
-    __slots__ = ("began_s", "durations", "max_rows", "num_rows", "num_steps", "num_tokens")
+    __slots__ = (
+        "began_s",
+        "durations",
+        "max_rows",
+        "num_padding",
+        "num_places",
+        "num_rows",
+        "num_steps",
+        "num_tokens",
+    )
 
     def __init__(self, began_s: float) -> None:
         self.began_s = began_s
         self.num_steps = self.num_rows = self.max_rows = self.num_tokens = 0
+        self.num_places = self.num_padding = 0
         self.durations = Distribution(STEP_BUCKETS_S)
 
 
@@ -165,7 +176,9 @@ class GenerationFigures:
 
 
 class Figures:
-    """Of one worker. ``cache`` and ``max_batch_size`` are what there is room for."""
+    """Of one worker. ``cache`` and ``max_batch_size`` are what there is room for; ``device`` is
+    what looks after its GPU.
+    """
 
     def __init__(
         self,
@@ -175,12 +188,15 @@ class Figures:
         max_tokens: int = 4096,
         cache: CacheSize = CacheSize(0, 0),  # noqa: B008 - it is frozen
         load_s: float = 0.0,
+        device: DeviceWatch | None = None,
     ) -> None:
         self.model_version = model_version
         self.max_batch_size = max_batch_size
         self.cache = cache
         self.load_s = load_s
         """What loading the model took."""
+        self.device = device
+        """None: it computes on a processor."""
         self.running = 0
         """Generations that have a place in the cache."""
         self.waiting = 0
@@ -241,6 +257,8 @@ class Figures:
         span.num_rows += work.num_rows
         span.max_rows = max(span.max_rows, work.num_rows)
         span.num_tokens += num_tokens
+        span.num_places += work.num_tokens + work.num_padding
+        span.num_padding += work.num_padding
         span.durations.observe(report.duration_s)
 
     def _note_joined(self, report: StepReport, method: MethodFigures) -> None:
@@ -278,6 +296,13 @@ class Figures:
         return max((span.max_rows for span in self._recent()), default=0)
 
     @property
+    def pad_ratio(self) -> float:
+        """Share of the token places of steps that held padding, over the last minute."""
+        spans = self._recent()
+        num_places = sum(span.num_places for span in spans)
+        return sum(span.num_padding for span in spans) / num_places if num_places else 0.0
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated in the last seconds."""
         spans = self._recent(_SPANS_OF_NOW)
@@ -307,6 +332,23 @@ class Figures:
             return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
         except OSError:
             return 0
+
+    @property
+    def gpu_mem_bytes(self) -> int:
+        """Of its GPU's memory, what this process has taken; 0: it has no GPU. All of the GPU are
+        as of a second ago at most.
+        """
+        return self.device.memory.reserved_bytes if self.device else 0
+
+    @property
+    def gpu_mem_peak_bytes(self) -> int:
+        """Most that tensors had of it so far."""
+        return self.device.memory.peak_bytes if self.device else 0
+
+    @property
+    def gpu_mem_total_bytes(self) -> int:
+        """All that the GPU has."""
+        return self.device.total_bytes if self.device else 0
 
     # Spans ---------------------------------------------------------------------------------------
 

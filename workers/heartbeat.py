@@ -64,6 +64,10 @@ class BeatFigures(Protocol):
     def kv_used(self) -> float: ...
     @property
     def rss_bytes(self) -> int: ...
+    @property
+    def gpu_mem_bytes(self) -> int: ...
+    @property
+    def gpu_mem_total_bytes(self) -> int: ...
 
 
 class Heartbeat:
@@ -169,6 +173,8 @@ class Heartbeat:
             kv_used=round(figures.kv_used, 4) if figures else 0.0,
             generated_tokens=figures.generated_tokens if figures else 0,
             rss_bytes=figures.rss_bytes if figures else 0,
+            gpu_mem_bytes=figures.gpu_mem_bytes if figures else 0,
+            gpu_mem_total_bytes=figures.gpu_mem_total_bytes if figures else 0,
             up_s=round(monotonic_s() - self._began_s, 3),
         )
 

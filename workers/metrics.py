@@ -1,10 +1,12 @@
-"""The figures of a worker as Prometheus reads them: under vLLM's and TGI's names and our own.
+"""The figures of a worker as Prometheus reads them: under vLLM's and TGI's names and our own;
+and those of its GPU, under the names of NVIDIA's DCGM exporter.
 
 Names, labels and buckets of vLLM are those of its metrics page, TGI's those of its router, so that
 their dashboards, KEDA and the inference extension of Kubernetes' Gateway API read a worker as they
 read these servers. Nothing is counted here: all of it stands in :mod:`workers.figures`.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,13 @@ from prometheus_client.registry import Collector
 from common.instruments import Distribution, counter, exposition, gauge, histogram
 from common.metrics import process_collectors
 from common.settings import Compat
+from workers.device_watch import DeviceWatch
 from workers.figures import Figures, MethodFigures
+from workers.nvml import GpuFigures
 
 _VLLM = ("model_name", "engine")
 """There is one engine in a worker; Prometheus' own label ``instance`` tells workers apart."""
+_DCGM = ("gpu", "UUID", "device", "modelName", "Hostname")
 _ENDS = ("stop", "length", "abort", "error")
 
 
@@ -66,6 +71,9 @@ class WorkerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield from self._own()
+        yield self._memory()
+        if self._figures.device is not None:
+            yield from _of_gpus(self._figures.device)
         if "vllm-current" in self._compat or "vllm-0.10" in self._compat:
             yield from self._vllm_steps()
             yield from self._vllm_generations()
@@ -121,6 +129,13 @@ class WorkerMetrics(Collector):
             [([served.model], figures.batch_sizes)],
         )
         yield gauge(
+            "headrace_batch_padding_tokens_ratio",
+            "Share of the tokens computed in the last minute that were padding: steps of a GPU have"
+            " recorded sizes.",
+            ["model"],
+            [([served.model], figures.pad_ratio)],
+        )
+        yield gauge(
             "headrace_kv_used_ratio",
             "Share of the cache, slots or pages, that belongs to a generation.",
             ["model"],
@@ -162,6 +177,22 @@ class WorkerMetrics(Collector):
             "Generations whose results Redis refused, since somebody else has them.",
             [],
             [([], gone.num_suppressed)],
+        )
+
+    def _memory(self) -> Metric:
+        figures = self._figures
+        kinds: dict[str, int] = {"resident": figures.rss_bytes}
+        if figures.device is not None:
+            had = figures.device.memory
+            kinds["gpu_allocated"] = had.allocated_bytes
+            kinds["gpu_reserved"] = had.reserved_bytes
+            kinds["gpu_peak"] = had.peak_bytes
+        return gauge(
+            "headrace_worker_memory_bytes",
+            "Memory of this process: resident, and of its GPU in tensors (gpu_allocated, gpu_peak)"
+            " or taken for them (gpu_reserved).",
+            ["kind"],
+            [([kind], taken) for kind, taken in kinds.items()],
         )
 
     # vLLM's --------------------------------------------------------------------------------------
@@ -369,6 +400,39 @@ class WorkerMetrics(Collector):
             [([name], it.num_refused) for name, it in methods.items()],
         )
         yield from _durations(methods)
+
+
+def _of_gpus(device: DeviceWatch) -> Iterable[Metric]:
+    """Under the names, units and labels of NVIDIA's DCGM exporter. One process of a host tells of a
+    GPU, however many share it.
+    """
+    host = socket.gethostname()
+    parts: tuple[tuple[str, str, Callable[[GpuFigures], float | None]], ...] = (
+        ("GPU_UTIL", "GPU utilization (in %).", lambda it: it.busy_percent),
+        ("FB_USED", "Memory in use (in MiB).", lambda it: _mib(it.used_bytes)),
+        ("FB_FREE", "Memory that is free (in MiB).", lambda it: _mib(it.free_bytes)),
+        ("POWER_USAGE", "Power draw (in W).", lambda it: it.power_w),
+        ("GPU_TEMP", "Temperature (in C).", lambda it: it.temperature_c),
+        (
+            "XID_ERRORS",
+            "Number of the last Xid since this worker began; 0: none.",
+            lambda it: device.xids.get(it.gpu.uuid, 0),
+        ),
+    )
+    seen = device.gpus
+    for name, meaning, part in parts:
+        told = [(it.gpu, part(it)) for it in seen]
+        series = [
+            ([str(gpu.index), gpu.uuid, f"nvidia{gpu.index}", gpu.name, host], value)
+            for gpu, value in told
+            if value is not None
+        ]
+        if series:
+            yield gauge(f"DCGM_FI_DEV_{name}", meaning, _DCGM, series)
+
+
+def _mib(num_bytes: int | None) -> int | None:
+    return None if num_bytes is None else num_bytes >> 20
 
 
 def _durations(methods: dict[str, MethodFigures]) -> Iterable[Metric]:

@@ -78,7 +78,8 @@ class Publisher:
         self._model_version = model_version
         self._wake = wake
         self._spans = spans
-        self._figures = (figures or Figures()).generations
+        self._figures = figures or Figures()
+        self._generations = self._figures.generations
         self._clock = clock
         self._behind_since_s: float | None = None
         self.is_paused = False
@@ -97,9 +98,9 @@ class Publisher:
             if attempt is not None:
                 gap_s = attempt.extend(output, now_s, batch_size=len(outputs))
                 if gap_s is not None:
-                    self._figures.note_gap(gap_s, len(output.tokens))
+                    self._generations.note_gap(gap_s, len(output.tokens))
                 elif output.tokens:
-                    self._figures.note_first_token(attempt)
+                    self._generations.note_first_token(attempt)
                     log.info("worker.first_token", worker=self._worker, **attempt.first_token())
         if self._behind_since_s is None:
             self._behind_since_s = now_s
@@ -186,7 +187,7 @@ class Publisher:
             attempt.acknowledge(publication.record)
             if attempt.is_finish_acked and self._ledger.is_running(attempt):
                 self._ledger.end(attempt, self._clock())
-                self._figures.note_finished(attempt)
+                self._generations.note_finished(attempt)
                 self._tell_end(attempt)
 
         if forgotten:
@@ -233,13 +234,13 @@ class Publisher:
                 )
                 self._wake()
             case "realign":
-                self._figures.num_diverged += 1
+                self._generations.num_diverged += 1
                 await self.release([attempt], event="generation.diverged", position=refusal.next)
             case "gone":
-                self._figures.note_cancelled()
+                self._generations.note_cancelled()
                 self._drop(attempt, "generation.cancelled")
             case _:  # "lost": it has another owner, or waits for one
-                self._figures.num_suppressed += 1
+                self._generations.num_suppressed += 1
                 self._drop(attempt, "generation.lost", cause=refusal.kind)
 
     def _drop(self, attempt: Attempt, event: str, **fields: object) -> None:
@@ -258,19 +259,23 @@ class Publisher:
             batch_id=step,
             batch_size=newcomer.batch_size,
             slot=newcomer.slot,
-            pad_ratio=0.0,  # rows of a step lie end to end: there is no padding
+            pad_ratio=round(newcomer.pad_ratio, 4),
             prompt_tokens=len(attempt.request.prompt),
             cached_tokens=newcomer.cached_tokens,
             **attempt.names(),
         )
 
     def _tell_end(self, attempt: Attempt) -> None:
-        finish = attempt.finish
+        figures, finish = self._figures, attempt.finish
+        memory = {
+            "kv_peak_bytes": figures.cache.bytes_of(attempt.num_to_recompute),
+            "gpu_mem_peak_bytes": figures.gpu_mem_peak_bytes,
+        }
         if finish is None or finish.reason != FinishReason.FAILED:
-            self._tell("worker.finished", attempt)
+            self._tell("worker.finished", attempt, **memory)
             return
         kind = KINDS.get(finish.code, KINDS["INTERNAL"])
-        self._tell("worker.failed", attempt, retryable=kind.retryable, actor=kind.actor)
+        self._tell("worker.failed", attempt, retryable=kind.retryable, actor=kind.actor, **memory)
 
     def _tell(self, event: str, attempt: Attempt, **fields: object) -> None:
         """The canonical line: each attempt ends here in exactly one of its events."""

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import NoReturn
 
 import uvloop
@@ -32,6 +33,7 @@ from common.spans import Spans, open_spans
 from workers import exit_codes
 from workers.adapters import HeldAdapters
 from workers.attempts import Ledger
+from workers.device_watch import watch_device
 from workers.engine.factory import build_engine
 from workers.engine.loop import EngineLoop, StepReport, set_result
 from workers.engine.port import DeviceLostError, Engine
@@ -86,6 +88,7 @@ class Worker:
         self._beats = Broker(connect(settings.redis_url), settings.model)
         self._bell = Broker(connect(settings.redis_url, blocking=True), settings.model)
         self._clock = clock or RedisClock()
+        self._device = watch_device(engine.device, name, partial(_tell_lost, lost))
         capacity = engine.load()
         self._wake = asyncio.Event()
         self._wake.set()  # look once for what waited before this worker came
@@ -98,6 +101,7 @@ class Worker:
             max_tokens=engine.max_cost,
             cache=engine.cache_size,
             load_s=load_s,
+            device=self._device,
         )
         self._loop = EngineLoop(engine, self._on_step, step_timeout_s=settings.step_timeout_s)
         self._publisher = Publisher(
@@ -132,6 +136,7 @@ class Worker:
             spawn=self._spawn,
             figures=self.figures,
             clock=self._clock,
+            gpu_uuid=self._device.uuid if self._device else None,
         )
         self._standby = Standby(
             self._ledger,
@@ -214,6 +219,8 @@ class Worker:
 
     async def close(self) -> None:
         """Close the connections and end what runs beside, however :meth:`run` ended."""
+        if self._device is not None:
+            self._device.stop()
         self._grammars.close()
         for broker in (self._ordered, self._beats, self._bell):
             with suppress(Failure):
@@ -257,6 +264,7 @@ class Worker:
                 step_p50_s=round(figures.step_p50_s, 6),
                 step_p99_s=round(figures.step_p99_s, 6),
                 rss_bytes=figures.rss_bytes,
+                gpu_mem_bytes=figures.gpu_mem_bytes,
                 clock_offset_s=self._clock.offset_s,
             )
 
@@ -321,7 +329,7 @@ class Worker:
         ends = (self._loop.failed, self._lost)
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         error = done.pop().result()
-        log.error("engine.failed", exc_info=error)
+        _log_failed(error)
         raise error if isinstance(error, DeviceLostError) else EngineFailedError from error
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -387,18 +395,24 @@ async def _run(name: str, settings: WorkerSettings) -> int:
 
 async def _build_engine(settings: WorkerSettings, lost: asyncio.Future[Exception]) -> Engine:
     """Build it in a thread, which is left behind if a device that it waits for is ``lost``."""
-    event_loop = asyncio.get_running_loop()
-
-    def on_lost(error: Exception) -> None:
-        with suppress(RuntimeError):  # the event loop has ended before
-            event_loop.call_soon_threadsafe(set_result, lost, error)
-
+    on_lost = partial(_tell_lost, lost)
     building = asyncio.create_task(asyncio.to_thread(build_engine, settings, on_lost))
     await asyncio.wait((building, lost), return_when=asyncio.FIRST_COMPLETED)
     if lost.done():
-        log.error("engine.failed", exc_info=lost.result())
+        _log_failed(lost.result())
         raise lost.result()
     return await building
+
+
+def _tell_lost(lost: asyncio.Future[Exception], error: Exception) -> None:
+    """From any thread."""
+    with suppress(RuntimeError):  # the event loop has ended before
+        lost.get_loop().call_soon_threadsafe(set_result, lost, error)
+
+
+def _log_failed(error: Exception) -> None:
+    code = error.code if isinstance(error, DeviceLostError) else None
+    log.error("engine.failed", code=code, exc_info=error)
 
 
 @asynccontextmanager

@@ -267,6 +267,9 @@ class WorkerPresence(msgspec.Struct, frozen=True, omit_defaults=True):
     generated_tokens: int = 0
     """Since its start."""
     rss_bytes: int = 0
+    gpu_mem_bytes: int = 0
+    """What it has taken of its GPU's memory, and all that this has; 0: it has no GPU."""
+    gpu_mem_total_bytes: int = 0
     up_s: float = 0.0
     """How long ago it started."""
     held_in: dict[str, int] = {}

@@ -11,7 +11,7 @@ RUN python -m venv /opt/headrace
 WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/headrace/bin/pip install --disable-pip-version-check -c constraints.txt '.[worker]'
+    /opt/headrace/bin/pip install --disable-pip-version-check -c constraints.txt '.[worker,gpu]'
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home headrace \

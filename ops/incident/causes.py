@@ -8,7 +8,7 @@ way as for a trait such as a worker or a tenant. What somebody injected for a te
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -414,13 +414,21 @@ def _how(signs: Sequence[Event]) -> str:
         if isinstance(told, str) or told > 0:
             return f"was ended by {_SIGNALS.get(told, told) if isinstance(told, int) else told}"
         code = ended.fields.get("exit_code")
-        engine = "engine.failed" in by_name
-        return "failed in its engine and ended" if engine else f"ended with exit code {code}"
-    if "engine.failed" in by_name:
-        return "failed in its engine"
+        engine = _how_engine_failed(by_name)
+        return f"{engine} and ended" if engine else f"ended with exit code {code}"
+    if engine := _how_engine_failed(by_name):
+        return engine
     if "worker.crashed" in by_name:
         return f"could not go on ({by_name['worker.crashed'].code or 'no code'})"
     return "was lost: its lease ended while it held work"
+
+
+def _how_engine_failed(by_name: Mapping[str, Event]) -> str:
+    """Empty: it did not."""
+    failed = by_name.get("engine.failed")
+    if failed is None:
+        return ""
+    return "lost its GPU to a fault" if failed.code == "GPU_HW_FAULT" else "failed in its engine"
 
 
 def _facts(signs: Sequence[Event]) -> list[str]:

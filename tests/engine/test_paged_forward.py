@@ -237,8 +237,22 @@ def test_an_engine_over_pages_is_built_from_the_store(
     engine = build_paged(settings, stored, model)
     assert engine.model_version == stored.manifest.version
     assert (engine.max_cost, engine.load().free_slots) == (100, 5)
+    assert engine.device is None
+    # Two layers of two heads of 16 numbers, keys and values, in float32.
+    assert engine.cache_size.token_bytes == 2 * 2 * 16 * 2 * 4
     one = request("one", Tokenizer.load(tiny_model).encode("The"))
     assert run_one(engine, one).tokens == run_one(tiny_engine(tiny_model), one).tokens
+
+
+def test_padding_is_told_as_it_was_computed(tiny_model: Path) -> None:
+    """Steps have recorded sizes: of prompts at least 64 tokens, of answers two rows at least."""
+    engine = tiny_paged_engine(tiny_model)
+    engine.submit(request("a", list(range(3, 19)), max_new_tokens=3))
+    engine.step()
+    [joined] = engine.load().joined
+    assert (joined.pad_ratio, engine.last_step.num_padding) == (0.75, 48)
+    engine.step()
+    assert (engine.last_step.num_tokens, engine.last_step.num_padding) == (1, 1)
 
 
 @pytest.mark.parametrize(("cache_tokens", "num_pages"), [(1, 2), (100, 7), (4096, 256)])

@@ -26,8 +26,8 @@ WITNESSES = {
     "WORKER_STALLED": "integration/test_worker_process.py::test_a_stuck_step_ends_the_process",
     "CUDA_ERROR": "integration/test_worker_engine_fails.py"
     "::test_an_engine_that_raises_ends_the_worker",
-    "GPU_HW_FAULT": "integration/test_worker_engine_fails.py"
-    "::test_a_device_that_is_lost_beside_any_step_ends_the_worker",
+    "GPU_HW_FAULT": "integration/test_worker_gpu.py"
+    "::test_a_gpu_whose_driver_reports_a_fault_is_given_up",
     "SLOW_CONSUMER": "integration/test_gateway_relay.py"
     "::test_a_slow_client_costs_little_and_misses_nothing",
     "CANCELLED_BY_CLIENT": "integration/test_failures_inside.py::test_a_client_that_leaves_is_told",

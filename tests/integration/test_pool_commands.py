@@ -50,7 +50,7 @@ def on_pool(server: RedisServer, act: Callable[[Broker], Awaitable[T]]) -> T:
 
 async def beat(broker: Broker) -> None:
     for name in ("w11aa", "w11bb", "w22cc"):
-        presence = WorkerPresence("m@1", 1000, host="host-a")
+        presence = WorkerPresence("m@1", 1000, host="host-a", rss_bytes=3 << 30)
         await broker.beat_worker(name, presence, seen=0, holding=(), lease_ms=60_000)
 
 
@@ -70,6 +70,7 @@ def test_a_worker_is_drained_and_resumed_by_its_name_or_the_beginning_of_it(
     listed = workers("list")
     assert "w22cc" in listed.out
     assert "operator at the command line" in listed.out
+    assert "3.0 G" in listed.out
     assert {it["name"] for it in json.loads(workers("list", "--json").out)} == set(told)
     assert workers("resume", "w22cc").code == 0
     assert causes(on_pool(redis_server, lambda broker: broker.census()))["w22cc"] == ""
@@ -161,7 +162,10 @@ def drawn(shown: Overview, height: int = 0) -> list[str]:
 def busy() -> Overview:
     now = overview(at=time.time())
     changes: dict[str, Any] = {
-        "workers": [worker_view(f"w{number:011d}") for number in range(20)],
+        "workers": [
+            worker_view("w00000000000", gpu_mem_bytes=61 << 30, gpu_mem_total_bytes=79 << 30),
+            *(worker_view(f"w{number:011d}") for number in range(1, 20)),
+        ],
         "lanes": [LaneView(lane="default", depth=500, oldest_age_s=12.3, backlog_tokens=10**6,
                            est_wait_s=33.0)],
         "errors": [ErrorCount(code="MODEL_VERSION_GONE", count_1m=12345, total=99999)],
@@ -180,6 +184,8 @@ def test_it_fits_eighty_columns_and_says_all_there_is() -> None:
         "w00000000019",
         "8/32",
         "25 %",
+        "0.9 G",
+        "GPU 61/79 G",
         "500",
         "33.0 s",
         "MODEL_VERSION_GONE",

@@ -36,6 +36,7 @@ class BrokenEngine:
     adapters = None
     last_step = StepWork()
     cache_size = CacheSize(1000, 16)
+    device = None
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -95,6 +96,7 @@ async def test_an_engine_that_raises_ends_the_worker(
         assert await run == code
     assert [line["event"] for line in lines][-2:] == ["engine.failed", "worker.stopped"]
     assert lines[-2]["exc_info"] is error
+    assert lines[-2]["code"] == ("CUDA_ERROR" if isinstance(error, DeviceLostError) else None)
     page = await broker.read(generation, 0)
     assert page is not None
     assert page.state == "R"

@@ -22,7 +22,7 @@ from workers.engine.sequence import TextRules
 from workers.model.kv_cache import SlotCache
 from workers.model.loader import load_model
 from workers.model.paged_model import PAGE_TOKENS, PagedModel, prepare_paged
-from workers.model.paged_runner import PagedRunner
+from workers.model.paged_runner import PagedRunner, count_places
 from workers.model.runner import ModelRunner
 from workers.model.ways import ReadyModel, prepare_model
 
@@ -124,6 +124,8 @@ def tiny_paged_engine(path: Path, limits: Limits = ROOMY, compiler: Any = None) 
         places=PagePlaces(
             ready.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.max_sequences
         ),
+        num_places=partial(count_places, ready.forward),
+        token_bytes=ready.token_bytes,
     )
 
 

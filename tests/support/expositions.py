@@ -67,4 +67,5 @@ _PEERS_NAME = re.compile(
     r'|vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix'
     r'|tgi_\w+ counter metrics should have "_total" suffix'
     r'|tgi_\w+ non-histogram and non-summary metrics should not have "_count" suffix'
+    r"|DCGM_\w+ (metric|label) names should be written in 'snake_case' not 'camelCase'"
 )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from common.models.simulated import SIMULATED_MODEL
 from common.settings import BackgroundSettings, GatewaySettings, Settings, WorkerSettings
 from ops import cli as command
+from ops import processes as processes_module
 from ops.options import build, options_of
 from ops.probe import without_password
 from ops.processes import Processes, UpSettings
@@ -240,12 +242,12 @@ def test_several_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert threads(500 // 10)[0] == "1"
 
 
-def test_several_groups_of_ranks_take_different_gpus(
+def test_several_workers_take_different_gpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """In the order of those that they may use at all."""
+    """In the order of those that they may use at all; who shares one shares its memory."""
 
-    def gpus(workers: int, **settings: Any) -> list[str | None]:
+    def environments(workers: int, **settings: Any) -> list[Mapping[str, str]]:
         processes = Processes(
             settings=UpSettings(workers=workers, **settings),
             redis_url="unix:///s",
@@ -256,14 +258,27 @@ def test_several_groups_of_ranks_take_different_gpus(
         specs = [spec for spec in processes.specs() if spec.role == "worker"]
         numbers = {spec.env["HEADRACE_TENSOR_PARALLEL"] for spec in specs}
         assert numbers == {str(settings.get("tensor_parallel", 1))}
-        return [spec.env.get("CUDA_VISIBLE_DEVICES") for spec in specs]
+        return [spec.env for spec in specs]
+
+    def gpus(workers: int, **settings: Any) -> list[str | None]:
+        return [env.get("CUDA_VISIBLE_DEVICES") for env in environments(workers, **settings)]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(processes_module, "_GPUS", tmp_path / "gpus")
     assert gpus(2) == [None, None]
     assert gpus(1, tensor_parallel=2) == [None]
     assert gpus(2, tensor_parallel=2) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert gpus(2, tensor_parallel=2) == ["4,5", "6,7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("0000:00:04.0", "0000:00:05.0"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    assert gpus(1) == [None]
+    assert gpus(3) == ["0", "1", "0"]
+    shares = [env["HEADRACE_CUDA_MEMORY_SHARE"] for env in environments(3)]
+    assert shares == ["0.4250", "0.8500", "0.4250"]
+    monkeypatch.setenv("HEADRACE_DEVICE", "cpu")
+    assert gpus(3) == [None] * 3
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class StepwiseEngine:
     adapters = None
     last_step = StepWork()
     cache_size = CacheSize(1000, 16)
+    device = None
 
     def __init__(self) -> None:
         self.running: dict[str, int] = {}

@@ -129,4 +129,13 @@ def test_an_idle_engine_uses_nothing() -> None:
     figures.note_step(StepReport([], EngineLoad(0, 0, 100, 4), 1, 0.001, StepWork()))
     assert figures.num_steps == 0
     assert figures.batch_size_mean == figures.tokens_per_second == figures.step_p99_s == 0.0
+    assert figures.pad_ratio == figures.gpu_mem_bytes == figures.gpu_mem_peak_bytes == 0
     assert figures.rss_bytes > 1_000_000
+
+
+def test_padding_is_a_share_of_all_that_was_computed() -> None:
+    figures = Figures(max_batch_size=4)
+    for num_tokens, num_padding in ((6, 2), (1, 1)):
+        work = StepWork(num_rows=1, num_tokens=num_tokens, num_padding=num_padding)
+        figures.note_step(StepReport([], EngineLoad(1, 0, 100, 4), 1, 0.001, work))
+    assert figures.pad_ratio == 0.3

@@ -1,5 +1,9 @@
 """No flood of models, versions, APIs or codes makes more series than Prometheus should hold."""
 
+import uuid
+from collections.abc import Iterator
+
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
@@ -11,8 +15,11 @@ from common.request_metrics import RequestEnd
 from common.settings import Compat
 from common.watching import Look
 from ops.pool_metrics import PoolMetrics
+from tests.support.nvml_library import Card, FakeGpu, NvmlLibrary, install
+from workers.device_watch import DeviceWatch
 from workers.figures import Figures
 from workers.metrics import Served, WorkerMetrics
+from workers.nvml import Nvml
 
 MOST = 3000
 """Per process (the budget of the specification)."""
@@ -40,10 +47,21 @@ def flooded_gateway() -> GatewayMetrics:
     return metrics
 
 
-def worker() -> WorkerMetrics:
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceWatch]:
+    """Sixteen GPUs, as many as a host has."""
+    gpus = [FakeGpu(f"GPU-{uuid.uuid4()}") for _ in range(16)]
+    install(monkeypatch, NvmlLibrary(*gpus))
+    uuids = [gpu.uuid for gpu in gpus]
+    watch = DeviceWatch(Card(*uuids), Nvml(uuids), "w1", lambda _: None)
+    yield watch
+    watch.stop()
+
+
+def worker(device: DeviceWatch) -> WorkerMetrics:
     return WorkerMetrics(
         Served("m", "m@1", "w1"),
-        Figures(max_tokens=131_072),
+        Figures(max_tokens=131_072, device=device),
         ALL,
         num_held=lambda: 0,
         adapters=lambda: {f"a{number}@1" for number in range(5000)},
@@ -62,10 +80,11 @@ def large_pool() -> PoolMetrics:
     return metrics
 
 
-def registries() -> dict[str, CollectorRegistry]:
+@pytest.fixture
+def registries(device: DeviceWatch) -> dict[str, CollectorRegistry]:
     return {
         "gateway": flooded_gateway().registry,
-        "worker": worker().registry,
+        "worker": worker(device).registry,
         "exporter": large_pool().registry,
     }
 
@@ -74,8 +93,8 @@ def families_of(registry: CollectorRegistry) -> list[Metric]:
     return list(registry.collect())
 
 
-def test_no_process_has_more_series_than_it_may() -> None:
-    for name, registry in registries().items():
+def test_no_process_has_more_series_than_it_may(registries: dict[str, CollectorRegistry]) -> None:
+    for name, registry in registries.items():
         num_series = sum(len(family.samples) for family in families_of(registry))
         assert num_series < MOST, f"{name} has {num_series}"
 
@@ -87,18 +106,21 @@ def test_what_comes_on_top_is_still_counted() -> None:
     assert any(sample.labels["code"] == "other" for sample in requests.samples)
 
 
-def test_no_label_could_name_a_tenant_a_request_or_a_prompt() -> None:
+def test_no_label_could_name_a_tenant_a_request_or_a_prompt(
+    registries: dict[str, CollectorRegistry],
+) -> None:
     labels = {
         label
-        for registry in registries().values()
+        for registry in registries.values()
         for family in families_of(registry)
         for sample in family.samples
         for label in sample.labels
     }
     assert labels <= {
-        "api", "block_size", "cause", "code", "dtype", "engine", "err", "finished_reason",
-        "generation", "git_sha", "implementation", "kind", "lane", "le", "major", "max_lora",
-        "method", "minor", "model", "model_name", "model_version", "num_gpu_blocks", "outcome",
+        "Hostname", "UUID", "api", "block_size", "cause", "code", "device", "dtype", "engine",
+        "err", "finished_reason", "generation", "git_sha", "gpu", "implementation", "kind", "lane",
+        "le", "major", "max_lora", "method", "minor", "model", "modelName", "model_name",
+        "model_version", "num_gpu_blocks", "outcome",
         "patchlevel", "phase", "quant", "reason", "result", "revision", "running_lora_adapters",
         "sleep_state", "source", "state", "tenant_class", "version", "waiting_lora_adapters",
         "weights_sha256", "worker",

@@ -22,6 +22,7 @@ from workers.engine.places import Places, SlotPlaces
 from workers.engine.port import (
     Adapters,
     CacheSize,
+    Device,
     DeviceMemoryError,
     EngineLoad,
     EngineRequest,
@@ -120,14 +121,22 @@ class _Computed:
     was_split: bool = False
 
 
-def _newcomers(chunks: list[Chunk]) -> tuple[Joined, ...]:
+def count_tokens(chunks: list[Chunk]) -> int:
+    """Token places of a step without padding."""
+    return sum(chunk.count for chunk in chunks)
+
+
+def _newcomers(chunks: list[Chunk], num_places: int) -> tuple[Joined, ...]:
+    newcomers = [chunk for chunk in chunks if not chunk.sequence.has_joined]
+    if not newcomers:
+        return ()
+    pad_ratio = 1 - count_tokens(chunks) / num_places
     joined: list[Joined] = []
-    for chunk in chunks:
+    for chunk in newcomers:
         sequence = chunk.sequence
-        if not sequence.has_joined:
-            sequence.has_joined = True
-            cached = sequence.num_cached or 0
-            joined.append(Joined(sequence.id, chunk.slot, len(chunks), cached))
+        sequence.has_joined = True
+        cached = sequence.num_cached or 0
+        joined.append(Joined(sequence.id, chunk.slot, len(chunks), cached, pad_ratio))
     return tuple(joined)
 
 
@@ -135,6 +144,8 @@ class BatchingEngine:
     """Implements :class:`workers.engine.port.Engine`.
 
     ``places`` must be those that the cache of ``runner`` has: by default one slot per sequence.
+    ``num_places`` says how many tokens a step of these chunks computes, padding included;
+    ``token_bytes`` is what keys and values of one token take.
 
     With a ``launcher``, the device computes a step while the text of the one before it is made and
     told. Where that text ends a generation, its token of the next step is dropped; keys and values
@@ -154,6 +165,9 @@ class BatchingEngine:
         places: Places | None = None,
         adapters: Adapters | None = None,
         launcher: Launcher | None = None,
+        num_places: Callable[[list[Chunk]], int] = count_tokens,
+        token_bytes: int = 0,
+        device: Device | None = None,
         clock: Callable[[], float] = monotonic_s,
     ) -> None:
         places = places or SlotPlaces(limits.num_slots, limits.cache_tokens)
@@ -166,7 +180,9 @@ class BatchingEngine:
         self.vocab_size = vocab_size
         self._clock = clock
         self._places = places
-        self.cache_size = CacheSize(places.capacity_tokens, places.block_tokens)
+        self.cache_size = CacheSize(places.capacity_tokens, places.block_tokens, token_bytes)
+        self.device = device
+        self._num_places = num_places
         self._scheduler = Scheduler(limits, places, foresees=launcher is not None)
         self._watch = StepWatch(self._scheduler)
         self.last_step = StepWork()
@@ -225,7 +241,7 @@ class BatchingEngine:
             if not chunks:
                 return outputs
             self._watch.planned()
-            self._joined = _newcomers(chunks)
+            self._joined = _newcomers(chunks, self._num_places(chunks))
             step = self._launched(self._launcher.launch, chunks) if self._launcher else None
             if step is None:
                 return outputs + self._run(chunks)
@@ -248,7 +264,8 @@ class BatchingEngine:
         computed = _Computed()
         self._compute(chunks, computed)
         self._scheduler.complete(chunks, self._clock() - began_s)
-        self._watch.computed(len(chunks), was_refused=computed.was_split)
+        num_places = self._num_places(chunks)
+        self._watch.computed(len(chunks), num_places, was_refused=computed.was_split)
         if computed.was_split:
             self._note_lack_of_memory(computed.refused)
         outputs = [self._take(*pair) for pair in computed.outcomes]
@@ -279,7 +296,7 @@ class BatchingEngine:
         now_s = self._clock()
         self._scheduler.complete(step.chunks, now_s - max(step.launched_s, self._completed_s))
         self._completed_s = now_s
-        self._watch.computed(len(step.chunks))
+        self._watch.computed(len(step.chunks), self._num_places(step.chunks))
         return [
             self._take(sequence, outcome)
             for sequence, outcome in zip(step.sampled, outcomes, strict=True)

@@ -18,7 +18,7 @@ from common.models.files import read_json
 from common.models.store import SIMULATED_MODEL, ModelStore, StoredModel
 from common.models.tokenizer import Tokenizer
 from common.settings import WorkerSettings
-from workers.engine.batching import BatchingEngine
+from workers.engine.batching import BatchingEngine, count_tokens
 from workers.engine.lookup import MAX_DRAFT_TOKENS
 from workers.engine.places import PagePlaces
 from workers.engine.port import Engine
@@ -135,8 +135,9 @@ def build_paged(
     at ``began_s``.
     """
     from workers.model.adapters import StoredAdapters
+    from workers.model.device import device_of
     from workers.model.paged_model import PAGE_TOKENS, prepare_paged
-    from workers.model.paged_runner import PagedRunner
+    from workers.model.paged_runner import PagedRunner, count_places
 
     limits = _limits(settings)
     is_bounded = "max_batch_total_tokens" in settings.model_fields_set
@@ -176,6 +177,9 @@ def build_paged(
             device=model.device,
         ),
         launcher=runner if model.device.type == "cuda" else None,
+        num_places=partial(count_places, ready.forward),
+        token_bytes=ready.token_bytes,
+        device=device_of(model.device),
     )
 
 
@@ -190,8 +194,10 @@ def _build_slots(
 ) -> BatchingEngine:
     """The model on contiguous slots, in the best way that takes it; ``refused`` are better ones."""
     from workers.model.adapters import StoredAdapters
+    from workers.model.device import device_of
     from workers.model.kv_cache import SlotCache
     from workers.model.loader import load_model
+    from workers.model.paged_cache import page_bytes
     from workers.model.runner import ModelRunner
     from workers.model.ways import prepare_model
 
@@ -235,6 +241,8 @@ def _build_slots(
             dtype=dtype,
             device=device,
         ),
+        token_bytes=page_bytes(ready.layers, 1, dtype),
+        device=device_of(device),
     )
 
 
@@ -262,7 +270,9 @@ def build_group(
 def _build_leader(
     settings: WorkerSettings, stored: StoredModel, followers: "Followers"
 ) -> BatchingEngine:
+    from workers.model.device import device_of
     from workers.model.paged_model import PAGE_TOKENS
+    from workers.model.paged_runner import count_places
     from workers.model.runner import ModelRunner
     from workers.model.sharding import check_shardable
     from workers.tensor_parallel.leading import LeadingAdapters, LeadingForward
@@ -286,7 +296,9 @@ def _build_leader(
     )
     forward = LeadingForward(rank.forward, rank.cache, followers)
     limits = _limits(settings)
-    places = None
+    places, num_places = None, count_tokens
+    if rank.padded is not None:
+        num_places = partial(count_places, rank.padded)
     if rank.cache is None:
         places = PagePlaces(rank.num_pages, page_tokens=PAGE_TOKENS, max_sequences=limits.num_slots)
     return BatchingEngine(
@@ -298,6 +310,9 @@ def _build_leader(
         vocab_size=rank.vocab_size,
         places=places,
         adapters=LeadingAdapters(rank.adapters, followers),
+        num_places=num_places,
+        token_bytes=rank.token_bytes * plan.num_ranks,
+        device=device_of(rank.device, plan.num_ranks),
     )
 
 

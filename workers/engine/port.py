@@ -21,6 +21,15 @@ class DeviceMemoryError(Exception):
 class DeviceLostError(Exception):
     """The device is unusable, and stays so in this process."""
 
+    code = "CUDA_ERROR"
+    """Of ``headrace explain``."""
+
+
+class DeviceFaultError(DeviceLostError):
+    """Its driver says that the device is at fault: another process would not fare better."""
+
+    code = "GPU_HW_FAULT"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -78,6 +87,8 @@ class Joined(msgspec.Struct, frozen=True, gc=False):
     batch_size: int
     """Generations in that step."""
     cached_tokens: int
+    pad_ratio: float = 0.0
+    """Share of that step's token places that hold nobody's token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,8 @@ class StepWork(msgspec.Struct, frozen=True, gc=False):
     """Tokens in the forward pass: of prompts, of answers, and guessed ones."""
     num_prefill_tokens: int = 0
     """Of these, those of prompts or of what an earlier attempt had made."""
+    num_padding: int = 0
+    """Token places beside these that were computed for nobody."""
     num_joined: int = 0
     """Sequences that came into the running ones with it."""
     num_preempted: int = 0
@@ -134,6 +147,46 @@ class CacheSize:
     """Most tokens of running sequences."""
     block_tokens: int
     """Grain in which prefixes are found, and in pages also given out."""
+    token_bytes: int = 0
+    """Of keys and values of one token, over all layers and devices; 0: there are none."""
+
+    def bytes_of(self, num_tokens: int) -> int:
+        """What so many tokens of one sequence take, in whole blocks."""
+        block = self.block_tokens or 1
+        return -(-num_tokens // block) * block * self.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What this process has of its device's memory, in bytes."""
+
+    allocated_bytes: int = 0
+    """In tensors."""
+    reserved_bytes: int = 0
+    """Taken from the device, for tensors of now and later."""
+    peak_bytes: int = 0
+    """Most that was ever in tensors."""
+
+
+class Device(Protocol):
+    """What an engine computes on, if that is more than a processor."""
+
+    @property
+    def uuids(self) -> tuple[str, ...]:
+        """As the driver names them, such as ``GPU-0c5f…``; several where the model is spread."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of the first one."""
+        ...
+
+    def memory(self) -> DeviceMemory:
+        """Of the first one. From any thread; no device or driver is asked, so it never waits."""
+        ...
 
 
 class Adapters(Protocol):
@@ -195,3 +248,8 @@ class Engine(Protocol):
 
     @property
     def cache_size(self) -> CacheSize: ...
+
+    @property
+    def device(self) -> Device | None:
+        """None: a processor, or none at all."""
+        ...

@@ -14,7 +14,7 @@ class StepWatch:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._since_s = 0.0
-        self._num_rows = 0
+        self._num_rows = self._num_places = 0
         self._was_refused = False
         self._plan_s = self._forward_s = self._leave_s = 0.0
         self._joined = self._preempted = self._queried = self._found = 0
@@ -28,11 +28,12 @@ class StepWatch:
         now_s = perf_counter()
         self._plan_s, self._since_s = now_s - self._since_s, now_s
 
-    def computed(self, num_rows: int, *, was_refused: bool = False) -> None:
-        """All of its tokens are chosen."""
+    def computed(self, num_rows: int, num_places: int, *, was_refused: bool = False) -> None:
+        """All of its tokens are chosen; they had ``num_places``, padding included."""
         now_s = perf_counter()
         self._forward_s, self._since_s = now_s - self._since_s, now_s
-        self._num_rows, self._was_refused = num_rows, was_refused
+        self._num_rows, self._num_places = num_rows, num_places
+        self._was_refused = was_refused
 
     def left(self, began_s: float) -> None:
         """One sequence has been taken out since ``began_s`` of :func:`time.perf_counter`."""
@@ -52,6 +53,7 @@ class StepWatch:
             num_rows=self._num_rows,
             num_tokens=scheduler.last_tokens,
             num_prefill_tokens=scheduler.last_prefill_tokens,
+            num_padding=self._num_places - scheduler.last_tokens,
             num_joined=joined,
             num_preempted=preempted,
             queried_tokens=queried,

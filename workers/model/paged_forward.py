@@ -92,11 +92,15 @@ class PagedForward:
         self._numbers.load(tokens, stretches, num_decodes, rows)
         if any(stretch.adapter for stretch in stretches):
             return self._run_adapted(stretches, num_decodes, len(tokens), len(rows))
-        if num_decodes == len(tokens):
-            step = self._decodes[_next(self._batches, num_decodes)]
-        else:
-            step = self._mixed[_next(self._lengths, len(tokens))]
-        return step()[: len(rows)]
+        steps = self._decodes if num_decodes == len(tokens) else self._mixed
+        return steps[self.num_places(len(tokens), num_decodes)]()[: len(rows)]
+
+    def num_places(self, num_tokens: int, num_decodes: int) -> int:
+        """Token places of a recorded step that has room for ``num_tokens``, of which
+        ``num_decodes`` are decode rows.
+        """
+        sizes = self._batches if num_decodes == num_tokens else self._lengths
+        return _next(sizes, num_tokens)
 
     def _run_adapted(
         self, stretches: Sequence[Stretch], num_decodes: int, num_tokens: int, num_rows: int

@@ -31,6 +31,8 @@ class PagedModel:
 
     forward: PagedForward
     num_pages: int
+    token_bytes: int
+    """Keys and values of one token."""
     linears: LinearShapes
     """Those that adapters may change."""
     vocab_size: int
@@ -91,7 +93,8 @@ def prepare_paged(
     off_by = difference(lambda _: forward, expected, layers, dtype)
     if not off_by <= TOLERANCE[dtype]:
         raise Failure("MODEL_LOAD_FAILED", f"Over pages its logits would be off by {off_by:.1%}.")
-    return PagedModel(forward, num_pages, linears, vocab_size, max_tokens)
+    token_bytes = num_bytes // PAGE_TOKENS
+    return PagedModel(forward, num_pages, token_bytes, linears, vocab_size, max_tokens)
 
 
 def _num_pages(

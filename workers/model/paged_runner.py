@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from workers.engine.batching import Outcome
+from workers.engine.batching import Outcome, count_tokens
 from workers.engine.scheduler import Chunk
 from workers.model.attention import Stretch
 from workers.model.runner import Choosing, StepInputs, device_errors
@@ -23,6 +23,22 @@ class TakesDeviceTokens(Protocol):
     def __call__(
         self, tokens: list[int] | torch.Tensor, stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor: ...
+
+
+class PadsSteps(Protocol):
+    """What of :class:`workers.model.paged_forward.PagedForward` says how large its steps are."""
+
+    def num_places(self, num_tokens: int, num_decodes: int) -> int: ...
+
+
+def count_places(forward: PadsSteps, chunks: list[Chunk]) -> int:
+    """Tokens that ``forward`` computes for ``chunks``, padding included; there is none in a step
+    with adapters, which is not recorded.
+    """
+    num_tokens = count_tokens(chunks)
+    if any(chunk.sequence.adapter for chunk in chunks):
+        return num_tokens
+    return forward.num_places(num_tokens, sum(chunk.count == 1 for chunk in chunks))
 
 
 class PagedRunner:

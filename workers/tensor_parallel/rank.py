@@ -15,7 +15,9 @@ from common.models.adapters import AdapterStore
 from workers.model.adapters import StoredAdapters
 from workers.model.kv_cache import SlotCache
 from workers.model.loader import select_device, select_dtype
+from workers.model.paged_cache import page_bytes
 from workers.model.paged_model import prepare_paged
+from workers.model.paged_runner import PadsSteps
 from workers.model.runner import Forward
 from workers.model.sampler import Sampler, sample
 from workers.model.sharding import AdapterParts, LinearParts, join_ranks, load_part
@@ -78,6 +80,11 @@ class ReadyRank:
     cache: SlotCache | None
     """None: pages, which need nothing between steps."""
     num_pages: int
+    token_bytes: int
+    """Keys and values of one token, in this rank's memory."""
+    padded: PadsSteps | None
+    """None: its steps have no padding."""
+    device: torch.device
     sampler: Sampler
     """On rank 0 alone is it ever asked."""
     adapters: StoredAdapters
@@ -113,6 +120,9 @@ def prepare_rank(plan: RankPlan, rank: int) -> ReadyRank:
         forward,
         cache,
         0,
+        page_bytes(ready.layers, 1, dtype),
+        None,
+        device,
         ready.sampler,
         loading.adapters(forward),
         ready.vocab_size,
@@ -145,6 +155,9 @@ def _prepare_pages(plan: RankPlan, loading: "_Loading") -> ReadyRank:
         ready.forward,
         None,
         ready.num_pages,
+        ready.token_bytes,
+        ready.forward,
+        loading.device,
         sample,
         adapters,
         ready.vocab_size,
@@ -158,12 +171,12 @@ class _Loading:
     def __init__(self, plan: RankPlan, dtype: torch.dtype, device: torch.device) -> None:
         self._plan = plan
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self._parts = LinearParts({}, {})
 
     def load(self) -> PreTrainedModel:
         path = Path(self._plan.path)
-        model, self._parts = load_part(path, dtype=self._dtype, device=self._device)
+        model, self._parts = load_part(path, dtype=self._dtype, device=self.device)
         return model
 
     def adapters(self, forward: Forward) -> StoredAdapters:
@@ -172,5 +185,5 @@ class _Loading:
             AdapterParts(forward.adapters, self._parts.cuts),
             self._parts.linears,
             dtype=self._dtype,
-            device=self._device,
+            device=self.device,
         )

@@ -219,7 +219,7 @@ function newWorkers() {
         level: ({ kv_used: used }) => used,
       },
       { name: "Tokens/s", kind: "figure", text: (worker) => figure(worker.tokens_per_second) },
-      { name: "Memory", kind: "figure", text: ({ rss_bytes: rss }) => (rss ? bytes(rss) : NOTHING) },
+      { name: "Memory", kind: "figure", text: memory, hint: memoryHint },
       { name: "Heartbeat", kind: "figure", text: ({ heartbeat_age_s: since }) => `${age(since)} ago` },
       {
         name: "",
@@ -234,6 +234,16 @@ function newWorkers() {
       },
     ],
   });
+}
+
+function memory({ rss_bytes: rss, gpu_mem_bytes: used, gpu_mem_total_bytes: total }) {
+  if (!total) return rss ? bytes(rss) : NOTHING;
+  return `GPU ${bytes(used)} of ${bytes(total)}`;
+}
+
+/** A GPU has the weights and the cache, so its memory is what a worker runs out of. */
+function memoryHint({ rss_bytes: rss, gpu_mem_total_bytes: total }) {
+  return total ? `of its GPU; its process has ${bytes(rss)} beside that` : "of its process";
 }
 
 async function drain({ name, held }) {
