@@ -77,12 +77,15 @@ def resume(name: str, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
 @options_of(Settings)
 def list_workers(*, as_json: bool, **given: Any) -> None:
-    """List the workers, what they hold, and who asked them to rest."""
+    """List the workers, what they hold, who asked them to rest, and whom they run on probation."""
     census = with_pool(build(Settings, given), lambda broker: broker.census())
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(census.workers), indent=2))
         return
-    table = Table("name", "state", "holds", "model version", "host", "memory", "asked to rest by")
+    table = Table(
+        *("name", "state", "holds", "model version", "host", "memory"),
+        *("asked to rest by", "on probation"),
+    )
     for worker in census.workers:
         told = worker.presence
         table.add_row(
@@ -93,6 +96,7 @@ def list_workers(*, as_json: bool, **given: Any) -> None:
             told.host if told else "",
             shown_memory(told) if told else "",
             worker.drain_cause,
+            worker.suspect,
         )
     print_table(table)
 

@@ -798,7 +798,7 @@ def _ended(cursor: bytes, fields: dict[bytes, bytes]) -> Ended:
 
 
 def _counted_worker(row: Sequence[Any]) -> CountedWorker:
-    name, expires, age, held, cause, blob = row
+    name, expires, age, held, cause, blob, suspect = row
     return CountedWorker(
         _text(name),
         expires,
@@ -806,6 +806,7 @@ def _counted_worker(row: Sequence[Any]) -> CountedWorker:
         held,
         _text(cause),
         _presence(blob) if blob else None,
+        _text(suspect),
     )
 
 

@@ -1472,9 +1472,9 @@ local function census(keys)
   for _, key in ipairs({ 'leases', 'loading' }) do
     local found = redis.call('ZRANGE', P .. key, 0, MAX_LEASES - 1, 'WITHSCORES')
     for i = 1, #found, 2 do
-      local told = redis.call('HMGET', P .. 'worker:' .. found[i], 'blob', 'beat')
+      local told = redis.call('HMGET', P .. 'worker:' .. found[i], 'blob', 'beat', 'probation')
       workers[#workers + 1] = { found[i], tonumber(found[i + 1]) - now, told[2] and now - tonumber(told[2]) or -1,
-        redis.call('ZCARD', P .. 'held:' .. found[i]), redis.call('GET', P .. 'drain:' .. found[i]) or '', told[1] or '' }
+        redis.call('ZCARD', P .. 'held:' .. found[i]), redis.call('GET', P .. 'drain:' .. found[i]) or '', told[1] or '', told[3] or '' }
     end
   end
   local found = redis.call('ZRANGE', P .. 'gateways', 0, MAX_LEASES - 1, 'WITHSCORES')

@@ -368,6 +368,8 @@ class CountedWorker:
     held: int
     drain_cause: str
     presence: WorkerPresence | None
+    suspect: str = ""
+    """The generation for which it claims nothing else; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)

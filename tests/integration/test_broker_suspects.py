@@ -211,6 +211,26 @@ async def test_a_suspect_of_a_lower_lane_does_not_go_before_others(
     assert [attempt.id for attempt in await other.claim()] == [generation]
 
 
+async def test_a_suspect_does_not_stand_before_others_that_were_handed_back(
+    broker: Broker, pool: Pool
+) -> None:
+    """It came earlier, and has tokens as they have; who may not take it reaches them."""
+    busy = await pool.worker()
+    await admit(broker)
+    await busy.claim()
+    await admit(broker, max_new_tokens=20)
+    for num_tokens in (1, 0):
+        victim = await pool.worker()
+        [suspect] = await victim.claim()
+        await come_further(victim, suspect, num_tokens)
+        await pool.die(victim)
+    other_id = await admit(broker)
+    [other] = await busy.claim()
+    await come_further(busy, other, 1)
+    await broker.release(busy.name, [other.held])
+    assert [attempt.id for attempt in await busy.claim()] == [other_id]
+
+
 async def test_an_acquitted_suspect_begins_anew(broker: Broker, pool: Pool, raw: RawRedis) -> None:
     """It came further beside whoever kills: the deaths before count no more, but in all."""
     generation = await admit(broker, max_new_tokens=100)

@@ -89,11 +89,21 @@ def test_who_is_meant_must_be_clear(
     assert "w11aa" in said.err, "the names there are"
 
 
-async def kill(broker: Broker) -> str:
+async def test_who_is_on_probation_is_named(broker: Broker) -> None:
+    await kill(broker, num_deaths=2)
+    for name, expected in (("w8", True), ("w9", False)):
+        worker = ScriptedClaims(broker, name)
+        await worker.beat()
+        found = {attempt.id for attempt in await worker.claim()}
+        census = {it.name: it.suspect for it in (await broker.census()).workers}
+        assert census[name] == (found.pop() if expected else "")
+
+
+async def kill(broker: Broker, num_deaths: int = 4) -> str:
     await broker.beat_gateway("g1")
     await ScriptedClaims(broker, "w0").beat()
     id = generation_id((await broker.admit(admission(prompt_tokens=6))).request_id)
-    for number in range(4):
+    for number in range(num_deaths):
         worker = ScriptedClaims(broker, f"w{number}")
         await worker.beat()
         await worker.claim_one()
