@@ -360,6 +360,20 @@ INSIDE: dict[str, Inside] = {
             "worker-flapping",
         ),
     ),
+    "OUTPUT_CORRUPT": Inside(
+        "An answer that ended, and is no text, goes round in an endless circle, or is not what its"
+        " grammar asks for.",
+        "flagged in worker.finished and request.finished (invalid_utf8, repetition, grammar),"
+        " headrace_outputs_flagged_total",
+        "the answer as it is",
+        Explanation(
+            "A model that is too small for its task or sampled too hot, damaged weights, a"
+            " quantization that is too coarse, or a defect of the engine.",
+            "Ask once more, with another seed. If one model version or worker is named again and"
+            " again, go back to the version before, or replay one on another worker.",
+            (_WHY, "headrace incident replay REQUEST_ID"),
+        ),
+    ),
     "SLOW_CONSUMER": Inside(
         "A client reads slower than its tokens come.",
         "blocked_time and lags in request.finished, headrace_slow_consumer_drops_total",

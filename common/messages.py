@@ -132,12 +132,14 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The end of a generation: a reason; for ``failed`` also a code and a message.
 
     ``cached_tokens`` of its prompt did not have to be computed, by the worker that ended it.
+    ``flagged`` is what its worker saw to be wrong with the answer, which stands all the same.
     """
 
     reason: str
     code: str = ""
     message: str = ""
     cached_tokens: int = 0
+    flagged: str = ""
 
 
 TopTokens = list[tuple[int, float]]

@@ -56,6 +56,7 @@ class Account:
         """Of all choices, with those before the cursors of a stream that is resumed."""
         self._first_token_at: float | None = None
         self._finish: Finish | None = None
+        self._flagged = ""
         self._failure: Failure | None = None
         self._left_at: float | None = None
         self._is_promised = False
@@ -83,6 +84,7 @@ class Account:
             self._lags_s.append(batch.lag_s)
         if batch.finish is not None and not self._has_failed:
             self._finish, self.timing = batch.finish, batch.timing
+            self._flagged = self._flagged or batch.finish.flagged
 
     def _note_first(self, batch: Batch) -> None:
         """The first tokens of a choice."""
@@ -152,7 +154,8 @@ class Account:
         if self.api == "resume":
             log.info("stream.closed", reason=outcome, **told)
         else:
-            log.info("request.finished", api=self.api, **timing, **told)
+            flagged = {"flagged": self._flagged} if self._flagged else {}
+            log.info("request.finished", api=self.api, **timing, **told, **flagged)
 
     def _tell_tally(self, outcome: str) -> None:
         """Not of who reads again what somebody else asked for."""

@@ -91,6 +91,8 @@ class GenerationFigures:
         """By reason: stop, length, abort or error."""
         self.num_corrupted = 0
         """Those whose logits were not finite."""
+        self.flagged: Counter[str] = Counter()
+        """Answers by what was seen to be wrong with them."""
         self.first_token_s = Distribution(FIRST_TOKEN_BUCKETS_S)
         """From admission, by Redis' clock, to the first token."""
         self.inter_token_s = Distribution(INTER_TOKEN_BUCKETS_S)
@@ -156,6 +158,8 @@ class GenerationFigures:
             return
         self.finished[_ENDS[FinishReason(finish.reason)]] += 1
         self.num_corrupted += finish.code == "NAN_LOGITS"
+        if finish.flagged:
+            self.flagged[finish.flagged] += 1
         self.inference_s.observe(passed.generation_s)
         self.whole_s.observe(passed.queue_s + passed.generation_s)
         self.guessed_sizes.observe(attempt.num_guessed)

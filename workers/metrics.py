@@ -19,6 +19,7 @@ from common.instruments import Distribution, counter, exposition, gauge, histogr
 from common.metrics import process_collectors
 from common.settings import Compat
 from workers.device_watch import DeviceWatch
+from workers.engine.flaws import FLAWS
 from workers.figures import Figures, MethodFigures
 from workers.nvml import GpuFigures
 
@@ -171,6 +172,13 @@ class WorkerMetrics(Collector):
             "Tokens of other attempts that did not have to be made again.",
             [],
             [([], gone.recovered_tokens)],
+        )
+        yield counter(
+            "headrace_outputs_flagged_total",
+            "Answers that were seen to be corrupt, by reason: invalid_utf8, repetition (an endless"
+            " short cycle), or grammar (an end that it forbids).",
+            ["reason"],
+            [([reason], gone.flagged[reason]) for reason in FLAWS],
         )
         yield counter(
             "headrace_duplicate_results_suppressed_total",

@@ -272,7 +272,8 @@ class Publisher:
             "gpu_mem_peak_bytes": figures.gpu_mem_peak_bytes,
         }
         if finish is None or finish.reason != FinishReason.FAILED:
-            self._tell("worker.finished", attempt, **memory)
+            flagged = {"flagged": finish.flagged} if finish and finish.flagged else {}
+            self._tell("worker.finished", attempt, **memory, **flagged)
             return
         kind = KINDS.get(finish.code, KINDS["INTERNAL"])
         self._tell("worker.failed", attempt, retryable=kind.retryable, actor=kind.actor, **memory)

@@ -36,6 +36,7 @@ WORDS = frozenset(
         "adapter",
         "api",
         "code",
+        "flagged",
         "gateway",
         "git_sha",
         "grammar",

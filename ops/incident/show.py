@@ -316,6 +316,7 @@ def find(question: Question, story: Story) -> list[Finding]:
     nearby = f"--since {since:.0f} --until {until:.0f}"
     return [
         *_failure(question, request, nearby),
+        *_corrupt(request),
         *_asked_anew(question, story),
         *_handovers(question, story, nearby),
         *_slow_phase(question, story, nearby),
@@ -346,6 +347,16 @@ def _failure(question: Question, request: dict[str, Any], nearby: str) -> Iterat
             what=f"it failed with {code}, a code that this version does not know",
             confidence="certain",
             next=question.next(f"why {nearby}"),
+        )
+
+
+def _corrupt(request: dict[str, Any]) -> Iterator[Finding]:
+    if request["flagged"]:
+        yield Finding(
+            what=f"its answer was flagged as corrupt: {request['flagged']}",
+            confidence="high",
+            why="it was sent all the same",
+            next="headrace explain OUTPUT_CORRUPT",
         )
 
 

@@ -75,6 +75,7 @@ KINDS = (
     Kind("unfinished", "never got an end", 3.0),
     Kind("moved", "had to be started again by another worker", 2.0),
     Kind("refused", "were refused, by what their callers did", 0.5),
+    Kind("corrupt", "got an answer that was flagged as corrupt", 1.0),
     Kind("left", "were left by their readers", 0.7),
     Kind("queue", "waited long in the queue", 1.0, "queue_time", "lane", 0.3),
     Kind(
@@ -222,6 +223,7 @@ _FLAGS = {
         " AND ended IS NOT NULL, false)",
         "gone",
     ),
+    "corrupt": _Flag("flagged IS NOT NULL", "gone"),
     "left": _Flag("coalesce(code = 'disconnected', false)", "ended"),
 }
 

@@ -4,7 +4,8 @@
   1970 on Redis' clock where the line's process knew it, else on its host's; ``fields`` is the
   whole line as JSON text.
 - ``requests``: one row per generation request. ``ended`` is NULL where no final event is found;
-  ``is_bad`` says that it failed, and not by what its caller did.
+  ``is_bad`` says that it failed, and not by what its caller did; ``flagged`` what was wrong with an
+  answer that ended well.
 - ``attempts``: one row per claim of a generation by a worker, made of ``job_lines``.
 - ``changes``: what was done to the system or happened to it, that may explain what came after.
 """
@@ -219,7 +220,7 @@ def _make_job_lines(db: DuckDBPyConnection) -> None:
                 model_version, git_sha,
                 coalesce(worker, CASE WHEN service = 'worker' THEN instance END) AS worker,
                 json_transform(fields, '{{"next": "INTEGER", "position": "INTEGER",
-                    "end": "INTEGER", "batch_size": "INTEGER"}}') AS s
+                    "end": "INTEGER", "batch_size": "INTEGER", "flagged": "VARCHAR"}}') AS s
             FROM events WHERE job_id IS NOT NULL AND event IN ({events})
         )
         SELECT seq, t, event, job_id,
@@ -236,7 +237,8 @@ def _make_job_lines(db: DuckDBPyConnection) -> None:
                     ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW),
                 0) AS attempt,
             worker, service, instance, code, host, model_version, git_sha,
-            s.next AS next, s.position AS position, s."end" AS "end", s.batch_size AS batch_size
+            s.next AS next, s.position AS position, s."end" AS "end", s.batch_size AS batch_size,
+            s.flagged AS flagged
         FROM told
         """
     )
@@ -283,6 +285,7 @@ def _make_attempts(db: DuckDBPyConnection) -> None:
                 arg_min(event, (t, seq)) FILTER ({is_end}) AS end_event,
                 arg_min(code, (t, seq)) FILTER ({is_end} AND code IS NOT NULL) AS code,
                 any_value(batch_size) FILTER (event = 'batch.joined') AS batch_size,
+                any_value(flagged) AS flagged,
                 any_value(next) FILTER (event = 'worker.claimed') AS next,
                 coalesce(max(position) FILTER (event = 'job.requeued'), max("end")) AS "end",
                 any_value(model_version) FILTER (service = 'worker') AS model_version,
@@ -325,6 +328,7 @@ _TOLD: Mapping[str, str] = {
     "relay_lag_p99": "DOUBLE",
     "blocked_time": "DOUBLE",
     "unsent_bytes": "INTEGER",
+    "flagged": "VARCHAR",
 }
 """What a gateway tells of a request in its lines, beside the columns of ``events``."""
 
@@ -360,7 +364,8 @@ def _make_requests(db: DuckDBPyConnection) -> None:
                    arg_max(git_sha, attempt) AS git_sha,
                    arg_max(model_version, attempt) AS model_version,
                    arg_max(end_event, attempt) AS end_event, arg_max(code, attempt) AS code,
-                   max(batch_size) AS batch_size, max(attempt) AS attempt
+                   max(batch_size) AS batch_size, max(attempt) AS attempt,
+                   any_value(flagged) AS flagged
             FROM attempts GROUP BY request_id
         ), ids AS (
             SELECT request_id FROM accepted UNION SELECT request_id FROM final
@@ -410,6 +415,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
             batch_size, gateway, host, nullif(coalesce(git_sha, gateway_sha), '') AS git_sha,
             told_finish_reason AS finish_reason, told_relay_lag_p99 AS relay_lag_p99,
             told_blocked_time AS blocked_time, told_unsent_bytes AS unsent_bytes,
+            coalesce(told_flagged, flagged) AS flagged,
             CASE WHEN over IS NULL
                  THEN coalesce(ended, first_token, claimed, accepted)
                       < (SELECT max(t) FROM events) - {_LOST_AFTER_S}

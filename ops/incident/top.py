@@ -10,6 +10,7 @@ import click
 from duckdb import DuckDBPyConnection
 from rich.table import Table
 
+from common.explanations import INSIDE
 from common.failures import KINDS
 from ops.incident.command import Finding, Question, question_options, shown_moment, tell
 from ops.incident.conditions import Condition, condition_option
@@ -19,6 +20,7 @@ _NEW_AFTER = 0.25
 """Share of the log that has to be free of a group for it to be new."""
 _REGRESSED_AFTER = 0.25
 """The same for a silence between two of its failures."""
+_FAILED = "ended IS NOT NULL AND (code NOT IN ('ok', 'cancelled') OR flagged IS NOT NULL)"
 _QUIET = frozenset({"ok", "cancelled", "disconnected"})
 
 
@@ -65,8 +67,10 @@ def main(*, question: Question, bad: Condition | None) -> int:
 def find_groups(
     db: DuckDBPyConnection, *, since: float | None = None, bad: Condition | None = None
 ) -> list[Group]:
-    """The most frequent ones first; who failed by what its caller did is among them."""
-    condition = bad.sql if bad else "ended IS NOT NULL AND code NOT IN ('ok', 'cancelled')"
+    """The most frequent ones first; who failed by what its caller did is among them, and so are
+    answers that ended well and were flagged.
+    """
+    condition = bad.sql if bad else _FAILED
     values = bad.values if bad else []
     span = db.execute("SELECT min(arrived), max(coalesce(ended, arrived)), count(*) FROM requests")
     start, end, total = span.fetchone() or (None, None, 0)
@@ -79,7 +83,10 @@ def find_groups(
                 fields->'exception'->>'fingerprint', fields->>'error_fingerprint')) AS fingerprint
             FROM events WHERE event IN ('worker.failed', 'request.failed') GROUP BY 1
         ), failed AS (
-            SELECT requests.*, coalesce(fingerprint, '') AS fingerprint,
+            SELECT requests.* REPLACE (
+                    CASE WHEN code = 'ok' AND flagged IS NOT NULL
+                        THEN 'OUTPUT_CORRUPT' ELSE code END AS code),
+                coalesce(fingerprint, flagged, '') AS fingerprint,
                 coalesce(ended, arrived) AS at_s
             FROM requests LEFT JOIN raised USING (request_id) WHERE {condition}
         ), gaps AS (
@@ -117,7 +124,7 @@ def _group(
         share=count / total if total else 0.0,
         actor=kind.actor.value if kind else "",
         retryable=kind.retryable if kind else None,
-        meaning=kind.meaning if kind else "",
+        meaning=kind.meaning if kind else INSIDE[code].meaning if code in INSIDE else "",
         first_seen=first,
         last_seen=last,
         model_version=version,

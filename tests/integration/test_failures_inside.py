@@ -33,6 +33,8 @@ WITNESSES = {
     "CANCELLED_BY_CLIENT": "integration/test_failures_inside.py::test_a_client_that_leaves_is_told",
     "INCOMPLETE_GENERATION": "story/test_a_stream_is_resumed.py"
     "::test_a_stream_is_resumed_on_another_gateway",
+    "OUTPUT_CORRUPT": "integration/test_failures_of_workers.py"
+    "::test_a_corrupt_answer_is_sent_and_flagged",
     "LOG_SINK_BLOCKED": "unit/test_logs.py::test_a_blocked_sink_costs_lines_and_never_time",
     "DISK_FULL": "unit/test_logs.py::test_a_full_disk_is_survived",
     "WEBHOOK_UNDELIVERABLE": "integration/test_webhooks.py"

@@ -69,6 +69,8 @@ class System:
 
     gateway: RunningGateway
     newer: RunningGateway
+    worker: Worker
+    worker_model: Path
 
 
 def build_model(folder: Path) -> Path:
@@ -127,14 +129,14 @@ async def system(redis_url: str, tmp_path: Path) -> AsyncIterator[System]:
         stack.push_async_callback(worker.close)
         stack.push_async_callback(partial(asyncio.wait_for, running, 20))
         stack.callback(worker.drain)
-        gateways = [
+        gateway, newer = [
             await stack.enter_async_context(running_gateway(redis_url, folder, model=MODEL))
             for folder in (data_dir, newer_dir)
         ]
-        await wait_until(partial(is_ready, gateways[0]), what="the worker")
+        await wait_until(partial(is_ready, gateway), what="the worker")
         [stored] = data_dir.rglob("adapter_model.safetensors")
         stored.write_bytes(stored.read_bytes()[:1000])
-        yield System(*gateways)
+        yield System(gateway, newer, worker, ModelStore(data_dir).get(MODEL).path)
 
 
 async def is_ready(gateway: RunningGateway) -> bool:
@@ -174,6 +176,28 @@ async def test_what_a_worker_refuses_has_its_code(system: System) -> None:
     answer = await post(system.gateway, *ask("hi"))
     assert answer.status_code == 200
     assert answer.headers["x-model-version"] == await listed_version(system.gateway)
+
+
+async def test_a_corrupt_answer_is_sent_and_flagged(system: System) -> None:
+    """By the worker and, once, by the gateway; and counted by its reason."""
+    [byte, _] = Tokenizer.load(system.worker_model).encode("ß")
+    with capture_logs() as lines:
+        answer = await post(system.gateway, *ask("a", max_tokens=3, logit_bias={str(byte): 100}))
+        await wait_until(lambda: len(flagged(lines)) == 2, what="both lines")
+    assert answer.status_code == 200
+    assert "\ufffd" in answer.json()["choices"][0]["text"]
+    assert flagged(lines) == {
+        "worker.finished": "invalid_utf8", "request.finished": "invalid_utf8"
+    }  # fmt: skip
+    text = system.worker.metrics().text().decode()
+    assert 'headrace_outputs_flagged_total{reason="invalid_utf8"} 1.0' in text
+    assert 'headrace_outputs_flagged_total{reason="repetition"} 0.0' in text
+    await post(system.gateway, *ask("a", max_tokens=3))
+    assert 'reason="invalid_utf8"} 1.0' in system.worker.metrics().text().decode()
+
+
+def flagged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {line["event"]: line["flagged"] for line in lines if "flagged" in line}
 
 
 def has_line(lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -17,6 +17,7 @@ from gateway.app import drain
 from gateway.middleware import MAX_HEAD_BYTES
 from tests.support.api_keys import PEPPER, bearer, make_key
 from tests.support.batches import batch_record
+from tests.support.dead_letters import NUM_DEATHS
 from tests.support.failure_rows import check_row, check_witnesses
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
@@ -143,11 +144,11 @@ async def generation_timeout(stand: Stand) -> Answer:
 
 
 async def poison_request(stand: Stand) -> Answer:
-    """Three workers take it, and are never heard of again."""
+    """Worker after worker takes it, and is never heard of again."""
     gateway = await stand.gateway()
     async with asyncio.TaskGroup() as tasks:
         request = None
-        for _ in range(3):
+        for _ in range(NUM_DEATHS):
             worker = await stand.worker()
             request = request or tasks.create_task(gateway.client.post(COMPLETIONS, json=PROMPT))
             await worker.take()

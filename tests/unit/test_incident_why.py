@@ -220,6 +220,31 @@ def test_an_onset_is_found_to_the_bucket(tmp_path: Path) -> None:
     assert spikes[0].end == pytest.approx(START_S + 500, abs=2 * spikes[0].bucket_s)
 
 
+def test_a_version_whose_answers_are_corrupt_is_named_although_nothing_failed(
+    tmp_path: Path,
+) -> None:
+    """As ``why`` and as a group of their own in ``top``."""
+    pool = Pool(seed=20, seconds=300)
+    for worker in pool.workers[2:]:
+        worker.model_version = "v2"
+    lines = pool.lines()
+    for line in lines:
+        if line["event"] in ("worker.finished", "request.finished"):
+            line.update({"flagged": "repetition"} if line["model_version"] == "v2" else {})
+    path = write(lines, tmp_path / "pool.jsonl.gz")
+    with open_logs([str(path)]) as logs:
+        culprit = explain(logs.db).culprit
+        [group] = [it for it in find_groups(logs.db) if it.code == "OUTPUT_CORRUPT"]
+        of_v2 = explain(logs.db, bad=parse("flagged=repetition")).culprit
+    assert culprit is not None
+    assert culprit.subject == {"model_version": "v2"}
+    assert of_v2 is not None
+    assert of_v2.subject == {"model_version": "v2"}
+    assert (group.fingerprint, group.model_version) == ("repetition", "v2")
+    assert group.meaning
+    assert "OUTPUT_CORRUPT: An answer that" in _run(tmp_path, "top", code=1)
+
+
 def test_groups_say_since_when_and_what_is_new_or_back(tmp_path: Path) -> None:
     pool = Pool(seed=18, seconds=400)
     pool.fails = lambda request, __, t: (

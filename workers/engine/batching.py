@@ -213,7 +213,7 @@ class BatchingEngine:
             self._ended.append(_ending(request.id, len(request.logged), finish))
             return
         if sequence.finish is not None:
-            finish = Finish(sequence.finish)
+            finish = Finish(sequence.finish, flagged=sequence.flaw())
             self._ended.append(_ending(request.id, len(request.logged), finish))
             return
         self._sequences[request.id] = sequence
@@ -365,6 +365,7 @@ class BatchingEngine:
             if sequence.finish is not None:
                 break
         self._scheduler.prove(sequence, num_drafted=max(0, len(tokens) - 1))
+        finish = Finish(sequence.finish, flagged=sequence.flaw()) if sequence.finish else None
         has_tops, scores = sequence.sampling.top_logprobs > 0, sequence.prompt_scores
         output = StepOutput(
             id=sequence.id,
@@ -372,7 +373,7 @@ class BatchingEngine:
             tokens=tokens,
             pieces=pieces,
             logprobs=logprobs,
-            finish=None if sequence.finish is None else Finish(sequence.finish),
+            finish=finish,
             cached_tokens=sequence.num_cached or 0,
             tops=[choice.top or [] for choice in outcome[: len(tokens)]] if has_tops else None,
             prompt=None if scores is None or position else scores.told(),

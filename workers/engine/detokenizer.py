@@ -8,7 +8,7 @@ have no text.
 from collections.abc import Sequence
 from typing import Protocol
 
-_HALF = "\ufffd"
+HALF = "\ufffd"
 """How decoders write bytes that are not a character (yet)."""
 
 _CONTEXT_TOKENS = 5
@@ -24,6 +24,10 @@ class TextDecoder(Protocol):
     """Tokens of one raw byte in a tokenizer that falls back to them; of others none."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_bytes(self, id: int) -> bytes:
+        """Of one token within a text, also where they are but a part of a character."""
+        ...
 
 
 class Detokenizer:
@@ -50,7 +54,7 @@ class Detokenizer:
         if token in self._byte_ids:
             return ""
         text = self._decode(self._window)
-        held = text.endswith(_HALF)
+        held = text.endswith(HALF)
         fresh = text[self._num_shown : len(text) - held]
         self._num_shown += len(fresh)
         if fresh and not held:

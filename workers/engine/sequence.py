@@ -5,7 +5,8 @@ from itertools import takewhile
 
 from common.messages import FinishReason, PromptLogprobs, Sampling, TopTokens
 from workers.engine.counts import TokenCounts, are_counts_needed
-from workers.engine.detokenizer import Detokenizer, TextDecoder
+from workers.engine.detokenizer import HALF, Detokenizer, TextDecoder
+from workers.engine.flaws import has_invalid_bytes, is_endless
 from workers.engine.grammar import GrammarError
 from workers.engine.lookup import Lookup
 from workers.engine.port import EngineRequest
@@ -80,6 +81,9 @@ class Sequence:
         """Set when it is over, for whatever reason."""
         self.counts: TokenCounts | None = None
         """Of the tokens so far; None when no penalty asks for them."""
+        self._tokenizer = rules.tokenizer
+        self._has_half = False
+        """Whether its text shows bytes that are no character."""
         self._eos_token_ids = rules.eos_token_ids
         self._detokenizer = Detokenizer(rules.tokenizer, request.prompt)
         self._stops = StopMatcher(request.sampling.stop, keep=request.sampling.keep_stop)
@@ -175,6 +179,7 @@ class Sequence:
         text = self._detokenizer.push(token) if self._is_shown(token) else ""
         if reason is not None:
             text += self._detokenizer.flush()
+        self._has_half |= HALF in text
         piece = self._stops.push(text) if is_searched else text
         if self._stops.matched:
             self.finish = FinishReason.STOP
@@ -182,6 +187,36 @@ class Sequence:
             piece += self._stops.flush()
             self.finish = reason
         return piece
+
+    def flaw(self) -> str:
+        """What is wrong with the answer, now that it has ended: of
+        :data:`workers.engine.flaws.FLAWS`, or empty.
+        """
+        reason = self.finish
+        if reason is None or reason in (FinishReason.CANCELLED, FinishReason.FAILED):
+            return ""
+        answer = self.tokens[self.num_prompt :]
+        if self._has_half:
+            shown = [id for id in answer if id not in self._tokenizer.special_ids]
+            content = b"".join(map(self._tokenizer.token_bytes, shown))
+            if has_invalid_bytes(content, is_cut=reason != FinishReason.EOS):
+                return "invalid_utf8"
+        if self.matcher is not None and reason == FinishReason.EOS and not self._may_end():
+            return "grammar"
+        prompt = self.tokens[: self.num_prompt]
+        if is_endless(prompt, answer, reason, self.sampling, self._tokenizer):
+            return "repetition"
+        return ""
+
+    def _may_end(self) -> bool:
+        """Whether the grammar allows the end that came."""
+        if self.matcher is None:
+            return True
+        try:
+            words, bit = divmod(self.tokens[-1], 32)
+            return bool(int(self.matcher.mask()[words]) >> bit & 1)
+        except GrammarError:  # too much work to tell
+            return True
 
     def _reason_to_end(self, token: int) -> FinishReason | None:
         """Why ``token``, as the next one, would be the last."""
