@@ -707,7 +707,7 @@ _LOADS = {
     # Apart: a token of an answer takes a step, those of a prompt share one.
     "coalesce(prompt_tokens, 0)": "tokens of prompts came",
     "coalesce(max_tokens, 0)": "tokens of answers were asked for",
-    _HELD: "seconds of workers' places were taken",
+    _HELD: "seconds of the workers' time were taken",
 }
 """What one request brings, by different measures: SQL over ``judged``."""
 

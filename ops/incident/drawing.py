@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 960, 64, 12, 10, 22
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 960, 84, 12, 10, 22
 COLOURS = ("#1f6feb", "#d1242f", "#bf8700", "#8250df", "#1a7f37", "#cf5f00", "#57606a", "#0a7d91")
 """Of series in their order; told apart by most who see fewer colours, and in grey by brightness."""
-_LINE = "#d0d7de"
-_TEXT = "#57606a"
+_LINE, _TEXT = "var(--line)", "var(--soft)"
+"""Of the page, which knows light, dark and paper."""
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400)
 
 
@@ -115,7 +115,7 @@ def lives(axis: Axis, rows: Sequence[Life], title: str) -> str:
         y = TOP + place * each
         parts.append(
             f'<text x="{LEFT - 6}" y="{y + 13}" text-anchor="end" font-size="10" fill="{_TEXT}">'
-            f"{escape(row.name[-10:])}<title>{escape(f'{row.name} {row.note}')}</title></text>"
+            f"{escape(row.name[-12:])}<title>{escape(f'{row.name} {row.note}')}</title></text>"
         )
         for start, end, colour in row.spans:
             wide = max(axis.x(end) - axis.x(start), 1.5)

@@ -42,7 +42,7 @@ from ops.incident.source import Logs, open_logs
 from ops.incident.symptoms import Symptom
 from ops.incident.top import find_groups
 from ops.incident.verify import verify
-from ops.incident.why import Explanation, Verdict, explain, widened
+from ops.incident.why import Explanation, Verdict, explain, how_slow, widened
 
 _MAX_CHANGES = 40
 _MAX_SHARES = 24
@@ -268,10 +268,8 @@ def _answers(logs: Logs, question: Question, verdict: Verdict, facts: Totals) ->
 
 def _said(symptom: Symptom) -> str:
     share = symptom.bad / symptom.total if symptom.total else 0.0
-    text = f"{symptom.bad} of {symptom.total} requests ({share:.1%}) {symptom.kind.words}"
-    if symptom.slow_s is not None:
-        text += f": {shown_time(symptom.slow_s)} instead of {shown_time(symptom.typical_s)}"
-    return text + "."
+    how_many = f"{symptom.bad} of {symptom.total} requests ({share:.1%})"
+    return f"{how_many} {symptom.kind.words}{how_slow(symptom)}."
 
 
 def _since(verdict: Verdict) -> str:

@@ -11,10 +11,10 @@ import click
 from duckdb import DuckDBPyConnection
 from rich.text import Text
 
-from ops.incident.command import Question, question_options, shown_moment, shown_time, tell
+from ops.incident.command import Question, question_options, shown_moment, tell
 from ops.incident.statistics import scan
 from ops.incident.symptoms import Symptom, Window, bucket_width, series, window_in
-from ops.incident.why import explain, told, widened
+from ops.incident.why import explain, how_slow, told, widened
 
 _MIN_DROP = 0.5
 """Least part of the usual throughput that has to be missing."""
@@ -66,7 +66,7 @@ def find_spikes(db: DuckDBPyConnection, symptoms: list[Symptom]) -> list[Spike]:
     found = [
         Spike(
             figure=one.kind.name,
-            words=_words(one),
+            words=one.kind.words + how_slow(one),
             start=window.start,
             end=window.end,
             bucket_s=window.bucket_s,
@@ -96,13 +96,6 @@ def refined(db: DuckDBPyConnection, symptom: Symptom, window: Window) -> Window:
     if closer is None or abs(closer.start - window.start) > 2 * window.bucket_s:
         return window
     return Window(closer.start, window.end, closer.bucket_s)
-
-
-def _words(symptom: Symptom) -> str:
-    if symptom.slow_s is None:
-        return symptom.kind.words
-    slow, usual = shown_time(symptom.slow_s), shown_time(symptom.typical_s)
-    return f"{symptom.kind.words}: {slow} instead of {usual}"
 
 
 def _drop(db: DuckDBPyConnection) -> Spike | None:

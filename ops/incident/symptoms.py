@@ -101,7 +101,7 @@ KINDS = (
     Kind("relay", "got tokens late from their gateway", 1.0, "relay_lag_p99", floor_s=0.25),
     Kind(
         "reading",
-        "were read by their clients more slowly than they came",
+        "were read slowly by their clients",
         0.5,
         "CASE WHEN stream THEN coalesce(blocked_time, 0) END",
         floor_s=0.25,

@@ -117,8 +117,7 @@ def shown_symptom(symptom: Symptom) -> Text:
     text = Text.assemble(
         (f"{symptom.bad} of {symptom.total} requests ", "bold"), symptom.kind.words
     )
-    if symptom.slow_s is not None:
-        text.append(f": {shown_time(symptom.slow_s)} instead of {shown_time(symptom.typical_s)}")
+    text.append(how_slow(symptom))
     if symptom.window is not None:
         window = symptom.window
         text.append(
@@ -127,6 +126,14 @@ def shown_symptom(symptom: Symptom) -> Text:
             style="dim",
         )
     return text
+
+
+def how_slow(symptom: Symptom) -> str:
+    """As the end of a sentence; empty for what is no slowness."""
+    if symptom.slow_s is None:
+        return ""
+    usual = f" instead of {shown_time(symptom.typical_s)}" if symptom.typical_s else ""
+    return f": {shown_time(symptom.slow_s)}{usual}"
 
 
 def _nothing(verdict: "Verdict") -> list[Text]:
