@@ -1,4 +1,4 @@
-"""An answer that is no text, a circle or not of its grammar is flagged; whatever else is, is not."""
+"""An answer that is no text, a circle or not of its grammar is flagged; whatever else is is not."""
 
 import shutil
 from collections.abc import Sequence as Ids
