@@ -3,7 +3,7 @@
 import asyncio
 import resource
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -21,6 +21,7 @@ from tests.support.dead_letters import NUM_DEATHS
 from tests.support.failure_rows import check_row, check_witnesses
 from tests.support.fault_proxy import fault_proxy
 from tests.support.gateway_app import RunningGateway, Stand
+from tests.support.going_back import Disk
 from tests.support.scripted_worker import ScriptedWorker, saying
 from tests.support.waiting import wait_until
 
@@ -116,12 +117,36 @@ async def idempotency_conflict(stand: Stand) -> Answer:
 
 
 async def stream_diverged(stand: Stand) -> Answer:
-    worker = await stand.worker()
-    gateway = await stand.gateway()
-    async with worker.acting(saying("a", "b")):
-        made = await gateway.client.post(GENERATE + "_stream", json=NATIVE)
-    path = f"/v1/streams/{made.headers['x-headrace-stream-id']}"
-    return await gateway.client.get(path, params={"after": "1-deadbeef"})
+    """Redis forgets a token that was shown, its worker is gone, and the next one says another."""
+    redis: Any = Redis.from_url(stand.redis_url)
+    first, gateway = await stand.worker(), await stand.gateway()
+    async with gateway.client.stream("POST", GENERATE + "_stream", json=NATIVE) as shown:
+        turn = await first.take()
+        await turn.say("a")
+        events = shown.aiter_lines()
+        await wait_for_id(events, 1)
+        disk = await Disk.of(redis)
+        await turn.say("b")
+        cursor = await wait_for_id(events, 2)
+    await disk.go_back("simulated")
+    await stand.broker.reap()  # begins leases anew
+    await disk.end_settling("simulated")
+    await redis.aclose()
+    await stand.broker.bury_worker(first.name)
+    other = await stand.worker()
+    turn = await other.take()
+    await turn.say("c", tokens=[99])
+    await turn.end()
+    path = f"/v1/streams/{shown.headers['x-headrace-stream-id']}"
+    return await gateway.client.get(path, params={"after": cursor})
+
+
+async def wait_for_id(lines: AsyncIterator[str], position: int) -> str:
+    """The id of the event behind so many tokens."""
+    async for line in lines:
+        if line.startswith(f"id: {position}-"):
+            return line.removeprefix("id: ")
+    raise AssertionError("the stream ended before that")
 
 
 async def queue_full(stand: Stand) -> Answer:
