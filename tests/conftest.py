@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from common import logs
 from common.broker import Broker, connect
@@ -11,6 +12,10 @@ from tests.support import event_schema
 from tests.support.redis_server import RedisServer
 
 POOL = "test"
+
+# How long an example takes is the machine's business, and no failure of ours.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)
