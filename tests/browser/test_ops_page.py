@@ -159,7 +159,10 @@ async def test_figures_stand_where_they_are_measured(visitor: Visitor, pool: Poo
     pool.tells(
         requests=Requests(per_s=12.5, running=7, failed=3),
         lanes=[LaneView(lane="default", depth=41, oldest_age_s=9.0, est_wait_s=13.0)],
-        workers=[worker_view("w0"), worker_view("w1", state="degraded", kv_used=0.9)],
+        workers=[
+            worker_view("w0", gpu_mem_bytes=61 << 30, gpu_mem_total_bytes=79 << 30),
+            worker_view("w1", state="degraded", kv_used=0.9),
+        ],
         errors=[
             ErrorCount(code="QUEUE_FULL", count_1m=5, total=9),
             ErrorCount(code="NAN_LOGITS", count_1m=2, total=2),
@@ -175,7 +178,9 @@ async def test_figures_stand_where_they_are_measured(visitor: Visitor, pool: Poo
     await sees(page, "#picture-words", "default: 41 waiting, oldest 9 s, estimated wait 13 s")
     await sees(page, "#picture-words", "w1: degraded, 8 of 32 in the batch, KV cache 90 %")
     await sees(page, "#figures", "Queue time200 ms", "Error rate0 %", "Model versionm@1")
-    await sees(page, "#workers tbody", "w1degradedm@18 of 3290 %40954 MiB0.5 s ago")
+    await sees(
+        page, "#workers tbody", "GPU 61 GiB of 79 GiB", "w1degradedm@18 of 3290 %40954 MiB0.5 s ago"
+    )
     await sees(page, "#errors tbody", "QUEUE_FULL59", "NAN_LOGITS22")
     await page.locator(".chart", has_text="Waiting, by lane").scroll_into_view_if_needed()
     waiting = page.get_by_role("img", name="Waiting, by lane: default 41")

@@ -33,7 +33,7 @@ _NUM_TARGETS = 6
 """Two gateways, two workers, a background worker, an exporter."""
 _NUM_CALLERS = 12
 _PATIENCE_S = 60.0
-_NEEDS_A_GPU = re.compile("DCGM_FI_")
+_NEEDS_A_GPU = re.compile(r"DCGM_FI_|kind=\"gpu_")
 WITHOUT = {
     "vllm:external_prefix_cache_": "there is no cache of keys and values beside those of workers",
     "vllm:mm_cache_": "models here read text alone",
