@@ -39,6 +39,7 @@ WORDS = frozenset(
         "flagged",
         "gateway",
         "git_sha",
+        "gpu",
         "grammar",
         "host",
         "is_bad",

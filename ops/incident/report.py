@@ -60,6 +60,7 @@ _WORSE = 1.2
 
 _ADVICE = {
     "worker": "Drain worker {value} on the page /ops/ and restart it; others take over its work.",
+    "gpu": "Take GPU {value} out, and ask its driver why: headrace explain GPU_HW_FAULT.",
     "host": "Take the workers of host {value} out, and look at that machine.",
     "model_version": "Go back to the model version before {value}.",
     "git_sha": "Go back to the release before {value}.",

@@ -20,6 +20,7 @@ TRAITS: dict[str, str] = {
     "adapter": "adapter",
     "grammar": "grammar",
     "worker": "worker",
+    "gpu": "gpu",
     "host": "host",
     "gateway": "gateway",
     "tenant_hash": "tenant_hash",

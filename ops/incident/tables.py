@@ -220,7 +220,8 @@ def _make_job_lines(db: DuckDBPyConnection) -> None:
                 model_version, git_sha,
                 coalesce(worker, CASE WHEN service = 'worker' THEN instance END) AS worker,
                 json_transform(fields, '{{"next": "INTEGER", "position": "INTEGER",
-                    "end": "INTEGER", "batch_size": "INTEGER", "flagged": "VARCHAR"}}') AS s
+                    "end": "INTEGER", "batch_size": "INTEGER", "flagged": "VARCHAR",
+                    "gpu_uuid": "VARCHAR"}}') AS s
             FROM events WHERE job_id IS NOT NULL AND event IN ({events})
         )
         SELECT seq, t, event, job_id,
@@ -238,7 +239,7 @@ def _make_job_lines(db: DuckDBPyConnection) -> None:
                 0) AS attempt,
             worker, service, instance, code, host, model_version, git_sha,
             s.next AS next, s.position AS position, s."end" AS "end", s.batch_size AS batch_size,
-            s.flagged AS flagged
+            s.flagged AS flagged, s.gpu_uuid AS gpu
         FROM told
         """
     )
@@ -290,6 +291,7 @@ def _make_attempts(db: DuckDBPyConnection) -> None:
                 coalesce(max(position) FILTER (event = 'job.requeued'), max("end")) AS "end",
                 any_value(model_version) FILTER (service = 'worker') AS model_version,
                 any_value(host) FILTER (service = 'worker') AS host,
+                any_value(gpu) AS gpu,
                 any_value(git_sha) FILTER (service = 'worker') AS git_sha
             FROM job_lines GROUP BY job_id, attempt
         )
@@ -361,6 +363,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
                    min(claimed) AS claimed, max(ended) AS ended,
                    min(first_token) AS first_token,
                    arg_max(worker, attempt) AS worker, arg_max(host, attempt) AS host,
+                   arg_max(gpu, attempt) AS gpu,
                    arg_max(git_sha, attempt) AS git_sha,
                    arg_max(model_version, attempt) AS model_version,
                    arg_max(end_event, attempt) AS end_event, arg_max(code, attempt) AS code,
@@ -412,7 +415,7 @@ def _make_requests(db: DuckDBPyConnection) -> None:
             tenant_hash, lane, coalesce(model_version, told_version) AS model_version,
             coalesce(worker, nullif(told_worker, '')) AS worker,
             coalesce(told_attempts, attempt, 0) AS attempts, coalesce(told_deaths, 0) AS deaths,
-            batch_size, gateway, host, nullif(coalesce(git_sha, gateway_sha), '') AS git_sha,
+            batch_size, gateway, gpu, host, nullif(coalesce(git_sha, gateway_sha), '') AS git_sha,
             told_finish_reason AS finish_reason, told_relay_lag_p99 AS relay_lag_p99,
             told_blocked_time AS blocked_time, told_unsent_bytes AS unsent_bytes,
             coalesce(told_flagged, flagged) AS flagged,

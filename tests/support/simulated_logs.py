@@ -63,6 +63,7 @@ class Worker:
     host: str
     model_version: str = "v1"
     slots: int = 8
+    gpu: str | None = None
     free: list[float] = field(default_factory=list[float])
     stalls: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """Intervals in which it makes no step."""
@@ -247,7 +248,7 @@ class Pool:
             end = worker.runs(first, pace_s * request.max_tokens)
             in_batch = 1 + sum(free > start for free in worker.free)
             tell(start, "worker.claimed", "worker", worker.name, **job, **place, next=0,
-                 claim_lag_s=0.002, deaths=attempt - 1, gpu_uuid=None)  # fmt: skip
+                 claim_lag_s=0.002, deaths=attempt - 1, gpu_uuid=worker.gpu)  # fmt: skip
             tell(start + 0.001, "batch.joined", "worker", worker.name, **job, **place,
                  batch_size=in_batch, batch_id=1, cached_tokens=0, pad_ratio=0.0, slot=0,
                  prompt_tokens=request.prompt_tokens)  # fmt: skip

@@ -53,6 +53,17 @@ def test_a_slow_worker_is_named_with_its_host_as_alias(tmp_path: Path) -> None:
     assert culprit.risk_low > 1.5
 
 
+def test_a_gpu_that_fails_under_several_workers_is_named(tmp_path: Path) -> None:
+    """Two on each of two GPUs of one host: neither worker nor host tells good from bad."""
+    pool = Pool(seed=4, seconds=300)
+    for number, worker in enumerate(pool.workers):
+        worker.host, worker.gpu = "host1", f"GPU-{number // 2}"
+    pool.fails = lambda _, worker, __: (
+        "CUDA_OOM" if worker.gpu == "GPU-1" and pool.random.random() < 0.3 else None
+    )
+    assert first(pool, tmp_path) == {"gpu": "GPU-1"}
+
+
 def test_a_bad_version_is_named_and_not_one_of_its_workers(tmp_path: Path) -> None:
     pool = Pool(seed=5, seconds=300)
     for worker in pool.workers[2:]:
