@@ -44,6 +44,7 @@ def has_ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.timeout(300)  # four processes import torch, two after two
 async def test_a_group_answers_as_one_process_and_dies_as_one(
     tiny_pool: WorkerPool, data_dir: Path
 ) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
+from fcntl import LOCK_EX, flock
 from functools import cache
 from pathlib import Path
 
@@ -51,13 +52,15 @@ def _emulated_amx() -> Path:
     read = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), _EMULATION])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     library = ROOT / "var" / "test-kernels" / f"{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Another test process may be at the same: the first to finish puts its file in place.
-        mine = library.with_suffix(f".{os.getpid()}")
-        flags = (*_FLAGS, "-DHEADRACE_EMULATE_AMX", f"-I{_EMULATION.parent}")
-        compile_shared(_SOURCES, mine, *flags)
-        mine.replace(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Test processes that start together wait for the one that compiles.
+    with library.with_suffix(".lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            flags = (*_FLAGS, "-DHEADRACE_EMULATE_AMX", f"-I{_EMULATION.parent}")
+            compile_shared(_SOURCES, unfinished, *flags)
+            unfinished.replace(library)
     return library
 
 
