@@ -276,6 +276,18 @@ def test_what_is_lent_is_back_with_the_next_step(places: Places) -> None:
     assert not places.lend(one, 8)
 
 
+@pytest.mark.parametrize("places", [slots(2, 12), pages(3)], ids=["slots", "pages"])
+def test_nobody_comes_in_on_what_is_lent(places: Places) -> None:
+    """Who gives way is let in behind those whose guesses the step has room for already."""
+    one = run(places, sequence("one", [90] * 7))
+    two = sequence("two", [91] * 2)
+    places.begin_step()
+    assert places.lend(one, 4)
+    assert not places.admit(two)
+    places.begin_step()
+    assert places.admit(two)
+
+
 def test_nobody_waits_for_a_prefix_of_who_gives_way(places: Places) -> None:
     """That one may be paused for as long as he is there himself."""
     prompt = [70 + number % 7 for number in range(16 * BLOCK)]

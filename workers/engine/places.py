@@ -115,7 +115,8 @@ class SlotPlaces:
 
     def admit(self, sequence: Sequence) -> bool:
         free = self._free - self._sources
-        if not free or self._used_tokens + sequence.num_tokens > self.capacity_tokens:
+        taken_tokens = self._used_tokens + self._lent_tokens
+        if not free or taken_tokens + sequence.num_tokens > self.capacity_tokens:
             return False
         wanted = _wanted(sequence, self.block_tokens)
         matches = [_num_shared(chain, wanted) for chain in self._chains]
@@ -296,11 +297,12 @@ class PagePlaces:
     def _take_back(self, sequence: Sequence) -> None:
         """Empty the pages that its tokens did not come to need; nobody has been told of them."""
         place, num_needed = self._places[sequence.id], self._num_pages_for(sequence)
+        if num_needed >= len(place.pages):  # nearly always
+            return
         for page in place.pages[num_needed:]:
             self._num_users[page] = 0
             self._empty.append(page)
-        if num_needed < len(place.pages):
-            self._places[sequence.id] = Place(place.slot, place.pages[:num_needed])
+        self._places[sequence.id] = Place(place.slot, place.pages[:num_needed])
 
     def _num_pages_for(self, sequence: Sequence) -> int:
         return -(-sequence.num_tokens // self.block_tokens)
