@@ -37,7 +37,7 @@ from workers.engine.step_watch import StepWatch
 log = get_logger()
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """A chosen token and the natural logarithm of its probability."""
 
     token: int

@@ -154,13 +154,14 @@ def build_paged(
         "engine.selected",
         engine="torch",
         way=ready.forward.name,
+        refused=ready.refused,
         uncompiled_reason=ready.forward.uncompiled_reason,
         is_recorded=ready.forward.is_recorded,
         cache_tokens=ready.num_pages * PAGE_TOKENS,
         device=str(model.device),
         dtype=str(model.dtype),
     )
-    runner = PagedRunner(ready.forward)
+    runner = PagedRunner(ready.forward, ready.choose_plainly)
     return BatchingEngine(
         runner,
         _text_rules(Tokenizer.load(stored.path), stored),

@@ -58,7 +58,7 @@ class EngineRequest:
         return len(self.prompt) + self.sampling.max_new_tokens
 
 
-class StepOutput(msgspec.Struct, frozen=True):
+class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What one generation got out of one step; the fields are those of a token record.
 
     ``start`` counts generated tokens only (the prompt is not in the log). ``finish`` set: the

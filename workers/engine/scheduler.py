@@ -53,7 +53,7 @@ class Limits:
         return self.max_sequences + self.spare_sequences
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """``count`` pending tokens of one sequence from position ``start``, for one step."""
 
     sequence: Sequence

@@ -84,9 +84,9 @@ class PagedForward:
     def __call__(
         self, tokens: list[int] | torch.Tensor, stretches: Sequence[Stretch], rows: list[int]
     ) -> torch.Tensor:
-        """See the protocol. ``tokens`` may lie on the device, ``[tokens]`` of any integers, and
-        need not be computed yet. The logits are good until the next step: they lie in memory that
-        all steps share.
+        """See the protocol. ``tokens`` may lie on the device, ``[tokens]`` of any type, and need
+        not be computed yet. The logits are good until the next step: they lie in memory that all
+        steps share.
         """
         num_decodes = sum(stretch.count == 1 for stretch in stretches)
         self._numbers.load(tokens, stretches, num_decodes, rows)

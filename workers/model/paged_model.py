@@ -19,6 +19,8 @@ from workers.model.loader import (
 )
 from workers.model.paged_cache import PagedCache, page_bytes
 from workers.model.paged_forward import PagedForward
+from workers.model.plain_choice import select_choice
+from workers.model.sampler import PlainChoice
 from workers.model.sharding import least_of_all
 
 PAGE_TOKENS = 16
@@ -30,6 +32,10 @@ class PagedModel:
     """A model that computes over pages."""
 
     forward: PagedForward
+    choose_plainly: PlainChoice | None
+    """None: the sampler in torch chooses for all."""
+    refused: dict[str, str]
+    """What it could have, and why it has not."""
     num_pages: int
     token_bytes: int
     """Keys and values of one token."""
@@ -93,8 +99,17 @@ def prepare_paged(
     off_by = difference(lambda _: forward, expected, layers, dtype)
     if not off_by <= TOLERANCE[dtype]:
         raise Failure("MODEL_LOAD_FAILED", f"Over pages its logits would be off by {off_by:.1%}.")
-    token_bytes = num_bytes // PAGE_TOKENS
-    return PagedModel(forward, num_pages, token_bytes, linears, vocab_size, max_tokens)
+    choose_plainly, reason = select_choice(vocab_size, dtype, device)
+    return PagedModel(
+        forward,
+        choose_plainly,
+        refused={} if reason is None else {"choice kernels": reason},
+        num_pages=num_pages,
+        token_bytes=num_bytes // PAGE_TOKENS,
+        linears=linears,
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+    )
 
 
 def _num_pages(

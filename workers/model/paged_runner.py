@@ -14,7 +14,7 @@ from workers.engine.batching import Outcome, count_tokens
 from workers.engine.scheduler import Chunk
 from workers.model.attention import Stretch
 from workers.model.runner import Choosing, StepInputs, device_errors
-from workers.model.sampler import SamplesToCome
+from workers.model.sampler import PlainChoice, SamplesToCome
 
 
 class TakesDeviceTokens(Protocol):
@@ -44,11 +44,15 @@ def count_places(forward: PadsSteps, chunks: list[Chunk]) -> int:
 class PagedRunner:
     """Implements :class:`workers.engine.batching.Runner` and ``Launcher``.
 
-    A cache of pages needs nothing between steps, so there is none to name.
+    A cache of pages needs nothing between steps, so there is none to name. ``choose_plainly``
+    are kernels of its device, where there are any.
     """
 
-    def __init__(self, forward: TakesDeviceTokens) -> None:
+    def __init__(
+        self, forward: TakesDeviceTokens, choose_plainly: PlainChoice | None = None
+    ) -> None:
         self._forward = forward
+        self._choose_plainly = choose_plainly
 
     def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """See the protocol.
@@ -64,7 +68,7 @@ class PagedRunner:
     def launch(self, chunks: list[Chunk]) -> "PagedStep":
         """Raises as :meth:`run`."""
         inputs = StepInputs(chunks)
-        return PagedStep(self._forward, inputs, inputs.tokens)
+        return PagedStep(self._forward, self._choose_plainly, inputs, inputs.tokens)
 
 
 class PagedStep:
@@ -73,10 +77,12 @@ class PagedStep:
     def __init__(
         self,
         forward: TakesDeviceTokens,
+        choose_plainly: PlainChoice | None,
         inputs: StepInputs,
         tokens: list[int] | torch.Tensor,
     ) -> None:
         self._forward = forward
+        self._choose_plainly = choose_plainly
         self._inputs = inputs
         with torch.inference_mode(), device_errors():
             logits = forward(tokens, inputs.stretches, inputs.rows)
@@ -87,7 +93,9 @@ class PagedStep:
         self._choosing = Choosing(self._inputs)
         if self._choosing.rows:
             with torch.inference_mode(), device_errors():
-                self._to_come = SamplesToCome(self._logits, self._choosing.rows)
+                self._to_come = SamplesToCome(
+                    self._logits, self._choosing.rows, self._choose_plainly
+                )
         del self._logits  # may lie where the next step's will
 
     def follow(self, chunks: list[Chunk]) -> "PagedStep":
@@ -95,7 +103,7 @@ class PagedStep:
         rows = {chunk.slot: row for row, chunk in enumerate(self._inputs.sampled)}
         with torch.inference_mode(), device_errors():
             tokens = self._to_come.tokens([rows[c.slot] for c in inputs.sampled])
-        return PagedStep(self._forward, inputs, tokens)
+        return PagedStep(self._forward, self._choose_plainly, inputs, tokens)
 
     def outcomes(self) -> list[Outcome]:
         if not self._choosing.rows:

@@ -8,7 +8,8 @@ this, as in TGI: they are those of what is kept, which sums to one.
 A row's result depends on its logits, its parameters, its seed and its position, never on its
 neighbours in the batch or on the process: on a processor to the last bit. The kernels do the same
 much faster (:mod:`workers.model.native.sampler`); this is for machines and devices without them,
-and what they are held to.
+and what they are held to. On CUDA :mod:`workers.model.choice_kernels` choose in rows that nothing
+changes or narrows, as most are.
 
 Noise is a hash of (seed, position, index), so any worker draws the same. The choice is an
 exponential race, ``argmax(p / Exp(1))``, in two rounds: between blocks of the vocabulary by their
@@ -53,6 +54,24 @@ class Samples:
 Sampler = Callable[[torch.Tensor, Sequence[SamplingRow]], Samples]
 """:func:`sample`, or what does the same in another way."""
 
+PlainChoice = Callable[[torch.Tensor, list[int], Sequence[SamplingRow]], torch.Tensor]
+"""Chooses in plain rows, which take the best of all tokens or draw from all, at a temperature.
+
+Takes the logits of a whole batch, the numbers of such rows in it, and these rows; returns
+``[3, rows]`` float64: tokens, log-probabilities, not finite where the logits are not, and the best
+scores. Tokens are of the vocabulary whatever the logits are.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What some rows were chosen from."""
+
+    rows: HeatedRows
+    band: Band
+    log_total: torch.Tensor
+    """``[rows, 1]``: a heated score less this is a log-probability."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
@@ -60,14 +79,10 @@ class _Chosen:
 
     numbers: list[int]
     """Which rows of the batch."""
-    rows: HeatedRows
-    band: Band
-    tokens: torch.Tensor
-    """``[rows]``, int64."""
-    logprobs: torch.Tensor
-    """``[rows]``; not finite where the logits are not."""
-    log_total: torch.Tensor
-    """``[rows, 1]``: a heated score less this is a log-probability."""
+    found: torch.Tensor
+    """As of a :data:`PlainChoice`."""
+    kept: _Kept | None = None
+    """None where nobody asks for it."""
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Samples:
@@ -85,25 +100,34 @@ class SamplesToCome:
     Between them, a device that computes by itself need not be waited for.
     """
 
-    def __init__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SamplingRow],
+        choose_plainly: PlainChoice | None = None,
+    ) -> None:
         self._rows = rows
-        self._chosen = _choose(logits, rows)
+        self._chosen = _choose(logits, rows, choose_plainly)
         parts: list[torch.Tensor] = []
         for group in self._chosen:
-            parts += [group.tokens, group.logprobs, group.rows.best]
+            parts.append(group.found)
             asking, count = _asking(group, rows)
-            if asking:
-                parts += _likeliest(group, asking, count)
+            if asking and group.kept is not None:
+                parts += _likeliest(group.kept, asking, count)
         # One copy from the device, where each would wait for all that was asked of it before.
-        numbers = torch.cat([part.flatten().double() for part in parts])
+        flat = [part.flatten().double() for part in parts]
+        numbers = torch.cat(flat) if len(flat) > 1 else flat[0]
         self._numbers = numbers.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if numbers.is_cuda else None
         if self._copied is not None:
             self._copied.record()
 
     def tokens(self, rows: list[int]) -> torch.Tensor:
-        """What is chosen for some of the rows, by their numbers: ``[len(rows)]``, on the device."""
-        tokens = torch.cat([group.tokens for group in self._chosen])
+        """What is chosen for some of the rows, by their numbers: ``[len(rows)]`` of float64, on
+        the device.
+        """
+        groups = [group.found[0] for group in self._chosen]
+        tokens = torch.cat(groups) if len(groups) > 1 else groups[0]
         order = [number for group in self._chosen for number in group.numbers]
         if rows == order:
             return tokens
@@ -129,17 +153,58 @@ class SamplesToCome:
         return samples
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[_Chosen]:
+def _choose(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], choose_plainly: PlainChoice | None
+) -> list[_Chosen]:
+    plain = [i for i, row in enumerate(rows) if _is_plain(row)] if choose_plainly else []
+    chosen: list[_Chosen] = []
+    if choose_plainly and plain:
+        plain_rows = rows if len(plain) == len(rows) else [rows[i] for i in plain]
+        chosen.append(_Chosen(plain, choose_plainly(logits, plain, plain_rows)))
+    if len(plain) < len(rows):
+        are_plain = set(plain)
+        others = [i for i in range(len(rows)) if i not in are_plain]
+        chosen += _choose_among(logits, others, [rows[i] for i in others])
+    return chosen
+
+
+def _is_plain(row: SamplingRow) -> bool:
+    """Whether processors and warpers leave its scores alone, and only its choice is told."""
+    sampling = row.sampling
+    if row.counts is not None or row.mask is not None or row.banned or sampling.top_logprobs:
+        return False
+    if sampling.logit_bias or sampling.watermark is not None:
+        return False
+    return not sampling.do_sample or not (
+        sampling.top_k or sampling.top_p < 1.0 or sampling.min_p or sampling.typical_p < 1.0
+    )
+
+
+def _choose_among(
+    logits: torch.Tensor, numbers: list[int], rows: Sequence[SamplingRow]
+) -> list[_Chosen]:
+    """Choose in rows of any kind; ``numbers`` says which of ``logits`` they are."""
+    if len(numbers) < len(logits):
+        logits = logits[_index(numbers, len(logits), logits.device)]
     blocks = _blocks(logits)
     process(blocks.view(len(rows), -1), rows, logits.shape[1])
     greedy = [i for i, row in enumerate(rows) if not row.sampling.do_sample]
     drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
     chosen: list[_Chosen] = []
     if greedy:
-        chosen.append(_take_best(blocks, greedy))
+        chosen.append(_chosen([numbers[i] for i in greedy], *_take_best(blocks, greedy)))
     if drawn:
-        chosen.append(_draw(blocks, drawn, [rows[i] for i in drawn]))
+        found = _draw(blocks, drawn, [rows[i] for i in drawn])
+        chosen.append(_chosen([numbers[i] for i in drawn], *found))
     return chosen
+
+
+def _chosen(
+    numbers: list[int], kept: _Kept, tokens: torch.Tensor, logprobs: torch.Tensor
+) -> _Chosen:
+    best = kept.rows.best[:, 0]
+    found = torch.stack((tokens.double(), logprobs.double(), best.double()))
+    return _Chosen(numbers, found, kept)
 
 
 def _blocks(logits: torch.Tensor) -> torch.Tensor:
@@ -151,12 +216,15 @@ def _blocks(logits: torch.Tensor) -> torch.Tensor:
     return scores.contiguous().view(scores.shape[0], -1, BLOCK)
 
 
-def _take_best(blocks: torch.Tensor, numbers: list[int]) -> _Chosen:
+def _take_best(
+    blocks: torch.Tensor, numbers: list[int]
+) -> tuple[_Kept, torch.Tensor, torch.Tensor]:
+    """What the rows were chosen from, the tokens, and their log-probabilities."""
     index = _index(numbers, len(blocks), blocks.device)
     tokens, best, log_total = _most_likely(blocks, index)
     heated = HeatedRows(blocks, index, best[:, None], torch.ones_like(log_total))
     band = Band.open(len(numbers), blocks.device)
-    return _Chosen(numbers, heated, band, tokens, -log_total[:, 0], log_total)
+    return _Kept(heated, band, log_total), tokens, -log_total[:, 0]
 
 
 def _index(numbers: list[int], num_rows: int, device: torch.device) -> torch.Tensor:
@@ -181,7 +249,10 @@ def _most_likely(
     return tokens[:, 0], best, -blocks.flatten(1).log_softmax(-1).gather(1, tokens)
 
 
-def _draw(blocks: torch.Tensor, numbers: list[int], rows: Sequence[SamplingRow]) -> _Chosen:
+def _draw(
+    blocks: torch.Tensor, numbers: list[int], rows: Sequence[SamplingRow]
+) -> tuple[_Kept, torch.Tensor, torch.Tensor]:
+    """As :func:`_take_best`."""
     samplings, device = [row.sampling for row in rows], blocks.device
     limits = Limits.of_samplings(samplings, blocks.shape[1] * BLOCK, device)
     index = _index(numbers, len(blocks), device)
@@ -191,7 +262,7 @@ def _draw(blocks: torch.Tensor, numbers: list[int], rows: Sequence[SamplingRow])
     band = find_bands(heated, heated_max, samplings, limits)
     keys = torch.tensor([[noise_key(row.sampling.seed, row.position)] for row in rows])
     tokens, scores, log_total = _race(heated, heated_max, band, keys.to(device))
-    return _Chosen(numbers, heated, band, tokens, scores - log_total[:, 0], log_total)
+    return _Kept(heated, band, log_total), tokens, scores - log_total[:, 0]
 
 
 def _race(
@@ -241,13 +312,13 @@ def _blocks_to_look_at(heated_max: torch.Tensor, band: Band) -> tuple[torch.Tens
     return rows, numbers
 
 
-def _likeliest(chosen: _Chosen, asking: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _likeliest(kept: _Kept, asking: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``[asking, count]`` each: tokens, best first, and log-probabilities; -inf if not kept.
 
     Of equals the lower ids come first.
     """
-    index = torch.tensor(asking, device=chosen.tokens.device)
-    rows, band = chosen.rows.of(index), chosen.band.of(index)
+    index = torch.tensor(asking, device=kept.log_total.device)
+    rows, band = kept.rows.of(index), kept.band.of(index)
     heated_max = rows.heat(rows.blocks[rows.index].amax(-1))
     # Only typical-p takes away from above; for the others the best of a block need not be kept.
     for i in (~band.radius.isposinf())[:, 0].nonzero():
@@ -259,9 +330,9 @@ def _likeliest(chosen: _Chosen, asking: list[int], count: int) -> tuple[torch.Te
     ids = (numbers[..., None] * BLOCK + torch.arange(BLOCK, device=index.device)).flatten(1)
     order = ids.argsort(-1)
     candidates, ids = candidates.gather(1, order), ids.gather(1, order)
-    kept = candidates + band.holds(candidates).log()
-    first = _first(kept, count)
-    return ids.gather(1, first), kept.gather(1, first) - chosen.log_total[index]
+    held = candidates + band.holds(candidates).log()
+    first = _first(held, count)
+    return ids.gather(1, first), held.gather(1, first) - kept.log_total[index]
 
 
 def _first(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -278,9 +349,11 @@ def _first(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def _asking(group: _Chosen, rows: Sequence[SamplingRow]) -> tuple[list[int], int]:
     """Who of ``group`` asks for the likeliest tokens, by numbers in it, and the most of them."""
+    if group.kept is None:
+        return [], 0
     counts = [rows[i].sampling.top_logprobs for i in group.numbers]
     asking = [k for k, count in enumerate(counts) if count > 0]
-    return asking, min(max(counts), group.rows.num_blocks * BLOCK)
+    return asking, min(max(counts), group.kept.rows.num_blocks * BLOCK)
 
 
 def _read(
