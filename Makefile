@@ -52,7 +52,7 @@ up: $(STAMP) ## Start everything and serve at http://127.0.0.1:8080 (ARGS="--wor
 
 test: $(STAMP) ## Run every test (ARGS="tests/story -k resume")
 	@$(BIN)/python -m tests.support.models
-	@$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 check: $(STAMP) ## Format, lint, types and import borders, as CI checks them
 	$(BIN)/ruff format --check .

@@ -141,6 +141,16 @@ class Visitor:
         await self.page.goto(f"{self.url}/ui/")
         await self.page.wait_for_selector("#model:not(:empty)")
 
+    async def close(self) -> None:
+        """Close the tab, and wait until the browser has let go of what it held."""
+        other = await self.context.new_page()
+        await other.goto(f"{self.url}/health")
+        await self.page.close()
+        await other.wait_for_function(
+            "async () => !(await navigator.locks.query()).held.length", timeout=PATIENCE_MS
+        )
+        await other.close()
+
     async def choose(self, *, max_tokens: int, temperature: float = 0) -> None:
         """Set the settings; at temperature 0 an answer can be foretold."""
         await self.page.click("#settings summary")

@@ -106,7 +106,7 @@ async def test_a_closed_tab_is_taken_up_by_the_next_one(site: Site, visitor: Vis
     await visitor.choose(max_tokens=150)
     await visitor.ask("hello")
     await visitor.sees_text(20)
-    await visitor.page.close()
+    await visitor.close()
     await visitor.open()
     await visitor.sees_end()
     assert await visitor.text() == expected
