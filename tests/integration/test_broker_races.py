@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
 from common.broker import Broker, Reserve, connect
 from common.broker.keys import prefix
@@ -18,14 +17,6 @@ from tests.support.redis_server import RawRedis, RedisServer
 from tests.support.waiting import wait_until
 
 KEY = prefix(POOL)
-
-
-@pytest.fixture
-async def raw(any_redis_server: RedisServer) -> AsyncIterator[RawRedis]:
-    """A plain client, to look at keys and to set leases into the past."""
-    client = Redis.from_url(any_redis_server.url, decode_responses=True, encoding_errors="replace")
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

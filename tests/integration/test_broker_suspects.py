@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
-from redis.asyncio import Redis
 
 from common.broker import Broker, connect
 from common.broker.keys import prefix
@@ -19,13 +18,6 @@ from tests.support.worker_parts import logged, tokens_of
 KEY = prefix(POOL)
 LONG_AGO_MS = 6000
 """Longer than a suspect waits for a worker that happens to be clear."""
-
-
-@pytest.fixture
-async def raw(any_redis_server: RedisServer) -> AsyncIterator[RawRedis]:
-    client = Redis.from_url(any_redis_server.url, decode_responses=True, encoding_errors="replace")
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

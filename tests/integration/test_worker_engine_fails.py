@@ -1,9 +1,8 @@
 """An engine that raises ends its worker, with a code that says so and a log line that says why."""
 
 import asyncio
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from workers.engine.port import (
     StepOutput,
     StepWork,
 )
+
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 class BrokenEngine:
@@ -57,15 +58,6 @@ class BrokenEngine:
 
 async def is_alive(broker: Broker) -> bool:
     return bool((await broker.state()).workers)
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """The worker takes SIGTERM and SIGINT; give them back to the test run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

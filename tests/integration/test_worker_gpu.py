@@ -4,8 +4,7 @@ The driver's shared object is stood in for; its bindings, Redis and the worker a
 """
 
 import asyncio
-import signal
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,8 @@ from workers import exit_codes, worker
 from workers.engine.batching import BatchingEngine
 from workers.engine.factory import build_engine
 
+pytestmark = pytest.mark.usefixtures("own_signals")
+
 TOKEN_BYTES = 100
 
 
@@ -34,7 +35,7 @@ class OnGpu:
 
     broker: Broker
     gpu: FakeGpu
-    library: NvmlLibrary
+    driver: NvmlLibrary
     run: "asyncio.Task[int]"
     lines: list[dict[str, Any]]
 
@@ -44,17 +45,8 @@ class OnGpu:
 
     async def fail(self, xid: int) -> int:
         """The exit code that follows."""
-        self.library.xids.put((self.gpu, xid))
+        self.driver.xids.put((self.gpu, xid))
         return await self.run
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """The worker takes SIGTERM and SIGINT; give them back to the test run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @asynccontextmanager
@@ -62,8 +54,8 @@ async def on_gpu(
     redis_url: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncGenerator[OnGpu]:
     gpu = FakeGpu(f"GPU-{uuid4()}")
-    library = NvmlLibrary(gpu)
-    install(monkeypatch, library)
+    driver = NvmlLibrary(gpu)
+    install(monkeypatch, driver)
 
     def build(settings: WorkerSettings, _: object) -> BatchingEngine:
         engine = build_engine(settings)
@@ -81,7 +73,7 @@ async def on_gpu(
         run = asyncio.create_task(worker._run("w1", settings))
         try:
             await wait_until(lambda: any(line["event"] == "worker.ready" for line in lines))
-            yield OnGpu(broker, gpu, library, run, lines)
+            yield OnGpu(broker, gpu, driver, run, lines)
         finally:
             await broker.close()
             run.cancel()

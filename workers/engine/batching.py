@@ -126,11 +126,11 @@ def count_tokens(chunks: list[Chunk]) -> int:
     return sum(chunk.count for chunk in chunks)
 
 
-def _newcomers(chunks: list[Chunk], num_places: int) -> tuple[Joined, ...]:
+def _newcomers(chunks: list[Chunk], num_places: Callable[[list[Chunk]], int]) -> tuple[Joined, ...]:
     newcomers = [chunk for chunk in chunks if not chunk.sequence.has_joined]
     if not newcomers:
         return ()
-    pad_ratio = 1 - count_tokens(chunks) / num_places
+    pad_ratio = 1 - count_tokens(chunks) / num_places(chunks)
     joined: list[Joined] = []
     for chunk in newcomers:
         sequence = chunk.sequence
@@ -241,7 +241,7 @@ class BatchingEngine:
             if not chunks:
                 return outputs
             self._watch.planned()
-            self._joined = _newcomers(chunks, self._num_places(chunks))
+            self._joined = _newcomers(chunks, self._num_places)
             step = self._launched(self._launcher.launch, chunks) if self._launcher else None
             if step is None:
                 return outputs + self._run(chunks)
